@@ -1,0 +1,114 @@
+"""Hessians of the lower level in δ: dense per sample, or as products; and conjugate gradients on the free directions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .batch import Batch, per_sample
+from .constraints import ActiveSet
+from .errors import ConvergenceError, CurvatureError, InputError, name_samples
+from .problem import Solution
+
+__all__ = ["CurvatureOperator", "conjugate_gradients", "dense_hessian"]
+
+Part = Callable[[Batch, Tensor, Tensor], Tensor]
+
+
+def dense_hessian(part: Part, solution: Solution) -> Tensor:
+    """∇²_δδ of ``part`` at δ* for every sample, ``[B, d, d]``, by torch.func (forward over reverse, vmapped)."""
+    batch, delta = solution.batch, solution.delta.detach()
+    shape, d = delta.shape[1:], delta[0].numel()
+    extra = {k: v for k, v in (("index", batch.index), ("target", batch.target)) if v is not None}
+
+    def one(flat: Tensor, x: Tensor, y: Tensor, z: Tensor, more: dict[str, Tensor]) -> Tensor:
+        single = Batch(x[None], y[None], **{k: v[None] for k, v in more.items()})
+        return part(single, flat.reshape(1, *shape), z[None])[0]
+
+    hessian = torch.func.vmap(torch.func.hessian(one))
+    try:
+        out: Tensor = hessian(delta.flatten(1), batch.x, batch.y, solution.anchor, extra)
+    except RuntimeError as error:  # torch.func names the operation it cannot batch
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f'torch.func cannot take this model\'s Hessian ({reason}); use method="cg"') from error
+    return out.detach().reshape(len(delta), d, d)
+
+
+class CurvatureOperator:
+    """p ↦ T(∇²part + diagonal)T p, one backward pass over a graph that is built once."""
+
+    def __init__(self, part: Part, solution: Solution, diagonal: Tensor, active: ActiveSet) -> None:
+        self.diagonal, self.active = diagonal, active
+        with torch.enable_grad():
+            self.delta = solution.delta.detach().requires_grad_()
+            values = part(solution.batch, self.delta, solution.anchor)
+            (self.gradient,) = torch.autograd.grad(values.sum(), self.delta, create_graph=True)
+
+    def __call__(self, p: Tensor) -> Tensor:
+        product: Tensor | None = None
+        if self.gradient.requires_grad:
+            (product,) = torch.autograd.grad(
+                self.gradient, self.delta, p, retain_graph=True, allow_unused=True
+            )
+        scaled = per_sample(self.diagonal, p) * p
+        return self.active.tangent(scaled if product is None else product + scaled)
+
+
+def conjugate_gradients(
+    operator: Callable[[Tensor], Tensor],
+    right: Tensor,
+    tol: float | None = None,
+    max_iter: int | None = None,
+    coupled: bool = False,
+) -> Tensor:
+    """Solve A w = right, with ``right`` and every iterate in the range of T.
+
+    Samples are separate systems that converge each on their own; ``coupled`` makes the batch one system, for models
+    whose samples share statistics. ``tol`` is relative to ‖right‖ (None: eps^¾), ``max_iter`` None is 10 d.
+
+    Raises :class:`CurvatureError` where pᵀAp ≤ 0 was met, :class:`ConvergenceError` where ``tol`` was not reached.
+    """
+    if tol is None:
+        tol = torch.finfo(right.dtype).eps ** 0.75
+    size = right.numel() if coupled else right[0].numel()
+    max_iter = 10 * size if max_iter is None else max_iter
+
+    def dot(a: Tensor, b: Tensor) -> Tensor:
+        return (a * b).sum().expand(len(a)) if coupled else (a * b).flatten(1).sum(1)
+
+    w = torch.zeros_like(right)
+    r = right.clone()
+    p = r
+    rr = dot(r, r)
+    goal = tol**2 * rr
+    for _ in range(max_iter):
+        running = rr > goal
+        if not bool(running.any()):
+            return w
+        Ap = operator(p)
+        pAp = dot(p, Ap)
+        bad = (running & (pAp <= 0)).nonzero().flatten().tolist()
+        if bad:
+            where = "the batch as a whole" if coupled else name_samples(bad)
+            raise CurvatureError(
+                f"conjugate gradients met non-positive curvature on {where}: the Hessian is not positive definite on "
+                "the free directions; raise λ or damping, or use HessianFreeKKT",
+                bad,
+            )
+        alpha = torch.where(running, rr / torch.where(running, pAp, 1), 0)
+        w = w + per_sample(alpha, w) * p
+        r = r - per_sample(alpha, r) * Ap
+        new = torch.where(running, dot(r, r), rr)
+        beta = torch.where(running, new / torch.where(running, rr, 1), 0)
+        p = r + per_sample(beta, p) * p
+        rr = new
+    late = (rr > goal).nonzero().flatten().tolist()
+    if late:
+        raise ConvergenceError(
+            f"conjugate gradients did not reach tol={tol:g} in max_iter={max_iter} steps on {name_samples(late)}; "
+            "raise max_iter, tol or damping",
+            late,
+        )
+    return w

@@ -1,0 +1,188 @@
+"""The hypergradient, once.
+
+    dF/dθ = ∇_θ f(θ, δ*) − ig_weight · ∇_θ ⟨∇_δ g(θ, δ*; z), w⟩        w held constant
+
+Solvers differ only in the adjoint w, which lives in δ-space: the solution of T(H + μI)T w = T v on the directions T
+that the active constraints leave free, with v = ∇_δ f and H = ∇²_δδ g. This is Proposition 1 of the Fast-BAT paper
+(Zhang et al., 2022) as a vector-Jacobian product: nothing of size |θ|×d is ever formed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .batch import Batch, per_sample
+from .constraints import ActiveSet
+from .errors import InputError
+from .problem import BilevelProblem, CrossAt, Solution
+
+__all__ = ["Hypergradient", "KKTSolver", "Solver"]
+
+
+@dataclass
+class Hypergradient:
+    """What a solver computed.
+
+    loss: the upper level's mean loss, detached. losses: the same per sample, ``[B]``.
+    grads: dF/dθ by parameter name, for parameters that require a gradient; None where a parameter does not matter,
+        as ``torch.autograd.grad(..., allow_unused=True)`` has it.
+    solution: the lower level's solution.
+    direct_norm, implicit_norm: ‖∇_θ f‖₂ and the norm of the implicit term as it was added, 0-dim tensors.
+    """
+
+    loss: Tensor
+    losses: Tensor
+    grads: dict[str, Tensor | None]
+    solution: Solution
+    direct_norm: Tensor
+    implicit_norm: Tensor
+
+
+class Solver:
+    """Couples the two players. A subclass defines :meth:`adjoint` and is used like a loss:
+
+        opt.zero_grad(); step = solver.backward(problem, model, batch); opt.step()
+    """
+
+    implicit: ClassVar[bool] = True
+    ig_weight: float = 1.0
+    cross_at: CrossAt = "anchor"
+
+    def adjoint(self, problem: BilevelProblem, model: nn.Module, solution: Solution, v: Tensor) -> Tensor:
+        """w ``[B, ...]`` for v = ∇_δ f ``[B, ...]``, both of the batch **mean** of f."""
+        raise NotImplementedError(f"{type(self).__name__} does not define adjoint(problem, model, solution, v)")
+
+    def hypergradient(
+        self,
+        problem: BilevelProblem,
+        model: nn.Module,
+        batch: Batch,
+        anchor: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Hypergradient:
+        """dF/dθ of the mean upper loss F(θ) = mean_i f(θ, δ*_i(θ)), without touching ``.grad``.
+
+        anchor: holds z, ``[B, ...]``; otherwise the problem's policy draws it, with ``generator``.
+
+        Raises :class:`InputError` where no parameter requires a gradient, and whatever the lower level or the
+        adjoint raise (:class:`ConvergenceError`, :class:`CurvatureError`).
+        """
+        return self._hypergradient(problem, model, batch, anchor, generator, 1.0)
+
+    def backward(
+        self,
+        problem: BilevelProblem,
+        model: nn.Module,
+        batch: Batch,
+        anchor: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> Hypergradient:
+        """:meth:`hypergradient`, accumulated into ``.grad`` as ``loss.backward()`` would.
+
+        scaler: a GradScaler; the upper loss is scaled by it before anything is differentiated, so ``.grad`` and the
+        returned ``grads`` carry its factor until ``scaler.step``.
+        """
+        scale = scaler.get_scale() if scaler is not None and scaler.is_enabled() else 1.0
+        if scaler is not None:
+            scaler.scale(torch.zeros((), device=batch.x.device))  # a scaler sets itself up on first use
+            scale = scaler.get_scale() if scaler.is_enabled() else 1.0
+        step = self._hypergradient(problem, model, batch, anchor, generator, scale)
+        for name, parameter in model.named_parameters():
+            gradient = step.grads.get(name)
+            if gradient is not None:
+                parameter.grad = gradient.clone() if parameter.grad is None else parameter.grad + gradient
+        return step
+
+    def _hypergradient(
+        self,
+        problem: BilevelProblem,
+        model: nn.Module,
+        batch: Batch,
+        anchor: Tensor | None,
+        generator: torch.Generator | None,
+        scale: float,
+    ) -> Hypergradient:
+        upper, lower = problem.upper, problem.lower
+        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if not named:
+            raise InputError("no parameter of the model requires a gradient; there is nothing to differentiate in")
+        names, parameters = list(named), list(named.values())
+
+        if self.implicit:
+            solution = lower.solve_differentiable(model, batch, anchor, generator, at=self.cross_at)
+        else:
+            solution = lower.solve(model, batch, anchor, generator)
+        couples = solution.gradient is not None and solution.gradient.requires_grad and self.ig_weight != 0
+        delta = solution.delta = solution.delta.detach().requires_grad_(couples)
+
+        with torch.enable_grad():
+            losses = upper.loss_at(model, batch, solution)
+            if losses.shape != (len(batch),):
+                raise InputError(
+                    f"the upper loss has shape {tuple(losses.shape)}; it must be one value per sample, [{len(batch)}]"
+                )
+            objective = losses.mean()
+        inputs = [*parameters, delta] if couples else parameters
+        grads = list(torch.autograd.grad(objective * scale, inputs, allow_unused=True))
+        v = grads.pop() if couples else None
+        solution.delta = delta.detach()
+
+        direct_norm = _norm(grads, objective)
+        implicit_norm = torch.zeros_like(direct_norm)
+        if v is not None and solution.gradient is not None:
+            w = self.adjoint(problem, model, solution, v)
+            cross = torch.autograd.grad(solution.gradient, parameters, -self.ig_weight * w, allow_unused=True)
+            implicit_norm = _norm(cross, objective)
+            grads = [_add(g, c) for g, c in zip(grads, cross, strict=True)]
+        if solution.gradient is not None:
+            solution.gradient = solution.gradient.detach()
+
+        return Hypergradient(
+            objective.detach(),
+            losses.detach(),
+            dict(zip(names, grads, strict=True)),
+            solution,
+            direct_norm / scale,
+            implicit_norm / scale,
+        )
+
+
+class KKTSolver(Solver):
+    """What the two KKT solvers share: the options, and the reduction to the free directions."""
+
+    damping: float = 0.0
+
+    def _check(self) -> None:
+        for name in ("ig_weight", "damping"):
+            value: Any = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+                raise InputError(f"{name} is {value!r}; it must be a finite number, at least 0")
+        if self.cross_at not in ("anchor", "solution"):
+            raise InputError(f"cross_at is {self.cross_at!r}; choose 'anchor' or 'solution'")
+
+    def _diagonal(self, solution: Solution, active: ActiveSet) -> Tensor:
+        """λ + μ + damping for each sample, ``[B]``."""
+        delta = solution.delta
+        total = torch.zeros(len(delta), dtype=delta.dtype, device=delta.device) + solution.lam + self.damping
+        return total if active.curvature is None else total + active.curvature
+
+
+def scalar_adjoint(diagonal: Tensor, active: ActiveSet, v: Tensor) -> Tensor:
+    """w = T v / diagonal, the adjoint where H is a multiple of the identity."""
+    return active.tangent(v) / per_sample(diagonal, v)
+
+
+def _norm(tensors: list[Tensor | None] | tuple[Tensor | None, ...], like: Tensor) -> Tensor:
+    norms = [t.detach().float().norm() if t.dtype != torch.float64 else t.detach().norm() for t in tensors if t is not None]
+    return torch.stack(norms).norm() if norms else torch.zeros_like(like.detach())
+
+
+def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    if a is None or b is None:
+        return b if a is None else a
+    return a + b

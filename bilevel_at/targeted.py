@@ -1,0 +1,108 @@
+"""One lower problem per target class, all solved at once by an ordinary torch optimiser (BETA)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from .anchors import Anchor, anchor_policy
+from .batch import Batch
+from .constraints import Constraint
+from .errors import InputError
+from .losses import Loss, minus, negative_margin
+from .modes import Mode, attack_mode
+from .problem import LowerProblem, Solution
+from .steps import positive
+
+__all__ = ["Targeted"]
+
+
+@dataclass(eq=False)
+class Targeted(LowerProblem):
+    """A perturbation for every class j ≠ y, and the best of them.
+
+        η_j ∈ argmin_{η ∈ C(x)} ℓ_atk(θ, η; target j)        j* = argmin_j ℓ_atk(θ, η_j; target j)
+
+    constraint: C(x).
+    attack_loss: reads ``batch.target``; by default minus the negative margin, −M_j = f_y − f_j.
+    optimizer: any torch optimiser class or factory, called as ``optimizer([η], lr=step)``. Elementwise ones (SGD,
+        RMSprop, Adam) treat the classes and samples separately, as the paper does; LBFGS would couple them.
+    steps, step: how many of its steps, each followed by the projection onto C(x), and their learning rate.
+    keep: "best" returns η_{j*} with δ shaped like x; "all" returns every η_j, rows ``i·(K−1) … (i+1)·(K−1) − 1`` of
+        δ being example i's, in the order of the classes without y.
+    anchor: where the η_j start; each class draws its own.
+    mode: 'train' or 'eval', the mode in which attack passes see the model.
+
+    ``solution.batch.target`` holds the classes. g has no proximal term, so the KKT solvers need a ``damping``.
+    Source: BETA (Robey et al., 2023), Algorithm 1 and equations 17 to 19.
+    """
+
+    constraint: Constraint
+    attack_loss: Loss = minus(negative_margin)  # noqa: RUF009 (stateless)
+    optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.RMSprop
+    steps: int = 30
+    step: float = 2 / 255
+    keep: Literal["best", "all"] = "best"
+    anchor: Anchor | str = "uniform"
+    mode: Mode = "eval"
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise InputError(f"steps is {self.steps}; at least 1 is needed")
+        positive("step", self.step)
+        self.start = self.anchor = anchor_policy(self.anchor)
+
+    def objective(self, model: nn.Module, batch: Batch, delta: Tensor, anchor: Tensor) -> Tensor:
+        """ℓ_atk ``[rows of δ]``; without targets in ``batch``, the best class's."""
+        with attack_mode(model, self.mode):
+            return self.attack_loss(model, batch, delta)
+
+    def targets(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The K − 1 other classes of each example, ``[B, K − 1]``."""
+        with attack_mode(model, "eval"), torch.no_grad():
+            classes = model(batch.x[:1]).shape[-1]
+        if classes < 2:
+            raise InputError(f"the model has {classes} output; a targeted attack needs at least 2 classes")
+        others = torch.arange(classes - 1, device=batch.y.device).expand(len(batch), -1)
+        return others + (others >= batch.y[:, None])
+
+    def solve(
+        self,
+        model: nn.Module,
+        batch: Batch,
+        anchor: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Solution:
+        """The perturbations and their targets. ``anchor`` has one row per example, or one per example and class."""
+        targets = self.targets(model, batch)
+        each = targets.shape[1]
+        wide = batch.repeat(each).aimed_at(targets.flatten())
+        with torch.enable_grad(), attack_mode(model, self.mode):
+            if anchor is None:
+                z = self.draw_anchor(model, wide, generator)
+            else:
+                z = anchor.detach()
+                z = z if len(z) == len(wide) else z.repeat_interleave(each, 0)
+            eta = nn.Parameter(z.clone())
+            optimizer = self.optimizer([eta], lr=self.step)
+
+            def closure() -> Tensor:
+                total = self.attack_loss(model, wide, eta).sum()
+                (eta.grad,) = torch.autograd.grad(total, eta)
+                return total.detach()
+
+            for _ in range(self.steps):
+                optimizer.step(closure)  # type: ignore[arg-type]  # torch types the closure as returning float
+                eta.data = self.constraint.project(eta.data, wide.x)
+            delta = eta.detach()
+            if self.keep == "all":
+                return Solution(delta, z, wide)
+            with torch.no_grad():
+                values = self.attack_loss(model, wide, delta).reshape(-1, each)
+        best = values.argmin(1)
+        rows = torch.arange(len(batch), device=best.device) * each + best
+        return Solution(delta[rows], z[rows], batch.aimed_at(targets.flatten()[rows]))

@@ -1,0 +1,97 @@
+"""Full KKT: the adjoint with the true Hessian, by Cholesky or by conjugate gradients."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from bilevel_at.errors import CurvatureError, InputError, name_samples
+from bilevel_at.linear import CurvatureOperator, conjugate_gradients, dense_hessian
+from bilevel_at.modes import attack_mode, couples_samples
+from bilevel_at.problem import BilevelProblem, CrossAt, Curvature, Solution
+from bilevel_at.solver import KKTSolver, scalar_adjoint
+
+__all__ = ["FullKKT"]
+
+
+@dataclass
+class FullKKT(KKTSolver):
+    """The implicit gradient of the KKT system: T(H + (μ + damping)I)T w = T v (Fast-BAT paper, Proposition 1).
+
+    Exact for any smooth g that is strongly convex on the free directions T, on boxes, ℓ2 balls and polyhedra.
+
+    method: "dense" forms H per sample with torch.func and factorises it; "cg" needs only Hessian-vector products;
+        "auto" is dense up to ``dense_limit`` values per input where samples do not share batch statistics, else cg.
+    curvature: "lower" is the Hessian of the g that was solved (λI where that is linearised); "attack" is
+        ∇²ℓ_atk + λI, the paper's Hessian-aware Fast-BAT.
+    damping: added to the Hessian's diagonal.
+    ig_weight, cross_at: as for :class:`HessianFreeKKT`.
+    tol: of cg, relative to ‖T v‖ per sample; None is eps^¾ of the dtype. max_iter: of cg; None is 10 d.
+    dense_limit: the largest d that "auto" treats densely.
+
+    Raises :class:`~bilevel_at.CurvatureError`, naming the samples, where the matrix is not positive definite on T,
+    :class:`~bilevel_at.ConvergenceError` where cg has not reached ``tol``, and :class:`~bilevel_at.InputError`
+    where "dense" meets batch statistics, for which a per-sample Hessian does not exist.
+    """
+
+    method: Literal["auto", "dense", "cg"] = "auto"
+    curvature: Curvature = "lower"
+    damping: float = 0.0
+    ig_weight: float = 1.0
+    cross_at: CrossAt = "anchor"
+    tol: float | None = None
+    max_iter: int | None = None
+    dense_limit: int = 32
+
+    def __post_init__(self) -> None:
+        self._check()
+        if self.method not in ("auto", "dense", "cg"):
+            raise InputError(f"method is {self.method!r}; choose 'auto', 'dense' or 'cg'")
+        if self.curvature not in ("lower", "attack"):
+            raise InputError(f"curvature is {self.curvature!r}; choose 'lower' or 'attack'")
+
+    def adjoint(self, problem: BilevelProblem, model: nn.Module, solution: Solution, v: Tensor) -> Tensor:
+        lower = problem.lower
+        active = lower.active(solution)
+        part, lam = lower.curved_part(model, solution, self.curvature)
+        diagonal = self._diagonal(solution, active) - solution.lam + lam
+        if part is None:
+            self._refuse(diagonal <= 0)
+            return scalar_adjoint(diagonal, active, v)
+        with attack_mode(model, lower.mode):
+            coupled = couples_samples(model)
+            if self.method == "dense" and coupled:
+                raise InputError(
+                    'method="dense" needs samples that do not share batch statistics: attack passes see this model '
+                    'in train mode with batch normalisation; use method="cg", or mode="eval" in the lower problem'
+                )
+            dense = self.method == "dense" or (v[0].numel() <= self.dense_limit and not coupled)
+            if dense and self.method != "cg":
+                hessian = dense_hessian(part, solution)
+                return self._cholesky(hessian, diagonal, active.projector(hessian.dtype), active.tangent(v))
+            operator = CurvatureOperator(part, solution, diagonal, active)
+            return conjugate_gradients(
+                operator, active.tangent(v), tol=self.tol, max_iter=self.max_iter, coupled=coupled
+            )
+
+    def _cholesky(self, hessian: Tensor, diagonal: Tensor, free: Tensor, v: Tensor) -> Tensor:
+        # T A T + (I − T) is positive definite exactly where A is on the range of T.
+        eye = torch.eye(hessian.shape[-1], dtype=hessian.dtype, device=hessian.device)
+        matrix = free @ (hessian + diagonal[:, None, None] * eye) @ free + (eye - free)
+        factor, failed = torch.linalg.cholesky_ex((matrix + matrix.mT) / 2)
+        self._refuse(failed > 0)
+        w = torch.cholesky_solve(v.flatten(1)[..., None].to(factor), factor)
+        return (free @ w).reshape(v.shape).to(v)
+
+    @staticmethod
+    def _refuse(bad: Tensor) -> None:
+        samples = bad.nonzero().flatten().tolist()
+        if samples:
+            raise CurvatureError(
+                f"the Hessian is not positive definite on the free directions of {name_samples(samples)}; "
+                "raise λ or damping, or use HessianFreeKKT",
+                samples,
+            )
