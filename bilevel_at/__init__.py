@@ -19,6 +19,7 @@ from .problem import BilevelProblem, LowerProblem, Solution, UpperProblem
 from .solver import Hypergradient, KKTSolver, Solver
 from .steps import Adaptive, Constant, Step
 from .targeted import Targeted
+from .train.rundir import load
 
 __version__ = "0.1.0"
 
@@ -58,6 +59,7 @@ __all__ = [
     "attack_mode",
     "cross_entropy",
     "kl_divergence",
+    "load",
     "logits",
     "margins",
     "minus",

@@ -77,6 +77,10 @@ class Constraint:
         """How far δ* is from degenerate activity, ``[B]``: the least slack or multiplier. At 0, dδ*/dθ does not exist."""
         raise NotImplementedError(f"{type(self).__name__} does not define strict_complementarity")
 
+    def attack_step(self) -> tuple[str, float]:
+        """(direction of steepest descent, radius): how standard attacks move here, in steps of parts of the radius."""
+        raise InputError(f"{type(self).__name__} does not define attack_step(); it needs one to be attacked with FGSM or PGD")
+
     def unbounded(self) -> Constraint:
         """The same set without the input range: what perturbations of unseen pixels are drawn from."""
         return self
@@ -166,6 +170,9 @@ class LinfBall(Constraint):
         pinned = high - low <= self.activity_tol(delta)
         return torch.where(free, slack, gradient.abs()).masked_fill(pinned, torch.inf).flatten(1).amin(1)
 
+    def attack_step(self) -> tuple[str, float]:
+        return "sign", self.epsilon
+
     def unbounded(self) -> LinfBall:
         return replace(self, bounds=None)
 
@@ -254,6 +261,9 @@ class L2Ball(Constraint):
             least = torch.minimum(least, torch.where(free, slack, multiplier).flatten(1).amin(1))
         return least
 
+    def attack_step(self) -> tuple[str, float]:
+        return "normalized", self.epsilon
+
     def unbounded(self) -> L2Ball:
         return replace(self, bounds=None)
 
@@ -323,6 +333,10 @@ class Polyhedron(Constraint):
         rows, on, slack = self._active_rows(delta, x)
         multipliers = (torch.linalg.pinv(rows.mT) @ -gradient.flatten(1)[..., None]).squeeze(-1)
         return torch.where(on, multipliers, slack).amin(1)
+
+    def attack_step(self) -> tuple[str, float]:
+        """The gradient's direction, and the distance from 0 to the nearest face."""
+        return "normalized", (self.b / self.B.norm(dim=1).clamp(min=1e-30)).abs().min().item()
 
     def unbounded(self) -> Polyhedron:
         return replace(self, bounds=None)

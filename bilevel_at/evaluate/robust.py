@@ -1,0 +1,78 @@
+"""Which predictions survive an attack."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..batch import Batch
+from ..data import Images
+from ..modes import attack_mode
+from .attacks import Attack
+
+__all__ = ["Score", "evaluate", "robust_correct"]
+
+
+@dataclass(frozen=True)
+class Score:
+    """An accuracy and what it was measured with."""
+
+    accuracy: float
+    n: int
+    epsilon: float
+    seconds: float
+
+    def asdict(self) -> dict[str, float]:
+        return asdict(self)
+
+
+def robust_correct(
+    model: nn.Module, images: Images, attack: Attack, *, seed: int = 0, batch_size: int = 512
+) -> Tensor:
+    """Whether each example is still classified correctly under the worst of the attack's restarts, ``[N]`` bool.
+
+    Examples already broken are not attacked again. The model is seen in eval mode and left as it was.
+    """
+    device = images.x.device
+    generator = torch.Generator(device).manual_seed(seed)
+    with attack_mode(model, "eval"):
+
+        def correct(batch: Batch, delta: Tensor) -> Tensor:
+            with torch.no_grad():
+                return model(batch.x + delta).argmax(1) == batch.y
+
+        standing = torch.zeros(len(images), dtype=torch.bool, device=device)
+        for rows in torch.arange(len(images), device=device).split(batch_size):
+            batch = Batch(images[rows].float(), images.y[rows])
+            standing[rows] = correct(batch, torch.zeros_like(batch.x))
+        if attack.lower is None:
+            return standing
+        for _ in range(attack.restarts):
+            for rows in standing.nonzero().flatten().split(batch_size):
+                batch = Batch(images[rows].float(), images.y[rows])
+                solution = attack.lower.solve(model, batch, generator=generator)
+                standing[rows] = correct(batch, solution.delta)
+        return standing
+
+
+def evaluate(
+    model: nn.Module,
+    images: Images,
+    attacks: Sequence[Attack],
+    *,
+    seed: int = 0,
+    batch_size: int = 512,
+    progress: Callable[[str], None] = lambda name: None,
+) -> dict[str, Score]:
+    """The accuracy under each attack, by its name. ``progress`` is told each name before it starts."""
+    scores = {}
+    for attack in attacks:
+        progress(attack.name)
+        start = time.perf_counter()
+        accuracy = robust_correct(model, images, attack, seed=seed, batch_size=batch_size).float().mean().item()
+        scores[attack.name] = Score(accuracy, len(images), attack.epsilon, time.perf_counter() - start)
+    return scores

@@ -1,0 +1,192 @@
+"""Command lines made from typed signatures, with errors of one line.
+
+tyro reads the flags; this module says which ones there are, and turns its boxed messages into a line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import inspect
+import io
+import re
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+import tyro
+from tyro import constructors
+
+from .errors import BilevelError, InputError
+
+__all__ = ["Flag", "flags_of", "main", "number", "parse"]
+
+
+def number(text: str) -> float:
+    """A decimal number or a fraction such as 8/255."""
+    parts = text.split("/")
+    try:
+        if len(parts) == 2:
+            return float(parts[0]) / float(parts[1])
+        return float(text)
+    except (ValueError, ZeroDivisionError):
+        raise ValueError(f"{text!r} is not a number (0.03 and 8/255 are)") from None
+
+
+_registry = constructors.ConstructorRegistry()
+
+
+@_registry.primitive_rule
+def _float_rule(info: constructors.PrimitiveTypeInfo) -> constructors.PrimitiveConstructorSpec[float] | None:
+    if info.type is not float:
+        return None
+    return constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="NUMBER",
+        instance_from_str=lambda args: number(args[0]),
+        is_instance=lambda value: isinstance(value, (int, float)) and not isinstance(value, bool),
+        str_from_instance=lambda value: [f"{value:g}"],
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Flag:
+    """One flag: ``--name`` with underscores as dashes, a type, a default, and a line of help."""
+
+    name: str
+    type: Any
+    default: Any = dataclasses.MISSING
+    help: str = ""
+
+
+def _readable(kind: Any) -> bool:
+    """Whether values of this type can be given on a command line."""
+    if kind in (int, float, str, bool, type(None)):
+        return True
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        return True
+    if origin in (typing.Union, types.UnionType):
+        return all(_readable(a) for a in args)
+    if origin in (tuple, list):
+        return all(a is Ellipsis or _readable(a) for a in args)
+    return False
+
+
+def _help_texts(doc: str | None) -> dict[str, str]:
+    """``name: text`` paragraphs of a docstring, wherever they stand; indented lines go on with the one before."""
+    texts: dict[str, str] = {}
+    name = None
+    for line in inspect.cleandoc(doc or "").splitlines():
+        start = re.match(r"\s*(\w+): (.+)", line)
+        if start:
+            name = start[1]
+            texts[name] = start[2].strip()
+        elif name and line.startswith("    ") and line.strip():
+            texts[name] += " " + line.strip()
+        else:
+            name = None
+    return texts
+
+
+def flags_of(function: Callable[..., Any], defaults: Mapping[str, Any] | None = None, skip: Iterable[str] = ()) -> list[Flag]:
+    """The flags that a function's (or a dataclass's) typed keyword arguments become.
+
+    ``defaults`` replaces default values. An argument whose type no command line can express keeps its default and is
+    no flag; without a default it is an :class:`InputError`. So is a variadic argument.
+    """
+    defaults = dict(defaults or {})
+    texts = _help_texts(function.__doc__)
+    try:
+        hints = typing.get_type_hints(function.__init__ if isinstance(function, type) else function)
+    except NameError as error:
+        raise InputError(f"{function.__name__}(...) has a type that cannot be read: {error}") from None
+    flags = []
+    for p in inspect.signature(function).parameters.values():
+        if p.name in skip or p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL):
+            continue
+        default = defaults.pop(p.name, dataclasses.MISSING if p.default is p.empty else p.default)
+        kind = hints.get(p.name)
+        if kind is None and default not in (dataclasses.MISSING, None):
+            kind = type(default)
+        if kind is None or not _readable(kind):
+            if default is dataclasses.MISSING:
+                raise InputError(f"{function.__name__}({p.name}) needs a type that a flag can have, or a default")
+            continue
+        flags.append(Flag(p.name, kind, default, texts.get(p.name, "")))
+    if defaults:
+        raise InputError(f"{function.__name__}(...) takes no {', '.join(defaults)}, which the recipe sets")
+    return flags
+
+
+def parse(flags: Sequence[Flag], args: Sequence[str], prog: str, description: str, positional: str = "") -> dict[str, Any]:
+    """Values by flag name. Prints help and exits 0 for ``--help``; raises :class:`InputError` for a mistake."""
+    seen: set[str] = set()
+    for flag in flags:
+        if flag.name in seen:
+            raise InputError(f"--{flag.name.replace('_', '-')} would mean two things: rename that argument of the problem file")
+        seen.add(flag.name)
+    fields = []
+    for flag in sorted(flags, key=lambda f: f.default is not dataclasses.MISSING):
+        kind = Annotated[flag.type, tyro.conf.arg(help=flag.help.replace("%", "%%"))]
+        default = flag.default
+        if isinstance(default, list):
+            default = tuple(default)
+        fields.append((flag.name, kind, dataclasses.field(default=default)))
+    options = dataclasses.make_dataclass("Options", fields)
+    heard, said = io.StringIO(), io.StringIO()
+    try:
+        with contextlib.redirect_stderr(heard), contextlib.redirect_stdout(said):
+            parsed, unknown = tyro.cli(
+                options,
+                args=list(args),
+                prog=f"{prog}{' ' + positional if positional else ''}",
+                description=description,
+                registry=_registry,
+                return_unknown_args=True,
+            )
+    except SystemExit as exit:
+        if exit.code in (0, None):
+            sys.stdout.write(said.getvalue())
+            raise
+        raise InputError(_one_line(heard.getvalue() or said.getvalue())) from None
+    if unknown:
+        raise InputError(_unknown(unknown[0], flags))
+    return {flag.name: getattr(parsed, flag.name) for flag in flags}
+
+
+def _one_line(box: str) -> str:
+    """The first paragraph of tyro's boxed message."""
+    words = []
+    for line in box.splitlines():
+        if line.lstrip().startswith("╭"):
+            continue
+        text = line.strip().strip("│").strip()
+        if set(text) <= set("─╰╯"):
+            break
+        words.append(text)
+    return re.sub(r"^Error parsing (\S+):", r"\1:", " ".join(words)) or "the command line cannot be read"
+
+
+def _unknown(argument: str, flags: Sequence[Flag]) -> str:
+    if not argument.startswith("-"):
+        return f"{argument!r} is one argument too many; flags start with --"
+    name = argument.split("=")[0]
+    known = ["--" + f.name.replace("_", "-") for f in flags]
+    close = difflib.get_close_matches(name.replace("_", "-"), known, 1)
+    return f"{name} is not a flag here; " + (f"did you mean {close[0]}?" if close else "--help lists them")
+
+
+def main(command: Callable[[Sequence[str]], int | None], prog: str) -> int:
+    """Run a command on ``sys.argv``: 0 for done, 2 for a mistake in what was asked, said in one line."""
+    try:
+        return command(sys.argv[1:]) or 0
+    except (InputError, BilevelError) as error:
+        print(f"{prog}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as error:
+        print(f"{prog}: stopped{': ' + str(error) if str(error) else ''}", file=sys.stderr)
+        return 130

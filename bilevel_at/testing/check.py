@@ -1,0 +1,152 @@
+"""``hypergradcheck``: a hypergradient against central differences of F(θ), as ``gradcheck`` does for gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..batch import Batch
+from ..errors import InputError
+from ..problem import BilevelProblem, Solution
+from ..solver import Solver
+
+__all__ = ["DegenerateActivity", "HypergradError", "activity_margin", "hypergradcheck"]
+
+
+class HypergradError(AssertionError):
+    """A hypergradient does not agree with finite differences; the message has the worst parameter and both numbers."""
+
+
+class DegenerateActivity(AssertionError):
+    """δ* sits where a constraint is about to become active or inactive, so F is not differentiable there."""
+
+
+def activity_margin(problem: BilevelProblem, model: nn.Module, batch: Batch, anchor: Tensor) -> float:
+    """The least slack of an inactive constraint or multiplier of an active one, over the batch.
+
+    At 0 strict complementarity fails and dδ*/dθ does not exist. Property tests should stay away from it.
+    """
+    with _untouched(model):
+        solution = problem.lower.solve_differentiable(model, batch, anchor=anchor)
+    assert solution.gradient is not None
+    distances = problem.lower.constraint.strict_complementarity(
+        solution.delta, solution.batch.x, solution.gradient.detach()
+    )
+    return distances.min().item()
+
+
+def hypergradcheck(
+    problem: BilevelProblem,
+    solver: Solver,
+    model: nn.Module,
+    batch: Batch,
+    eps: float = 1e-6,
+    rtol: float = 1e-4,
+    atol: float = 1e-10,
+    *,
+    anchor: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    mode: Literal["directional", "full"] = "directional",
+    directions: int = 1,
+    min_margin: float = 0.0,
+    raise_exception: bool = True,
+) -> bool:
+    """Hold ``solver.hypergradient`` against (F(θ + eps·u) − F(θ − eps·u)) / 2 eps with the anchor held.
+
+    F(θ) = mean_i f(θ, δ*_i(θ)), every δ* solved anew; what else the lower level drew or adapted is held too
+    (:meth:`LowerProblem.held`). Wants float64.
+
+    eps: the difference, along unit directions. rtol, atol: the check passes where |analytic − numeric| ≤
+        rtol · ‖dF/dθ‖₂ + atol, the norm over all parameters.
+    anchor: z to use; drawn once from the policy, with ``generator``, where None.
+    mode: "directional" tries ``directions`` random unit directions in each parameter tensor; "full" every entry.
+    min_margin: raise :class:`DegenerateActivity` where :func:`activity_margin` is below this.
+
+    Returns True; where the check fails, raises :class:`HypergradError` with the worst parameter and both numbers, or
+    returns False with ``raise_exception=False``. Raises :class:`InputError` for parameters not in float64.
+    The model's parameters, buffers and ``.grad`` are left as they were.
+    """
+    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    low = [n for n, p in named.items() if p.dtype != torch.float64]
+    if low:
+        raise InputError(f"parameter {low[0]} is {named[low[0]].dtype}; hypergradcheck needs float64 (model.double())")
+
+    with _untouched(model):
+        step = solver.hypergradient(problem, model, batch, anchor=anchor, generator=generator)
+        solution = step.solution
+        held = BilevelProblem(problem.upper, problem.lower.held(solution))
+        z = _anchor_rows(solution)
+        if min_margin:
+            margin = activity_margin(held, model, batch, z)
+            if margin < min_margin:
+                raise DegenerateActivity(f"activity margin {margin:.2g} is below min_margin={min_margin:g}")
+
+        norm = torch.stack([g.norm() for g in step.grads.values() if g is not None]).norm().item()
+        worst: tuple[float, str, float, float] = (-1.0, "", 0.0, 0.0)
+        for name, parameter in named.items():
+            gradient = step.grads[name]
+            for unit in _directions(parameter, mode, directions, generator):
+                analytic = 0.0 if gradient is None else (gradient * unit).sum().item()
+                numeric = _central_difference(held, model, batch, z, parameter, unit, eps)
+                worst = max(worst, (abs(analytic - numeric), name, analytic, numeric))
+
+    error, name, analytic, numeric = worst
+    allowed = rtol * norm + atol
+    if error <= allowed:
+        return True
+    if raise_exception:
+        raise HypergradError(
+            f"{type(solver).__name__} disagrees with finite differences, most in {name}: analytic {analytic:.10g}, "
+            f"numeric {numeric:.10g}, difference {error:.3g}, allowed {allowed:.3g} (rtol {rtol:g} × norm {norm:.3g})"
+        )
+    return False
+
+
+def _anchor_rows(solution: Solution) -> Tensor:
+    return solution.anchor.detach().clone()
+
+
+def _directions(
+    parameter: Tensor, mode: str, directions: int, generator: torch.Generator | None
+) -> Iterator[Tensor]:
+    if mode == "full":
+        for i in range(parameter.numel()):
+            unit = torch.zeros_like(parameter).flatten()
+            unit[i] = 1.0
+            yield unit.reshape(parameter.shape)
+        return
+    for _ in range(directions):
+        unit = torch.randn(parameter.shape, dtype=parameter.dtype, generator=generator).to(parameter.device)
+        yield unit / unit.norm()
+
+
+def _central_difference(
+    problem: BilevelProblem, model: nn.Module, batch: Batch, anchor: Tensor, parameter: Tensor, unit: Tensor, eps: float
+) -> float:
+    original = parameter.detach().clone()
+    values = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            parameter.copy_(original + sign * eps * unit)
+        solution = problem.lower.solve(model, batch, anchor=anchor)
+        with torch.no_grad():
+            values.append(problem.upper.loss_at(model, batch, solution).mean().item())
+    with torch.no_grad():
+        parameter.copy_(original)
+    return (values[0] - values[1]) / (2 * eps)
+
+
+@contextmanager
+def _untouched(model: nn.Module) -> Iterator[None]:
+    """Batch statistics and other buffers move during passes in train mode; put them back."""
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                buffer.copy_(before[name])

@@ -1,0 +1,9 @@
+"""The trainer, which only repeats; recipes; and run directories."""
+
+from __future__ import annotations
+
+from .recipe import Recipe
+from .rundir import RunDir, load
+from .trainer import Epoch, Trainer
+
+__all__ = ["Epoch", "Recipe", "RunDir", "Trainer", "load"]

@@ -1,0 +1,105 @@
+"""What a run leaves behind: ``config.json``, ``metrics.jsonl``, ``last.pt``, ``best.pt``, ``results.json``, ``figures/``."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from ..errors import InputError
+from ..models import build_model
+
+__all__ = ["RunDir", "load"]
+
+
+class RunDir:
+    """A run directory. Files are replaced whole, so an interruption leaves the old one or the new one."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @property
+    def figures(self) -> Path:
+        folder = self.path / "figures"
+        folder.mkdir(exist_ok=True)
+        return folder
+
+    def _replace(self, name: str, write: Any) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        partial = self.path / f".{name}.partial"
+        write(partial)
+        os.replace(partial, self.path / name)
+
+    def write_json(self, name: str, value: Any) -> None:
+        text = json.dumps(value, indent=2, default=str) + "\n"
+        self._replace(name, lambda path: path.write_text(text))
+
+    def read_json(self, name: str) -> Any:
+        """The file's content; :class:`InputError` where it is missing or not JSON."""
+        file = self.path / name
+        if not file.is_file():
+            raise InputError(f"{self.path} has no {name}; a run directory of bilevel_at.run does")
+        try:
+            return json.loads(file.read_text())
+        except json.JSONDecodeError as error:
+            raise InputError(f"{file} is not JSON: {error}") from None
+
+    def save(self, name: str, value: Any) -> None:
+        self._replace(name, lambda path: torch.save(value, path))
+
+    def restore(self, name: str, device: torch.device | str = "cpu") -> Any:
+        """Tensors and plain values from a checkpoint; a file that holds anything else is refused, not run."""
+        file = self.path / name
+        if not file.is_file():
+            raise InputError(f"{self.path} has no {name}")
+        try:
+            return torch.load(file, map_location=device, weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise InputError(f"{file} is not a checkpoint of tensors that can be loaded: {reason}") from None
+
+    def append_metrics(self, line: dict[str, Any]) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        with open(self.path / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def metrics(self, epochs: int | None = None) -> list[dict[str, Any]]:
+        """The lines of ``metrics.jsonl``; with ``epochs``, lines past it are dropped from the file too."""
+        file = self.path / "metrics.jsonl"
+        lines = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+        if epochs is not None and len(lines) > epochs:
+            lines = lines[:epochs]
+            text = "".join(json.dumps(line) + "\n" for line in lines)
+            self._replace("metrics.jsonl", lambda path: path.write_text(text))
+        return lines
+
+
+def load(run_dir: str | Path, which: Literal["best", "last"] = "best", model: nn.Module | None = None) -> nn.Module:
+    """The model of a run, in eval mode, taking images in [0, 1] to logits, as RobustBench and AutoAttack expect.
+
+    which: "best" (by held-out robust accuracy) or "last". model: the network to fill, needed only where the run's
+    problem file defined its own. Raises :class:`InputError` where the directory or the checkpoint is not usable.
+    """
+    if which not in ("best", "last"):
+        raise InputError(f"which is {which!r}; choose 'best' or 'last'")
+    run = RunDir(run_dir)
+    config = run.read_json("config.json")
+    if model is None:
+        if config["model"] == "file":
+            raise InputError(f"{run_dir} trained the model defined in {config['file']}; pass one as load(..., model=...)")
+        channels, height, width = config["shape"]
+        model = build_model(config["model"], (channels, height, width), config["classes"])
+    state = run.restore(f"{which}.pt")
+    try:
+        model.load_state_dict(state["model"])
+    except (RuntimeError, KeyError) as error:
+        raise InputError(f"{which}.pt does not fit the model {config['model']}: {str(error).splitlines()[0]}") from None
+    return model.eval()
