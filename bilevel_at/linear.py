@@ -59,6 +59,7 @@ class CurvatureOperator:
 def conjugate_gradients(
     operator: Callable[[Tensor], Tensor],
     right: Tensor,
+    scale: Tensor,
     tol: float | None = None,
     max_iter: int | None = None,
     coupled: bool = False,
@@ -82,7 +83,7 @@ def conjugate_gradients(
     r = right.clone()
     p = r
     rr = dot(r, r)
-    goal = tol**2 * rr
+    goal = tol**2 * dot(scale, scale)
     for _ in range(max_iter):
         running = rr > goal
         if not bool(running.any()):

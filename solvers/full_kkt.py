@@ -29,7 +29,7 @@ class FullKKT(KKTSolver):
         ∇²ℓ_atk + λI, the paper's Hessian-aware Fast-BAT.
     damping: added to the Hessian's diagonal.
     ig_weight, cross_at: as for :class:`HessianFreeKKT`.
-    tol: of cg, relative to ‖T v‖ per sample; None is eps^¾ of the dtype. max_iter: of cg; None is 10 d.
+    tol: of cg, relative to ‖v‖ per sample; None is eps^¾ of the dtype. max_iter: of cg; None is 10 d.
     dense_limit: the largest d that "auto" treats densely.
 
     Raises :class:`~bilevel_at.CurvatureError`, naming the samples, where the matrix is not positive definite on T,
@@ -74,7 +74,7 @@ class FullKKT(KKTSolver):
                 return self._cholesky(hessian, diagonal, active.projector(hessian.dtype), active.tangent(v))
             operator = CurvatureOperator(part, solution, diagonal, active)
             return conjugate_gradients(
-                operator, active.tangent(v), tol=self.tol, max_iter=self.max_iter, coupled=coupled
+                operator, active.tangent(v), v, tol=self.tol, max_iter=self.max_iter, coupled=coupled
             )
 
     def _cholesky(self, hessian: Tensor, diagonal: Tensor, free: Tensor, v: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ Tensors are drawn through a seed, so that examples shrink in their shape and the
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ __all__ = [
     "Setting",
     "batches",
     "boxes",
+    "curvature_bound",
     "l2_balls",
     "linearized",
     "polyhedra",
@@ -113,7 +115,9 @@ def attack_losses() -> st.SearchStrategy[Loss]:
     return st.sampled_from([minus(cross_entropy), minus(negative_margin)])
 
 
-def linearized(constraint: Constraint, direction: str = "taylor") -> st.SearchStrategy[Linearized]:
+def linearized(
+    constraint: Constraint, model: nn.Module | None = None, direction: str = "taylor"
+) -> st.SearchStrategy[Linearized]:
     """Closed-form lower levels at 1/λ in 0.05 … 2 with zero, uniform and one-step anchors."""
     return st.builds(
         Linearized,
@@ -125,13 +129,20 @@ def linearized(constraint: Constraint, direction: str = "taylor") -> st.SearchSt
     )
 
 
-def proximal(constraint: Constraint, tol: float = 1e-13) -> st.SearchStrategy[Proximal]:
-    """Proximal lower levels with λ in 4 … 40, above the curvature of most :func:`smooth_models`."""
+def curvature_bound(model: nn.Module) -> float:
+    """1 + ½ ∏‖W‖² over the layers, about the largest curvature of the cross-entropy in the input."""
+    norms = [p.flatten(1).norm().item() for p in model.parameters() if p.ndim > 1]
+    return 1 + 0.5 * math.prod(norms) ** 2
+
+
+def proximal(constraint: Constraint, model: nn.Module, tol: float = 1e-13) -> st.SearchStrategy[Proximal]:
+    """Proximal lower levels with λ in 1 … 3 times :func:`curvature_bound`, so that g is strongly convex."""
+    bound = curvature_bound(model)
     return st.builds(
         Proximal,
         st.just(minus(cross_entropy)),
         st.just(constraint),
-        lam=st.floats(4.0, 40.0),
+        lam=st.floats(1.0, 3.0).map(lambda factor: factor * bound),
         anchor=st.sampled_from(["zero", "uniform"]),
         tol=st.just(tol),
     )
@@ -148,14 +159,19 @@ class Setting:
 
 
 @st.composite
-def settings_of(draw: st.DrawFn, lower: Any, constraint: Any, max_values: int = 12, max_size: int = 4) -> Setting:
-    """A :class:`Setting` from ``lower(constraint)`` and ``constraint(shape)``, functions that return strategies."""
+def settings_of(
+    draw: st.DrawFn,
+    lower: Callable[[Any, nn.Module], st.SearchStrategy[LowerProblem]],
+    constraint: Callable[[tuple[int, ...]], st.SearchStrategy[Constraint]],
+    max_values: int = 12,
+    max_size: int = 4,
+) -> Setting:
+    """A :class:`Setting` from ``lower(constraint, model)`` and ``constraint(shape)``, functions that return strategies."""
     shape = draw(shapes(max_values))
     classes = draw(st.integers(2, 4))
     model = draw(smooth_models(shape, classes))
     batch = draw(batches(shape, classes, max_size))
-    problem_lower: LowerProblem = draw(lower(draw(constraint(shape))))
-    upper = UpperProblem(draw(st.sampled_from([cross_entropy, negative_margin])) if classes == 2 else cross_entropy)
+    problem_lower = draw(lower(draw(constraint(shape)), model))
     generator = _generator(draw(seeds))
     anchor = problem_lower.draw_anchor(model, batch, generator)
-    return Setting(BilevelProblem(upper, problem_lower), model, batch, anchor)
+    return Setting(BilevelProblem(UpperProblem(), problem_lower), model, batch, anchor)
