@@ -1,0 +1,90 @@
+"""Break the algebra, one line at a time, and see that a property test notices.
+
+    python tests/mutate.py            # about five minutes on two cores
+
+Each mutation is made in a copy of the checkout; the copy's ``tests/test_hypergradient.py`` must then fail. Exits 0 if
+every mutation was noticed. The list stands in that file's docstring too.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+MUTATIONS = [
+    ("the sign of the implicit term", "bilevel_at/solver.py", "-self.ig_weight * w", "self.ig_weight * w"),
+    ("the mask of active coordinates", "bilevel_at/constraints.py", "v = v * self.free\n", "v = v * 1\n"),
+    (
+        "the polyhedron's normals",
+        "bilevel_at/constraints.py",
+        "        if self.normals is not None:\n            flat",
+        "        if False:\n            flat",
+    ),
+    (
+        "the point of the cross derivative",
+        "bilevel_at/lower.py",
+        'if at == "solution" and not',
+        "if not",
+    ),
+    (
+        "λ in the Hessian-free adjoint",
+        "bilevel_at/solver.py",
+        "active.tangent(v) / per_sample(diagonal, v)",
+        "active.tangent(v) * per_sample(diagonal, v)",
+    ),
+    ("λ of the closed form", "bilevel_at/lower.py", "batch, 1 / step, step,", "batch, step, step,"),
+    (
+        "the ℓ2 ball's curvature",
+        "bilevel_at/constraints.py",
+        "return ActiveSet(free, unit[:, None], torch.where(has_normal, mu, 0).clamp(min=0))",
+        "return ActiveSet(free, unit[:, None], torch.zeros_like(mu))",
+    ),
+    (
+        "the diagonal in conjugate gradients",
+        "bilevel_at/linear.py",
+        "else product + scaled)",
+        "else product)",
+    ),
+    ("the Hessian", "solvers/full_kkt.py", "        if part is None:", "        diagonal = diagonal - lam + solution.lam\n        if True:"),
+    ("the mean over the batch", "bilevel_at/solver.py", "objective = losses.mean()", "objective = losses.sum()"),
+]
+
+
+def survives(file: str, old: str, new: str) -> bool:
+    """Whether the tests still pass with ``old`` replaced by ``new`` in a copy."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("bilevel_at", "solvers", "problems", "tests"):
+            shutil.copytree(ROOT / name, Path(folder) / name)
+        # The copy is a package of its own: solvers and problems move to where an installation has them.
+        for name in ("solvers", "problems"):
+            shutil.move(Path(folder) / name, Path(folder) / "bilevel_at" / name)
+        target = Path(folder) / (file if file.startswith("bilevel_at") else f"bilevel_at/{file}")
+        source = target.read_text()
+        assert source.count(old) == 1, f"{file} has {source.count(old)} times {old!r}; the mutation must be renewed"
+        target.write_text(source.replace(old, new))
+        tests = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/test_hypergradient.py"]
+        done = subprocess.run(
+            tests, cwd=folder, env={**os.environ, "PYTHONPATH": folder}, capture_output=True, text=True
+        )
+        if done.returncode not in (0, 1):
+            raise SystemExit(f"pytest did not run: {done.stdout[-2000:]}{done.stderr[-2000:]}")
+        return done.returncode == 0
+
+
+def main() -> int:
+    missed = 0
+    for i, (what, *change) in enumerate(MUTATIONS, 1):
+        alive = survives(*change)
+        missed += alive
+        print(f"{i:2}. {what}: {'NOT NOTICED' if alive else 'noticed'}", flush=True)
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
