@@ -91,6 +91,7 @@ class Linearized(LowerProblem):
             self.start.remember(batch, delta)
         return Solution(delta, z, batch, 1 / step, step, attack_gradient=gradient.detach()), direction
 
+    @torch.enable_grad()
     def solve_differentiable(
         self,
         model: nn.Module,

@@ -63,4 +63,4 @@ class SampleMemory:
         return {"values": self.values, "known": self.known}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.values, self.known = state["values"], state["known"]
+        self.values, self.known = (None if t is None else t.clone() for t in (state["values"], state["known"]))

@@ -87,10 +87,10 @@ class Solver:
         scaler: a GradScaler; the upper loss is scaled by it before anything is differentiated, so ``.grad`` and the
         returned ``grads`` carry its factor until ``scaler.step``.
         """
-        scale = scaler.get_scale() if scaler is not None and scaler.is_enabled() else 1.0
-        if scaler is not None:
+        scale = 1.0
+        if scaler is not None and scaler.is_enabled():
             scaler.scale(torch.zeros((), device=batch.x.device))  # a scaler sets itself up on first use
-            scale = scaler.get_scale() if scaler.is_enabled() else 1.0
+            scale = scaler.get_scale()
         step = self._hypergradient(problem, model, batch, anchor, generator, scale)
         for name, parameter in model.named_parameters():
             gradient = step.grads.get(name)
@@ -98,6 +98,7 @@ class Solver:
                 parameter.grad = gradient.clone() if parameter.grad is None else parameter.grad + gradient
         return step
 
+    @torch.enable_grad()
     def _hypergradient(
         self,
         problem: BilevelProblem,
@@ -120,13 +121,12 @@ class Solver:
         couples = solution.gradient is not None and solution.gradient.requires_grad and self.ig_weight != 0
         delta = solution.delta = solution.delta.detach().requires_grad_(couples)
 
-        with torch.enable_grad():
-            losses = upper.loss_at(model, batch, solution)
-            if losses.shape != (len(batch),):
-                raise InputError(
-                    f"the upper loss has shape {tuple(losses.shape)}; it must be one value per sample, [{len(batch)}]"
-                )
-            objective = losses.mean()
+        losses = upper.loss_at(model, batch, solution)
+        if losses.shape != (len(batch),):
+            raise InputError(
+                f"the upper loss has shape {tuple(losses.shape)}; it must be one value per sample, [{len(batch)}]"
+            )
+        objective = losses.mean()
         inputs = [*parameters, delta] if couples else parameters
         grads = list(torch.autograd.grad(objective * scale, inputs, allow_unused=True))
         v = grads.pop() if couples else None

@@ -68,6 +68,6 @@ def solver() -> ZeroIG:
 
 def recipe() -> dict[str, Recipe]:
     return {
-        "digits": Recipe(batch_size=64, weight_decay=0.0, problem={"epsilon": 0.2}),
+        "digits": Recipe(batch_size=64, problem={"epsilon": 0.2}),
         "cifar10": Recipe(lr=0.1, schedule="multistep", milestones=(24, 28), augment="crop-flip"),
     }

@@ -91,6 +91,6 @@ def solver(name: SolverName = "zero-ig", step: float = 2 / 255) -> ZeroIG | Hess
 
 def recipe() -> dict[str, Recipe]:
     return {
-        "digits": Recipe(batch_size=64, weight_decay=0.0, problem={"epsilon": 0.2, "step": 0.05, "steps": 5}),
+        "digits": Recipe(batch_size=64, problem={"epsilon": 0.2, "step": 0.05, "steps": 5}),
         "cifar10": Recipe(epochs=110, schedule="multistep", milestones=(100,), augment="crop-flip"),
     }

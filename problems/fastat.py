@@ -38,6 +38,6 @@ def solver() -> ZeroIG:
 
 def recipe() -> dict[str, Recipe]:
     return {
-        "digits": Recipe(batch_size=64, weight_decay=0.0, problem={"epsilon": 0.2}),
+        "digits": Recipe(batch_size=64, problem={"epsilon": 0.2}),
         "cifar10": Recipe(epochs=20, lr=0.2, augment="crop-flip"),
     }

@@ -69,6 +69,6 @@ def solver(
 
 def recipe() -> dict[str, Recipe]:
     return {
-        "digits": Recipe(batch_size=64, weight_decay=0.0, problem={"epsilon": 0.2, "step": 20.0}),
+        "digits": Recipe(batch_size=64, problem={"epsilon": 0.2, "step": 20.0}),
         "cifar10": Recipe(epochs=20, lr=0.2, augment="crop-flip"),
     }

@@ -41,6 +41,6 @@ def solver() -> ZeroIG:
 
 def recipe() -> dict[str, Recipe]:
     return {
-        "digits": Recipe(batch_size=64, weight_decay=0.0, problem={"epsilon": 0.2, "steps": 7, "step": 0.05}),
+        "digits": Recipe(batch_size=64, problem={"epsilon": 0.2, "steps": 7, "step": 0.05}),
         "cifar10": Recipe(epochs=20, lr=0.2, augment="crop-flip"),
     }

@@ -45,5 +45,5 @@ class Recipe:
 def default_recipe(data: str) -> Recipe:
     """What is used where a problem file states nothing for this data set."""
     if data == "digits":
-        return Recipe(batch_size=64, weight_decay=0.0, problem={"epsilon": 0.2})
+        return Recipe(batch_size=64, problem={"epsilon": 0.2})
     return Recipe()

@@ -1,0 +1,132 @@
+"""BETA: feasible, the best class, any optimiser; and its smooth variant against Algorithm 3 transcribed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+import bilevel_at as ba
+from bilevel_at.problems import beta
+from bilevel_at.solvers import FullKKT, HessianFreeKKT, ZeroIG
+from bilevel_at.testing import strategies as bst
+
+OPTIMISERS = [torch.optim.RMSprop, torch.optim.Adam, torch.optim.SGD, torch.optim.LBFGS, torch.optim.Adagrad]
+
+
+def margins(model, x, y):
+    """M_j = f_j − f_y, with j = y left at −∞."""
+    out = model(x)
+    M = out - out[torch.arange(len(y)), y][:, None]
+    M[torch.arange(len(y)), y] = -torch.inf
+    return M
+
+
+@pytest.mark.parametrize("optimizer", OPTIMISERS, ids=lambda o: o.__name__)
+@given(data=st.data())
+def test_beta_stays_inside_and_takes_the_best_class(optimizer, data):
+    shape, classes = data.draw(bst.shapes(8)), data.draw(st.integers(2, 4))
+    model = data.draw(bst.smooth_models(shape, classes))
+    batch = data.draw(bst.batches(shape, classes))
+    ball = data.draw(st.one_of(bst.boxes(), bst.l2_balls()))
+    lower = ba.Targeted(ball, optimizer=optimizer, steps=3, step=data.draw(st.floats(0.01, 1.0)))
+    seed = data.draw(bst.seeds)
+    best = lower.solve(model, batch, generator=torch.Generator().manual_seed(seed))
+    every = ba.Targeted(ball, optimizer=optimizer, steps=3, step=lower.step, keep="all").solve(
+        model, batch, generator=torch.Generator().manual_seed(seed)
+    )
+    for delta, x in ((best.delta, batch.x), (every.delta, batch.repeat(classes - 1).x)):
+        torch.testing.assert_close(ball.project(delta, x), delta, rtol=0, atol=1e-9)
+
+    each = classes - 1
+    for i in range(len(batch)):
+        rows = slice(i * each, (i + 1) * each)
+        targets = every.batch.target[rows]
+        assert targets.tolist() == [j for j in range(classes) if j != batch.y[i]]
+        M = margins(model, batch.x[i] + every.delta[rows], batch.y[i].expand(each)).gather(1, targets[:, None]).squeeze(1)
+        j = M.argmax()
+        assert best.batch.target[i] == targets[j]
+        torch.testing.assert_close(best.delta[i], every.delta[rows][j])
+
+
+def test_each_class_is_the_separate_problem_of_algorithm_1():
+    """RMSprop on one class and one sample at a time gives the same perturbations as all at once."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 4)).double()
+    batch = ba.Batch(torch.rand(3, 6, dtype=torch.float64), torch.tensor([0, 3, 1]))
+    lower = ba.Targeted(ba.LinfBall(0.2), steps=5, step=0.05, keep="all")
+    together = lower.solve(model, batch, generator=torch.Generator().manual_seed(0))
+    for row, (delta, z, target) in enumerate(zip(together.delta, together.anchor, together.batch.target, strict=True)):
+        x, y = batch.x[row // 3], batch.y[row // 3]
+        eta = z.clone().requires_grad_()
+        optimizer = torch.optim.RMSprop([eta], lr=0.05)
+        for _ in range(5):
+            optimizer.zero_grad()
+            out = model((x + eta)[None])[0]
+            (-(out[target] - out[y])).backward()
+            optimizer.step()
+            with torch.no_grad():
+                eta.copy_(torch.minimum(torch.maximum(eta.clamp(-0.2, 0.2), -x), 1 - x))
+        torch.testing.assert_close(delta, eta.detach())
+
+
+@given(data=st.data())
+def test_smooth_beta_is_algorithm_3(data):
+    shape, classes = data.draw(bst.shapes(8)), data.draw(st.integers(2, 4))
+    model = data.draw(bst.smooth_models(shape, classes))
+    batch = data.draw(bst.batches(shape, classes))
+    mu = data.draw(st.floats(0.1, 5.0))
+    problem = beta.problem(epsilon=0.2, steps=2, step=0.1, smooth=True, temperature=mu)
+    step = ZeroIG().hypergradient(problem, model, batch, generator=torch.Generator().manual_seed(0))
+
+    each = classes - 1
+    eta = step.solution.delta.reshape(len(batch), each, *shape)
+    total = torch.zeros((), dtype=torch.float64)
+    for i in range(len(batch)):
+        others = [j for j in range(classes) if j != batch.y[i]]
+        terms, scores = [], []
+        for k, j in enumerate(others):
+            out = model((batch.x[i] + eta[i, k])[None])[0]
+            scores.append(mu * (out[j] - out[batch.y[i]]))
+            terms.append(F.cross_entropy(out[None], batch.y[i : i + 1]))
+        weights = torch.softmax(torch.stack(scores), 0)  # gradients go through the weights
+        total = total + (weights * torch.stack(terms)).sum() / len(batch)
+    expected = torch.autograd.grad(total, list(model.parameters()))
+    torch.testing.assert_close(step.loss, total.detach())
+    for got, want in zip(step.grads.values(), expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("smooth", [False, True])
+@pytest.mark.parametrize("solver", [ZeroIG(), HessianFreeKKT(damping=5.0), FullKKT(damping=50.0), FullKKT("cg", damping=50.0)])
+def test_every_solver_runs_both_variants(smooth, solver):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 4))
+    batch = ba.Batch(torch.rand(3, 6), torch.tensor([0, 3, 1]))
+    # steps far below ε, so that coordinates are left between the bounds
+    step = solver.backward(beta.problem(epsilon=0.1, steps=2, step=0.002, smooth=smooth), model, batch)
+    assert step.loss.isfinite()
+    assert (step.implicit_norm > 0) == (not isinstance(solver, ZeroIG))
+
+
+def test_beta_beats_the_untargeted_margin_step_for_step():
+    """More steps never make the reached margin much worse, and 20 steps beat the random start clearly."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 32), torch.nn.ReLU(), torch.nn.Linear(32, 5))
+    batch = ba.Batch(torch.rand(32, 16), torch.randint(0, 5, (32,)))
+    lower = ba.Targeted(ba.LinfBall(0.1), steps=20, step=0.02)
+    solution = lower.solve(model, batch, generator=torch.Generator().manual_seed(0))
+    reached = ba.negative_margin(model, batch, solution.delta)
+    start = ba.negative_margin(model, batch, lower.constraint.sample(batch.x, torch.Generator().manual_seed(0)))
+    assert (reached > start).all()
+
+
+def test_bad_arguments_are_named():
+    with pytest.raises(ba.InputError, match="optim 'Momentum' is not an optimiser of torch.optim"):
+        beta.problem(optim="Momentum")
+    with pytest.raises(ba.InputError, match="steps is 0"):
+        beta.problem(steps=0)
+    with pytest.raises(ba.InputError, match="temperature is 0"):
+        beta.problem(smooth=True, temperature=0.0)
