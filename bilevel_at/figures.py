@@ -61,11 +61,11 @@ def examples(model: nn.Module, images: Images, attack: Attack, path: Path, count
     figure, axes = plt.subplots(3, count, figsize=(1.1 * count + 1, 4.2), layout="constrained", squeeze=False)
     for row, (values, low, high, cmap) in enumerate(rows):
         for column in range(count):
-            pixels = values[column].cpu()
+            pixels = values[column].cpu().numpy()
             if pixels.shape[0] == 1:
                 axes[row, column].imshow(pixels[0], cmap=cmap, vmin=low, vmax=high)
             else:
-                axes[row, column].imshow(((pixels - low) / (high - low)).clamp(0, 1).permute(1, 2, 0))
+                axes[row, column].imshow(((pixels - low) / (high - low)).clip(0, 1).transpose(1, 2, 0))
             axes[row, column].set(xticks=[], yticks=[])
         axes[row, 0].set_ylabel(names[row])
     for row, answers in ((0, said[0]), (2, said[1])):

@@ -60,6 +60,13 @@ class Flag:
     type: Any
     default: Any = dataclasses.MISSING
     help: str = ""
+    otherwise: str = ""
+
+    def hint(self) -> str | Callable[[str], str]:
+        """What the help says of the default: ``otherwise`` where there is one, nothing for None."""
+        if self.otherwise:
+            return f"({self.otherwise})"
+        return "" if self.default is None else lambda default: f"(default: {default})"
 
 
 def _readable(kind: Any) -> bool:
@@ -74,6 +81,16 @@ def _readable(kind: Any) -> bool:
     if origin in (tuple, list):
         return all(a is Ellipsis or _readable(a) for a in args)
     return False
+
+
+def _metavar(kind: Any) -> str | None:
+    """NUMBER rather than {None}|NUMBER for an optional number; None where tyro's own is as good."""
+    options = [a for a in typing.get_args(kind) if a is not type(None)]
+    if type(None) not in typing.get_args(kind) or len(options) != 1:
+        return None
+    if typing.get_origin(options[0]) is Literal:
+        return "{" + ",".join(str(a) for a in typing.get_args(options[0])) + "}"
+    return {float: "NUMBER", int: "INT", str: "TEXT"}.get(options[0])
 
 
 def _help_texts(doc: str | None) -> dict[str, str]:
@@ -131,7 +148,8 @@ def parse(flags: Sequence[Flag], args: Sequence[str], prog: str, description: st
         seen.add(flag.name)
     fields = []
     for flag in sorted(flags, key=lambda f: f.default is not dataclasses.MISSING):
-        kind = Annotated[flag.type, tyro.conf.arg(help=flag.help.replace("%", "%%"))]
+        shown = tyro.conf.arg(help=flag.help.replace("%", "%%"), metavar=_metavar(flag.type), help_behavior_hint=flag.hint())
+        kind = Annotated[flag.type, shown]
         default = flag.default
         if isinstance(default, list):
             default = tuple(default)
@@ -159,16 +177,20 @@ def parse(flags: Sequence[Flag], args: Sequence[str], prog: str, description: st
 
 
 def _one_line(box: str) -> str:
-    """The first paragraph of tyro's boxed message."""
-    words = []
+    """The first paragraph of tyro's message, which it draws in a box, or between rules where the terminal is ASCII."""
+    boxed = "╭" in box
+    sections: list[list[str]] = [[]]
     for line in box.splitlines():
-        if line.lstrip().startswith("╭"):
-            continue
         text = line.strip().strip("│").strip()
-        if set(text) <= set("─╰╯"):
-            break
-        words.append(text)
-    return re.sub(r"^Error parsing (\S+):", r"\1:", " ".join(words)) or "the command line cannot be read"
+        if re.search(r"[─-]{3}", text) or set(text) <= set("╰╯"):
+            sections.append([])
+        else:
+            sections[-1].append(text)
+    said = [" ".join(section) for section in sections if section]
+    if not boxed:
+        said = said[1:]  # the title
+    line = said[0] if said else "the command line cannot be read; --help lists the flags"
+    return re.sub(r"^Error parsing (\S+):", r"\1:", line)
 
 
 def _unknown(argument: str, flags: Sequence[Flag]) -> str:
@@ -176,7 +198,7 @@ def _unknown(argument: str, flags: Sequence[Flag]) -> str:
         return f"{argument!r} is one argument too many; flags start with --"
     name = argument.split("=")[0]
     known = ["--" + f.name.replace("_", "-") for f in flags]
-    close = difflib.get_close_matches(name.replace("_", "-"), known, 1)
+    close = difflib.get_close_matches(name.replace("_", "-"), known, 1, 0.7)
     return f"{name} is not a flag here; " + (f"did you mean {close[0]}?" if close else "--help lists them")
 
 

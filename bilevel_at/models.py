@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from .data import Images
 from .errors import InputError
 
-__all__ = ["MODELS", "Normalized", "build_model", "small_cnn"]
+__all__ = ["MODELS", "Architecture", "Normalized", "build_model", "small_cnn"]
 
 
 class Normalized(nn.Module):
@@ -48,7 +49,18 @@ def small_cnn(shape: tuple[int, int, int], classes: int) -> nn.Module:
     )
 
 
-MODELS: dict[str, Callable[[tuple[int, int, int], int], nn.Module]] = {"small_cnn": small_cnn}
+@dataclass(frozen=True)
+class Architecture:
+    """A network by name. scale: whether inputs are divided by the channel's standard deviation, or only centred."""
+
+    build: Callable[[tuple[int, int, int], int], nn.Module]
+    about: str
+    scale: bool = True
+
+
+MODELS = {
+    "small_cnn": Architecture(small_cnn, "two convolutions and a hidden layer, for digits and 28×28", scale=False),
+}
 
 
 def build_model(name: str, shape: tuple[int, int, int], classes: int, train: Images | None = None) -> nn.Module:
@@ -59,8 +71,10 @@ def build_model(name: str, shape: tuple[int, int, int], classes: int, train: Ima
     """
     if name not in MODELS:
         raise InputError(f"model {name!r} is not known; choose from {', '.join(MODELS)}")
+    architecture = MODELS[name]
     mean, std = torch.zeros(shape[0]), torch.ones(shape[0])
     if train is not None:
         pixels = train[slice(0, 10_000)].float()
-        mean, std = pixels.mean((0, 2, 3)), pixels.std((0, 2, 3)).clamp(min=1e-3)
-    return Normalized(MODELS[name](shape, classes), mean, std)
+        mean = pixels.mean((0, 2, 3))
+        std = pixels.std((0, 2, 3)).clamp(min=1e-3) if architecture.scale else std
+    return Normalized(architecture.build(shape, classes), mean, std)

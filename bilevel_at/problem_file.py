@@ -65,8 +65,10 @@ class ProblemFile:
         try:
             spec.loader.exec_module(module)
         except Exception as error:
-            line = next((f.lineno for f in reversed(traceback.extract_tb(error.__traceback__)) if f.filename == str(path)), "?")
-            raise InputError(f"{path}, line {line}: {type(error).__name__}: {error}") from error
+            frames = traceback.extract_tb(error.__traceback__)
+            lines = [frame.lineno for frame in frames if Path(frame.filename).resolve() == path.resolve()]
+            where = f"{path}, line {lines[-1]}" if lines else str(path)
+            raise InputError(f"{where}: {type(error).__name__}: {error}") from error
         finally:
             sys.path.pop(0)
         return module

@@ -49,7 +49,7 @@ python -m {PROG} FILE --help lists its flags."""
 class RunOptions:
     """The flags that every problem file has.
 
-    solver: how the players are coupled; the file's own choice if not given.
+    solver: how the players are coupled: zero-ig, hessian-free-kkt or full-kkt; the file's own choice if not given.
     data: a data set by name, or an .npz with x_train, y_train, x_test, y_test.
     data_dir: where named data sets lie, as NAME.npz.
     model: network by name; "file" is the problem file's own model(shape, classes).
@@ -121,7 +121,7 @@ class Plan:
 
     def config(self, model: nn.Module, train: Images) -> dict[str, Any]:
         """``config.json``: what is needed to repeat the run."""
-        packages = ("bilevel-at", "torch", "torchvision", "numpy", "scikit-learn")
+        packages = ("bilevel-at", "torchvision", "numpy", "scikit-learn")
         return {
             "command": [PROG, *sys.argv[1:]],
             "file": str(self.file.path),
@@ -133,7 +133,7 @@ class Plan:
             "parameters": sum(p.numel() for p in model.parameters()),
             "shape": list(train.shape),
             "classes": train.classes,
-            "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}},
+            "versions": {"python": platform.python_version(), "torch": str(torch.__version__), **{name: metadata.version(name) for name in packages}},
             "machine": {"platform": platform.platform(), "threads": torch.get_num_threads()},
         }
 
@@ -158,7 +158,7 @@ def understand(args: Sequence[str]) -> Plan:
     chosen = _solver_class(file, _peek(rest, "solver"))
     taken = {f.name for f in [*own, *of_problem, *of_factory]}
     of_solver = [
-        flags.Flag(f"solver_{f.name}" if f.name in taken else f.name, f.type | None, None, f"{f.help} (default: as the solver has it)".strip())
+        flags.Flag(f"solver_{f.name}" if f.name in taken else f.name, f.type | None, None, f.help, "default: what the solver has")
         for f in flags.flags_of(chosen)
     ]
     values = flags.parse(
@@ -234,14 +234,15 @@ def _build(plan: Plan, train: Images) -> nn.Module:
     else:
         model = plan.file.make(plan.file.model, nn.Module, shape=train.shape, classes=train.classes)
     model = model.to(train.x.device)
+    name = f"{plan.file.path}'s model" if options.model == "file" else f"the model {options.model}"
     with torch.no_grad():
         try:
             out = model.eval()(train[slice(0, 2)].float())
         except (RuntimeError, ValueError, TypeError) as error:
-            raise InputError(f"the model {options.model} does not take {train.shape} images: {error}") from None
+            raise InputError(f"{name} does not take {train.shape} images: {error}") from None
     if out.shape != (2, train.classes):
         raise InputError(
-            f"the model {options.model} gives {tuple(out.shape)} for 2 images; {train.classes} classes need (2, {train.classes})"
+            f"{name} gives {tuple(out.shape)} for 2 images; {train.classes} classes need (2, {train.classes})"
         )
     return model
 

@@ -101,9 +101,10 @@ def _from_npz(path: Path) -> tuple[Images, Images]:
     if not path.is_file():
         raise InputError(f"data file {path} does not exist; --data takes a known name or an .npz file")
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise InputError(f"{path} is a single array; an .npz with {', '.join(ARRAYS)} is needed")
+        archive = np.load(path, allow_pickle=False)
+        if isinstance(archive, np.ndarray):
+            raise InputError(f"{path} is a single array; an .npz with {', '.join(ARRAYS)} is needed")
+        with archive:
             missing = [key for key in ARRAYS if key not in archive.files]
             if missing:
                 raise InputError(f"{path} has no array {', '.join(missing)}; it needs {', '.join(ARRAYS)}")

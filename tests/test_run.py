@@ -1,0 +1,360 @@
+"""The command: every problem file with every solver, a user's own file, bad input, interruption and resumption."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import bilevel_at as ba
+from bilevel_at import run as run_module
+from bilevel_at.flags import number
+
+ROOT = Path(__file__).resolve().parent.parent
+SHORT = ["--epochs", "1", "--examples", "100", "--attacks", "clean", "pgd-2-1", "--select", "pgd-2-1"]
+PROBLEMS = ["minmax", "fastat", "fastbat", "beta", "atas"]
+SOLVERS = ["zero-ig", "hessian-free-kkt", "full-kkt"]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Every test in a directory of its own, outside the checkout."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(*args):
+    assert run_module.run([str(a) for a in args]) == 0
+
+
+def complaint(*args):
+    """What the command says of a mistake; it must be one line, and nothing may have been written."""
+    before = sorted(Path().rglob("*"))
+    with pytest.raises((ba.InputError, ba.BilevelError)) as error:
+        run_module.run([str(a) for a in args])
+    assert [p for p in sorted(Path().rglob("*")) if p.name != "__pycache__" and p.suffix != ".pyc"] == before
+    line = str(error.value)
+    assert "\n" not in line and len(line) < 400
+    return line
+
+
+# --- what should work -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_every_problem_runs_with_every_solver(problem, solver):
+    run(f"problems/{problem}.py", "--solver", solver, *SHORT, "--out", "out")
+    config = json.loads(Path("out/config.json").read_text())
+    assert config["solver"]["name"].lower() == solver.replace("-", "")
+    results = json.loads(Path("out/results.json").read_text())
+    for which in ("best", "last"):
+        assert set(results[which]) == {"clean", "pgd-2-1"}
+        assert results[which]["pgd-2-1"]["n"] == 360 and results[which]["pgd-2-1"]["epsilon"] == pytest.approx(0.2)
+        assert 0 <= results[which]["pgd-2-1"]["accuracy"] <= results[which]["clean"]["accuracy"] <= 1
+
+
+def test_a_run_leaves_what_the_contract_says():
+    run("problems/fastbat.py", *SHORT[2:], "--epochs", 2, "--epsilon", "8/255", "--out", "out")
+    names = {"config.json", "metrics.jsonl", "results.json", "last.pt", "best.pt", "figures"}
+    assert {p.name for p in Path("out").iterdir()} == names
+    assert {p.name for p in Path("out/figures").iterdir()} == {"curves.png", "examples.png"}
+    metrics = [json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines()]
+    assert [m["epoch"] for m in metrics] == [1, 2]
+    assert metrics[0]["implicit_ratio"] > 0 and metrics[1]["lr"] < metrics[0]["lr"] + 0.1
+    config = json.loads(Path("out/config.json").read_text())
+    assert config["problem"]["epsilon"] == pytest.approx(8 / 255) and config["problem"]["step"] == 20
+    assert config["solver"]["ig_weight"] == pytest.approx(0.1 / 20)
+    assert config["versions"]["torch"] == torch.__version__
+
+    for which in ("best", "last"):
+        model = ba.load("out", which)
+        assert not model.training
+        assert model(torch.rand(3, 1, 8, 8)).shape == (3, 10)
+
+
+def test_solver_flags_reach_the_solver():
+    flags = ["--ig-factor", "0.2", "--damping", "3", "--curvature", "lower", "--method", "cg"]
+    plan = run_module.understand(["problems/fastbat.py", "--solver", "full-kkt", "--step", "10", *flags])
+    assert plan.solver.ig_weight == pytest.approx(0.2 / 10)
+    assert (plan.solver.damping, plan.solver.curvature, plan.solver.method) == (3.0, "lower", "cg")
+    assert run_module.understand(["problems/fastbat.py"]).options.recipe().batch_size == 64
+    cifar = run_module.understand(["problems/fastbat.py", "--data", "cifar10"])
+    assert cifar.options.recipe().lr == 0.2 and cifar.options.augment == "crop-flip"
+    assert cifar.problem.lower.step_size() == pytest.approx(5000 / 255)
+
+
+README = (ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else ""
+
+
+def readme_block(containing):
+    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
+    return next(b for b in blocks if containing in b)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_the_readme_s_custom_problem_runs(solver):
+    Path("my_problem.py").write_text(readme_block("def problem("))
+    run("my_problem.py", "--epsilon", "0.5", "--solver", solver, *SHORT, "--out", "out")
+    config = json.loads(Path("out/config.json").read_text())
+    assert config["problem"]["epsilon"] == 0.5
+
+
+def test_the_readme_s_example_runs():
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 4))
+    loader = [(torch.rand(5, 3, 2, 2), torch.randint(0, 4, (5,))) for _ in range(3)]
+    before = model[1].weight.detach().clone()
+    exec(readme_block("solver.backward"), {"model": model, "loader": loader})
+    assert not torch.equal(model[1].weight, before)
+
+
+def npz(path="data.npz", **changes):
+    g = np.random.default_rng(0)
+    arrays = {
+        "x_train": g.integers(0, 256, (60, 8, 8, 3), dtype=np.uint8),
+        "y_train": np.arange(60) % 3,
+        "x_test": g.integers(0, 256, (12, 8, 8, 3), dtype=np.uint8),
+        "y_test": np.arange(12) % 3,
+    }
+    arrays.update(changes)
+    np.savez(path, **{k: v for k, v in arrays.items() if v is not None})
+    return path
+
+
+@pytest.mark.parametrize("augment", ["none", "crop-flip"])
+def test_the_user_s_own_images(augment):
+    run("problems/atas.py", "--data", npz(), "--epochs", 2, "--augment", augment, "--attacks", "clean", "--out", "out")
+    config = json.loads(Path("out/config.json").read_text())
+    assert config["shape"] == [3, 8, 8] and config["classes"] == 3
+    x = np.zeros((60, 12, 12), dtype=np.float32)  # grey, floating point, NHW
+    run("problems/fastat.py", "--data", npz(x_train=x, x_test=x[:12]), "--epochs", 1, "--attacks", "clean", "--out", "grey")
+
+
+def test_named_data_is_found_as_an_npz():
+    Path("mine").mkdir()
+    npz("mine/cifar10.npz")
+    run("problems/fastat.py", "--data", "cifar10", "--data-dir", "mine", *SHORT[:2], *SHORT[4:], "--out", "out")
+
+
+# --- randomness, interruption ------------------------------------------------------------------------------------------
+
+
+def weights(path):
+    return torch.load(Path(path) / "last.pt", weights_only=True)["model"]
+
+
+def same(a, b):
+    return all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_the_seed_decides_everything():
+    for out, seed in (("a", 0), ("b", 0), ("c", 1)):
+        run("problems/fastbat.py", *SHORT, "--seed", seed, "--out", out)
+    assert same(weights("a"), weights("b")) and not same(weights("a"), weights("c"))
+
+
+@pytest.mark.parametrize("problem", ["fastbat", "atas"])
+def test_a_resumed_run_is_the_unbroken_one(problem, monkeypatch):
+    args = [f"problems/{problem}.py", "--epochs", "3", *SHORT[2:]]
+    run(*args, "--out", "whole")
+    epoch, seen = run_module.Trainer._train_epoch, []
+
+    def interrupted(self, number):
+        seen.append(number)
+        if number == 2:
+            raise KeyboardInterrupt
+        return epoch(self, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module.Trainer, "_train_epoch", interrupted)
+        with pytest.raises(KeyboardInterrupt, match="2 of 3 epochs are in broken; the same command with --resume goes on"):
+            run_module.run([*args, "--out", "broken"])
+    assert not Path("broken/results.json").exists()
+    run(*args, "--out", "broken", "--resume")
+    assert same(weights("whole"), weights("broken"))
+    lines = [[json.loads(line) for line in Path(p, "metrics.jsonl").read_text().splitlines()] for p in ("whole", "broken")]
+    for whole, broken in zip(*lines, strict=True):
+        assert {**whole, "seconds": 0} == {**broken, "seconds": 0}
+    run(*args, "--out", "broken", "--resume")  # nothing is left to train: it evaluates, and does not train again
+    assert same(weights("whole"), weights("broken"))
+
+
+def test_runs_do_not_overwrite_each_other():
+    run("problems/fastat.py", *SHORT)
+    run("problems/fastat.py", *SHORT)
+    assert {p.name for p in Path("runs").iterdir()} == {"fastat-digits-seed0", "fastat-digits-seed0-2"}
+    assert "already holds a run" in complaint("problems/fastat.py", *SHORT, "--out", "runs/fastat-digits-seed0")
+    line = complaint("problems/fastat.py", *SHORT, "--out", "runs/fastat-digits-seed0", "--resume", "--epsilon", "0.1")
+    assert "was started with epsilon = 0.2, and is resumed with 0.1" in line
+    assert "no run to resume in nowhere" in complaint("problems/fastat.py", *SHORT, "--out", "nowhere", "--resume")
+
+
+def test_ctrl_c_in_a_real_process():
+    command = [sys.executable, "-m", "bilevel_at.run", "problems/fastbat.py", "--out", "out", "--epochs", "500"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not Path("out/last.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert re.search(r"\d+ of 500 epochs are in out; the same command with --resume goes on", said.splitlines()[-1])
+    assert "Traceback" not in said
+
+
+# --- what should not work -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["--epsilon", "-0.1"], "epsilon is -0.1; it must be a finite number, at least 0"),
+        (["--epsilon", "8/0"], "--epsilon: '8/0' is not a number"),
+        (["--epsilon", "big"], "--epsilon: 'big' is not a number (0.03 and 8/255 are)"),
+        (["--epsilon", "nan"], "epsilon is nan"),
+        (["--step", "0"], "step is 0; it must be a positive finite number"),
+        (["--step", "-3"], "step is -3"),
+        (["--epsilom", "0.1"], "--epsilom is not a flag here; did you mean --epsilon?"),
+        (["--anchor", "middle"], "invalid choice 'middle' for argument '--anchor'"),
+        (["0.1"], "'0.1' is one argument too many"),
+        (["--solver", "newton"], "--solver 'newton' is not known; choose from zero-ig, hessian-free-kkt, full-kkt"),
+        (["--damping", "-1"], "damping is -1.0; it must be a finite number, at least 0"),
+        (["--model", "resnet"], "model 'resnet' is not known; choose from small_cnn"),
+        (["--model", "file"], "defines no model(shape, classes)"),
+        (["--data", "mnist"], "data 'mnist' is not known; choose from digits"),
+        (["--data", "cifar10"], "put cifar10.npz (arrays x_train, y_train, x_test, y_test) into data/"),
+        (["--data", "none.npz"], "data file none.npz does not exist"),
+        (["--attacks", "clean", "pgd-0-1"], "attack 'pgd-0-1' is not known"),
+        (["--device", "tpu9"], "--device tpu9 cannot be used here"),
+        (["--epochs", "0"], "--epochs is 0; it must be at least 1"),
+        (["--lr", "0"], "--lr is 0; it must be a positive number"),
+        (["--examples", "3"], "--examples is 3; it must be at least 20"),
+        (["--seed", "x"], "--seed: invalid literal for int"),
+    ],
+)
+def test_mistakes_are_one_line_and_write_nothing(args, says):
+    assert says in complaint("problems/fastbat.py", *args)
+
+
+def bad_npz():
+    images = np.zeros((60, 8, 8, 3), dtype=np.uint8)
+    yield "missing", {"y_test": None}, "has no array y_test; it needs x_train, y_train, x_test, y_test"
+    yield "pickle", {"y_train": np.array([{}] * 60, dtype=object)}, "holds pickled objects, which are never loaded"
+    yield "labels", {"y_test": np.arange(12)}, "y_test has the label 11, which y_train (0 … 2) does not have"
+    yield "negative", {"y_train": np.arange(60) % 3 - 1}, "y_train has the label -1"
+    yield "floats", {"y_train": np.arange(60) / 2}, "y_train is float64 of shape (60,); labels are a vector of integers"
+    yield "lengths", {"y_train": np.arange(50) % 3}, "x_train has 60 images and y_train 50 labels"
+    yield "range", {"x_train": images.astype(np.float32) + 7}, "x_train has values from 7 to 7; floating point images lie in [0, 1]"
+    yield "nan", {"x_train": images * np.float32("nan")}, "x_train has NaN values"
+    yield "int", {"x_train": images.astype(np.int32)}, "x_train is int32; images are uint8, or floating point in [0, 1]"
+    yield "shape", {"x_train": images.reshape(60, -1)}, "x_train has shape (60, 192); images are NHWC or NCHW"
+    yield "sizes", {"x_test": np.zeros((12, 9, 9, 3), dtype=np.uint8)}, "training images are (3, 8, 8) and test images (3, 9, 9)"
+    yield "one class", {"y_train": np.zeros(60, int), "y_test": np.zeros(12, int)}, "has one class only"
+
+
+@pytest.mark.parametrize(("changes", "says"), [pytest.param(c, s, id=i) for i, c, s in bad_npz()])
+def test_bad_data_files(changes, says):
+    assert says in complaint("problems/fastat.py", "--data", npz(**changes))
+
+
+def test_files_that_are_no_npz():
+    Path("text.npz").write_text("hello")
+    assert "text.npz" in complaint("problems/fastat.py", "--data", "text.npz")
+    np.save("one.npy", np.zeros(3))
+    Path("one.npy").rename("one.npz")
+    assert "single array" in complaint("problems/fastat.py", "--data", "one.npz")
+    Path("cut.npz").write_bytes(Path(npz()).read_bytes()[:500])
+    assert "cut.npz" in complaint("problems/fastat.py", "--data", "cut.npz")
+
+
+OWN = """
+import torch
+from bilevel_at.problems.fastat import problem
+def model(shape, classes):
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, {width}))
+"""
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ("x = 1", "defines no problem(...); it must, and return a BilevelProblem"),
+        ("import nothing_of_the_kind", "own.py, line 1: ModuleNotFoundError"),
+        ("x = 1\ndef problem(:", "own.py: SyntaxError"),
+        ("def problem(): return 3", "problem(...) returns int; it must return a BilevelProblem"),
+        ("def problem(epsilon: float = 0.1): raise ValueError('no')", "problem(...) failed: ValueError: no"),
+        ("def problem(loss: object): pass", "problem(loss) needs a type that a flag can have, or a default"),
+        ("def problem(epochs: int = 3): pass", "--epochs would mean two things"),
+        ("import bilevel_at as ba\ndef problem(): return ba.BilevelProblem(ba.UpperProblem(), ba.LowerProblem())", "the lower problem has no constraint"),
+        ("from bilevel_at.problems.fastat import problem\ndef recipe(): return 3", "recipe() returns 3; it must map data set names"),
+        (OWN.format(width=7), "own.py's model gives (2, 7) for 2 images; 10 classes need (2, 10)"),
+        (OWN.replace("64", "63").format(width=10), "own.py's model does not take (1, 8, 8) images"),
+    ],
+)
+def test_bad_problem_files(source, says):
+    Path("own.py").write_text(source)
+    assert says in complaint("own.py")
+
+
+def test_a_model_of_the_user_s_own_and_loading_it():
+    Path("own.py").write_text(OWN.format(width=10))
+    run("own.py", *SHORT, "--out", "out")
+    with pytest.raises(ba.InputError, match=r"own.py; pass one as load\(..., model=...\)"):
+        ba.load("out")
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+    assert ba.load("out", model=model)(torch.rand(2, 1, 8, 8)).shape == (2, 10)
+    with pytest.raises(ba.InputError, match="does not fit"):
+        ba.load("out", model=torch.nn.Linear(64, 10))
+
+
+def test_loading_refuses_what_is_not_a_checkpoint():
+    run("problems/fastat.py", *SHORT, "--out", "out")
+
+    class Evil:
+        def __reduce__(self):
+            return (Path("evil").touch, ())
+
+    torch.save({"model": Evil()}, "out/best.pt")
+    with pytest.raises(ba.InputError, match="not a checkpoint of tensors"):
+        ba.load("out")
+    assert not Path("evil").exists()
+    with pytest.raises(ba.InputError, match="which is 'first'"):
+        ba.load("out", "first")
+    with pytest.raises(ba.InputError, match="nowhere has no config.json"):
+        ba.load("nowhere")
+
+
+def test_a_solver_that_must_refuse_says_so_before_anything_is_written():
+    line = complaint("problems/beta.py", "--solver", "hessian-free-kkt", "--damping", "0")
+    assert "no proximal term" in line
+
+
+def test_exit_statuses_of_the_process():
+    def status(*args):
+        done = subprocess.run([sys.executable, "-m", "bilevel_at.run", *args], capture_output=True, text=True)
+        return done.returncode, done.stdout, done.stderr
+
+    code, _, said = status("problems/fastbat.py", "--epsilon", "-1")
+    assert code == 2 and "Traceback" not in said
+    assert said.splitlines()[-1] == "bilevel_at.run: epsilon is -1; it must be a finite number, at least 0 (such as 8/255)"
+    code, shown, _ = status("problems/fastbat.py", "--help")
+    assert code == 0 and "--epsilon NUMBER" in shown and "--curvature" not in shown
+    code, shown, _ = status("problems/fastbat.py", "--solver", "full-kkt", "--help")
+    assert code == 0 and "--curvature {lower,attack}" in shown
+    code, _, said = status("--epsilon", "1")
+    assert code == 2 and "the problem file comes first" in said
+
+
+def test_numbers():
+    assert number("8/255") == 8 / 255 and number("1e-3") == 1e-3
+    for text in ("8/", "/2", "1/2/3", "0x8", "1/0"):
+        with pytest.raises(ValueError, match="is not a number"):
+            number(text)
