@@ -48,17 +48,25 @@ def spread(values: Sequence[float]) -> str:
     return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}" if len(values) > 1 else f"{values[0]:.1f}"
 
 
-def document(rows: dict[str, list[dict[str, float]]], cells: dict[str, list[str]], header: list[str], seeds: int) -> str:
+def document(
+    rows: dict[str, list[dict[str, float]]], cells: dict[str, list[str]], header: list[str], seeds: int
+) -> str:
     """The page that records these figures."""
+    machine = (
+        f"{platform.machine()} CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
+        f"torch {torch.__version__}, Python {platform.python_version()}"
+    )
+    about = (
+        f"30 epochs; accuracy in %, mean ± standard deviation over seeds 0–{seeds - 1}. Epoch time is that of training "
+        "one epoch and of the look at the held-out digits, as a multiple of standard training's, by medians."
+    )
     lines = [
         "# The methods on the embedded digits",
         "",
-        f"`python benchmarks/digits.py --seeds {seeds}`, {datetime.date.today().isoformat()}, {platform.machine()} CPU, "
-        f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}.",
+        f"`python benchmarks/digits.py --seeds {seeds}`, {datetime.date.today().isoformat()}, {machine}.",
         "",
-        "ε = 0.2 in ℓ∞; 1,293 training digits, 144 held out to pick the best epoch (by PGD-20-1), 360 test digits; "
-        f"30 epochs; accuracy in %, mean ± standard deviation over seeds 0–{seeds - 1}. Epoch time is that of training one "
-        "epoch and of the look at the held-out digits, as a multiple of standard training's, medians of one process.",
+        f"ε = 0.2 in ℓ∞; 1,293 training digits, 144 held out to pick the best epoch (by PGD-20-1), 360 test digits;"
+        f" {about}",
         "",
         "| " + " | ".join(header) + " |",
         "|" + "---|" * len(header),
@@ -66,14 +74,19 @@ def document(rows: dict[str, list[dict[str, float]]], cells: dict[str, list[str]
     ]
     if {"fastbat", "fastat"} <= rows.keys():
         for which in ("best", "last"):
-            gaps = [a[f"{which} pgd-50-10"] - b[f"{which} pgd-50-10"] for a, b in zip(rows["fastbat"], rows["fastat"], strict=True)]
+            gaps = [
+                a[f"{which} pgd-50-10"] - b[f"{which} pgd-50-10"]
+                for a, b in zip(rows["fastbat"], rows["fastat"], strict=True)
+            ]
             lines += ["", f"Fast-BAT above Fast-AT in PGD-50-10, {which} epoch, seed by seed: {spread(gaps)} points."]
         implicit = statistics.mean(row["implicit"] for row in rows["fastbat"])
         lines += ["", f"Fast-BAT's implicit term was {implicit:.1e} of the norm of ∇_θ f, the mean over all steps."]
     return "\n".join(lines) + "\n"
 
 
-def benchmark(seeds: int = 5, methods: tuple[str, ...] = METHODS, folder: str = "runs/bench-digits", write: str | None = None) -> None:
+def benchmark(
+    seeds: int = 5, methods: tuple[str, ...] = METHODS, folder: str = "runs/bench-digits", write: str | None = None
+) -> None:
     """Compare methods on the digits.
 
     Args:
@@ -105,7 +118,9 @@ def benchmark(seeds: int = 5, methods: tuple[str, ...] = METHODS, folder: str = 
 
 
 def command(args: Sequence[str]) -> int:
-    benchmark(**flags.parse(flags.flags_of(benchmark), args, "python benchmarks/digits.py", "Compare methods on the digits."))
+    benchmark(
+        **flags.parse(flags.flags_of(benchmark), args, "python benchmarks/digits.py", "Compare methods on the digits.")
+    )
     return 0
 
 

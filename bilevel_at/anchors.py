@@ -29,9 +29,7 @@ AnchorName = Literal["zero", "uniform", "corner", "sign-step", "gradient-step", 
 class Anchor:
     """Base class of the policies. Stateless ones need only :meth:`draw`."""
 
-    def draw(
-        self, lower: LowerProblem, model: nn.Module, batch: Batch, generator: torch.Generator | None
-    ) -> Tensor:
+    def draw(self, lower: LowerProblem, model: nn.Module, batch: Batch, generator: torch.Generator | None) -> Tensor:
         """z ``[B, ...]``, detached and in C(x)."""
         raise NotImplementedError(f"{type(self).__name__} does not define draw(lower, model, batch, generator)")
 
@@ -52,9 +50,7 @@ class Anchor:
 class Zero(Anchor):
     """z = 0 (FGSM)."""
 
-    def draw(
-        self, lower: LowerProblem, model: nn.Module, batch: Batch, generator: torch.Generator | None
-    ) -> Tensor:
+    def draw(self, lower: LowerProblem, model: nn.Module, batch: Batch, generator: torch.Generator | None) -> Tensor:
         return torch.zeros_like(batch.x)
 
 
@@ -62,9 +58,7 @@ class Zero(Anchor):
 class Uniform(Anchor):
     """z ~ U(C(x)) (FGSM-RS; BETA, Algorithm 1)."""
 
-    def draw(
-        self, lower: LowerProblem, model: nn.Module, batch: Batch, generator: torch.Generator | None
-    ) -> Tensor:
+    def draw(self, lower: LowerProblem, model: nn.Module, batch: Batch, generator: torch.Generator | None) -> Tensor:
         return lower.constraint.sample(batch.x, generator)
 
 
@@ -72,9 +66,7 @@ class Uniform(Anchor):
 class Corner(Anchor):
     """z a random corner of the ℓ∞ ball, {−ε, ε}^d cut to the input range (Fast-BAT, Table A4)."""
 
-    def draw(
-        self, lower: LowerProblem, model: nn.Module, batch: Batch, generator: torch.Generator | None
-    ) -> Tensor:
+    def draw(self, lower: LowerProblem, model: nn.Module, batch: Batch, generator: torch.Generator | None) -> Tensor:
         return lower.constraint.corner(batch.x, generator)
 
 
@@ -98,9 +90,7 @@ class Steps(Anchor):
         if self.count < 0:
             raise InputError(f"count is {self.count}; a number of steps is at least 0")
 
-    def draw(
-        self, lower: LowerProblem, model: nn.Module, batch: Batch, generator: torch.Generator | None
-    ) -> Tensor:
+    def draw(self, lower: LowerProblem, model: nn.Module, batch: Batch, generator: torch.Generator | None) -> Tensor:
         assert isinstance(self.start, Anchor) and isinstance(self.direction, Direction)
         step = lower.step_size() if self.step is None else self.step
         if step is None:
@@ -140,9 +130,7 @@ class Remembered(Anchor):
     reset_every: int = 0
     memory: SampleMemory = field(default_factory=SampleMemory, repr=False)
 
-    def draw(
-        self, lower: LowerProblem, model: nn.Module, batch: Batch, generator: torch.Generator | None
-    ) -> Tensor:
+    def draw(self, lower: LowerProblem, model: nn.Module, batch: Batch, generator: torch.Generator | None) -> Tensor:
         like = batch.x if batch.view is None else batch.view.pad(batch.x)
         canvas = self.memory.read(batch, lower.constraint.unbounded().sample(like, generator))
         if batch.view is not None:

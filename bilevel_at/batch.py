@@ -68,6 +68,9 @@ class CropFlip:
         canvas[b, :, i, j] = window.permute(0, 2, 3, 1)
         return canvas
 
+    def to(self, device: torch.device | str) -> CropFlip:
+        return CropFlip(self.top.to(device), self.left.to(device), self.flip.to(device), self.padding)
+
     def __getitem__(self, rows: Any) -> CropFlip:
         return CropFlip(self.top[rows], self.left[rows], self.flip[rows], self.padding)
 
@@ -103,16 +106,15 @@ class Batch:
 
     def __getitem__(self, rows: Any) -> Batch:
         """The examples at ``rows`` (a slice, mask or index tensor), every field with them."""
-        taken = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Batch(**{name: None if value is None else value[rows] for name, value in taken.items()})
+        held = ((f.name, getattr(self, f.name)) for f in fields(self))
+        taken: dict[str, Any] = {name: None if value is None else value[rows] for name, value in held}
+        return Batch(**taken)
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch with its tensors on ``device``."""
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        if self.view is not None:
-            v = self.view
-            moved["view"] = CropFlip(v.top.to(device), v.left.to(device), v.flip.to(device), v.padding)
-        return Batch(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in moved.items()})
+        held = ((f.name, getattr(self, f.name)) for f in fields(self))
+        moved: dict[str, Any] = {name: None if value is None else value.to(device) for name, value in held}
+        return Batch(**moved)
 
     def aimed_at(self, target: Tensor) -> Batch:
         """The batch with a target class per example."""

@@ -74,12 +74,17 @@ class Constraint:
         raise NotImplementedError(f"{type(self).__name__} does not define active(delta, x, gradient)")
 
     def strict_complementarity(self, delta: Tensor, x: Tensor, gradient: Tensor) -> Tensor:
-        """How far δ* is from degenerate activity, ``[B]``: the least slack or multiplier. At 0, dδ*/dθ does not exist."""
+        """How far δ* is from degenerate activity, ``[B]``: the least slack or multiplier.
+
+        At 0, dδ*/dθ does not exist.
+        """
         raise NotImplementedError(f"{type(self).__name__} does not define strict_complementarity")
 
     def attack_step(self) -> tuple[str, float]:
         """(direction of steepest descent, radius): how standard attacks move here, in steps of parts of the radius."""
-        raise InputError(f"{type(self).__name__} does not define attack_step(); it needs one to be attacked with FGSM or PGD")
+        raise InputError(
+            f"{type(self).__name__} does not define attack_step(); it needs one to be attacked with FGSM or PGD"
+        )
 
     def unbounded(self) -> Constraint:
         """The same set without the input range: what perturbations of unseen pixels are drawn from."""

@@ -39,7 +39,7 @@ def curves(metrics: list[dict[str, Any]], path: Path, title: str) -> None:
     right.axvline(best, color=GREY, linewidth=0.8)
     right.annotate(f"best: {best}", (best, 2), xytext=(-3, 0), textcoords="offset points", ha="right", color=GREY)
     right.set(xlabel="epoch", ylabel="held-out accuracy (%)", ylim=(0, 102))
-    right.legend(loc="center right", frameon=False)
+    right.legend(loc="lower center", frameon=False)
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -50,7 +50,7 @@ def examples(model: nn.Module, images: Images, attack: Attack, path: Path, count
     if attack.lower is None:
         return
     count = min(count, len(images))
-    batch = Batch(images[slice(0, count)].float(), images.y[:count])
+    batch = Batch(images[slice(0, count)].pixels(), images.y[:count])
     generator = torch.Generator(images.x.device).manual_seed(0)
     delta = attack.lower.solve(model, batch, generator=generator).delta
     with attack_mode(model, "eval"), torch.no_grad():
@@ -71,7 +71,9 @@ def examples(model: nn.Module, images: Images, attack: Attack, path: Path, count
     for row, answers in ((0, said[0]), (2, said[1])):
         for column, answer in enumerate(answers):
             right = answer == int(batch.y[column])
-            axes[row, column].set_title(f"says {answer}" + ("" if right else " ✗"), fontsize=9, color="black" if right else ORANGE)
+            axes[row, column].set_title(
+                f"says {answer}" + ("" if right else " ✗"), fontsize=9, color="black" if right else ORANGE
+            )
     figure.suptitle(f"{attack.name.upper()} at ε = {attack.epsilon:.3g}; ✗ marks a wrong answer", fontsize=10)
     figure.savefig(path, dpi=120)
     plt.close(figure)

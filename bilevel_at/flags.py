@@ -109,7 +109,9 @@ def _help_texts(doc: str | None) -> dict[str, str]:
     return texts
 
 
-def flags_of(function: Callable[..., Any], defaults: Mapping[str, Any] | None = None, skip: Iterable[str] = ()) -> list[Flag]:
+def flags_of(
+    function: Callable[..., Any], defaults: Mapping[str, Any] | None = None, skip: Iterable[str] = ()
+) -> list[Flag]:
     """The flags that a function's (or a dataclass's) typed keyword arguments become.
 
     ``defaults`` replaces default values. An argument whose type no command line can express keeps its default and is
@@ -118,7 +120,7 @@ def flags_of(function: Callable[..., Any], defaults: Mapping[str, Any] | None = 
     defaults = dict(defaults or {})
     texts = _help_texts(function.__doc__)
     try:
-        hints = typing.get_type_hints(function.__init__ if isinstance(function, type) else function)
+        hints = typing.get_type_hints(function)
     except NameError as error:
         raise InputError(f"{function.__name__}(...) has a type that cannot be read: {error}") from None
     flags = []
@@ -139,22 +141,29 @@ def flags_of(function: Callable[..., Any], defaults: Mapping[str, Any] | None = 
     return flags
 
 
-def parse(flags: Sequence[Flag], args: Sequence[str], prog: str, description: str, positional: str = "") -> dict[str, Any]:
+def parse(
+    flags: Sequence[Flag], args: Sequence[str], prog: str, description: str, positional: str = ""
+) -> dict[str, Any]:
     """Values by flag name. Prints help and exits 0 for ``--help``; raises :class:`InputError` for a mistake."""
     seen: set[str] = set()
     for flag in flags:
         if flag.name in seen:
-            raise InputError(f"--{flag.name.replace('_', '-')} would mean two things: rename that argument of the problem file")
+            raise InputError(
+                f"--{flag.name.replace('_', '-')} would mean two things: rename that argument of the problem file"
+            )
         seen.add(flag.name)
     fields = []
     for flag in sorted(flags, key=lambda f: f.default is not dataclasses.MISSING):
-        shown = tyro.conf.arg(help=flag.help.replace("%", "%%"), metavar=_metavar(flag.type), help_behavior_hint=flag.hint())
-        kind = Annotated[flag.type, shown]
+        shown = tyro.conf.arg(
+            help=flag.help.replace("%", "%%"), metavar=_metavar(flag.type), help_behavior_hint=flag.hint()
+        )
+        kind: Any = Annotated[flag.type, shown]
         default = flag.default
         if isinstance(default, list):
             default = tuple(default)
         fields.append((flag.name, kind, dataclasses.field(default=default)))
     options = dataclasses.make_dataclass("Options", fields)
+    parsed: Any
     heard, said = io.StringIO(), io.StringIO()
     try:
         with contextlib.redirect_stderr(heard), contextlib.redirect_stdout(said):

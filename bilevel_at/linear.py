@@ -1,8 +1,9 @@
-"""Hessians of the lower level in δ: dense per sample, or as products; and conjugate gradients on the free directions."""
+"""Hessians of the lower level in δ, dense per sample or as products, and conjugate gradients on free directions."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,9 +22,9 @@ def dense_hessian(part: Part, solution: Solution) -> Tensor:
     """∇²_δδ of ``part`` at δ* for every sample, ``[B, d, d]``, by torch.func (forward over reverse, vmapped)."""
     batch, delta = solution.batch, solution.delta.detach()
     shape, d = delta.shape[1:], delta[0].numel()
-    extra = {k: v for k, v in (("index", batch.index), ("target", batch.target)) if v is not None}
+    extra: dict[str, Any] = {k: v for k, v in (("index", batch.index), ("target", batch.target)) if v is not None}
 
-    def one(flat: Tensor, x: Tensor, y: Tensor, z: Tensor, more: dict[str, Tensor]) -> Tensor:
+    def one(flat: Tensor, x: Tensor, y: Tensor, z: Tensor, more: dict[str, Any]) -> Tensor:
         single = Batch(x[None], y[None], **{k: v[None] for k, v in more.items()})
         return part(single, flat.reshape(1, *shape), z[None])[0]
 
@@ -49,9 +50,7 @@ class CurvatureOperator:
     def __call__(self, p: Tensor) -> Tensor:
         product: Tensor | None = None
         if self.gradient.requires_grad:
-            (product,) = torch.autograd.grad(
-                self.gradient, self.delta, p, retain_graph=True, allow_unused=True
-            )
+            (product,) = torch.autograd.grad(self.gradient, self.delta, p, retain_graph=True, allow_unused=True)
         scaled = per_sample(self.diagonal, p) * p
         return self.active.tangent(scaled if product is None else product + scaled)
 

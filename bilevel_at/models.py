@@ -74,7 +74,7 @@ def build_model(name: str, shape: tuple[int, int, int], classes: int, train: Ima
     architecture = MODELS[name]
     mean, std = torch.zeros(shape[0]), torch.ones(shape[0])
     if train is not None:
-        pixels = train[slice(0, 10_000)].float()
+        pixels = train[slice(0, 10_000)].pixels()
         mean = pixels.mean((0, 2, 3))
         std = pixels.std((0, 2, 3)).clamp(min=1e-3) if architecture.scale else std
     return Normalized(architecture.build(shape, classes), mean, std)

@@ -77,7 +77,9 @@ class ProblemFile:
         """The file's recipe for this data set, else the default one, with only what ``problem`` takes."""
         stated: Any = self.module.recipe() if hasattr(self.module, "recipe") else {}
         if not isinstance(stated, Mapping) or not all(isinstance(r, Recipe) for r in stated.values()):
-            raise InputError(f"{self.path}: recipe() returns {stated!r}; it must map data set names to bilevel_at.train.Recipe")
+            raise InputError(
+                f"{self.path}: recipe() returns {stated!r}; it must map data set names to bilevel_at.train.Recipe"
+            )
         if data in stated:
             found: Recipe = stated[data]
             return found
@@ -93,7 +95,11 @@ class ProblemFile:
         except (ValueError, TypeError) as error:
             if isinstance(error, InputError):
                 raise
-            raise InputError(f"{self.path}: {function.__name__}(...) failed: {type(error).__name__}: {error}") from error
+            raise InputError(
+                f"{self.path}: {function.__name__}(...) failed: {type(error).__name__}: {error}"
+            ) from error
         if not isinstance(made, kind):
-            raise InputError(f"{self.path}: {function.__name__}(...) returns {type(made).__name__}; it must return a {kind.__name__}")
+            raise InputError(
+                f"{self.path}: {function.__name__}(...) returns {type(made).__name__}; it must return a {kind.__name__}"
+            )
         return made

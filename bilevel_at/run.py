@@ -7,256 +7,27 @@ The file's ``problem(...)``, and its ``solver(...)`` if there is one, give flags
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-import inspect
-import platform
+import functools
+import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.status import Status
 from rich.table import Table
-from torch import nn
 
 from . import figures, flags
-from .batch import Batch
 from .data import Images, load_data
-from .data.loader import Augment
 from .errors import BilevelError, InputError
 from .evaluate import Attack, Score, attack_from_name, evaluate
-from .models import build_model
-from .problem import BilevelProblem
-from .problem_file import ProblemFile
-from .solver import Solver
-from .solvers import SOLVERS, SolverName
-from .train import Epoch, Recipe, RunDir, Trainer
-from .train.recipe import Schedule
+from .plan import PROG, Plan, build, probe, resolve_device, understand
+from .train import Epoch, RunDir, Trainer
 
-PROG = "bilevel_at.run"
-USAGE = f"""usage: python -m {PROG} FILE [flags]
-
-FILE defines problem(...): problems/fastbat.py, fastat.py, minmax.py, beta.py, atas.py, or your own.
-python -m {PROG} FILE --help lists its flags."""
-
-
-@dataclass
-class RunOptions:
-    """The flags that every problem file has.
-
-    solver: how the players are coupled: zero-ig, hessian-free-kkt or full-kkt; the file's own choice if not given.
-    data: a data set by name, or an .npz with x_train, y_train, x_test, y_test.
-    data_dir: where named data sets lie, as NAME.npz.
-    model: network by name; "file" is the problem file's own model(shape, classes).
-    epochs: passes over the training set.
-    batch_size: examples in a step.
-    lr: peak learning rate.
-    schedule: its course over training.
-    milestones: epochs after which "multistep" divides it by 10.
-    momentum: of SGD.
-    weight_decay: of SGD.
-    augment: random crop (padding 4) and flip, or none.
-    examples: train on this many examples only.
-    attacks: what the final table shows, on the test set: clean, fgsm, pgd-STEPS-RESTARTS.
-    select: the attack on the held-out tenth that picks the best epoch.
-    device: cpu, cuda, or auto for a GPU where there is one.
-    precision: float32, or bfloat16 for autocast; auto is float32.
-    seed: of the weights, the order of the data, and every draw.
-    out: run directory; runs/FILE-DATA-seedN if not given.
-    resume: go on with the run that is there.
-    """
-
-    solver: SolverName | None = None
-    data: str = "digits"
-    data_dir: str = "data"
-    model: str = "small_cnn"
-    epochs: int = 30
-    batch_size: int = 128
-    lr: float = 0.1
-    schedule: Schedule = "linear"
-    milestones: tuple[int, ...] = ()
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    augment: Augment = "none"
-    examples: int | None = None
-    attacks: tuple[str, ...] = ("clean", "fgsm", "pgd-50-10")
-    select: str = "pgd-20-1"
-    device: str = "auto"
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    seed: int = 0
-    out: str | None = None
-    resume: bool = False
-
-    def __post_init__(self) -> None:
-        for name, least in (("epochs", 1), ("batch_size", 1), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least {least}")
-        if not 0 < self.lr < float("inf"):
-            raise InputError(f"--lr is {self.lr:g}; it must be a positive number")
-        for name in ("momentum", "weight_decay"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name):g}; it must be at least 0")
-        if self.examples is not None and self.examples < 20:
-            raise InputError(f"--examples is {self.examples}; it must be at least 20, a tenth of which is held out")
-
-    def recipe(self) -> Recipe:
-        names = {f.name for f in dataclasses.fields(Recipe)} & {f.name for f in dataclasses.fields(self)}
-        return Recipe(**{name: getattr(self, name) for name in names})
-
-
-@dataclass
-class Plan:
-    """A command line, understood: everything a run needs, before anything is written."""
-
-    file: ProblemFile
-    options: RunOptions
-    problem: BilevelProblem
-    solver: Solver
-    problem_arguments: dict[str, Any]
-
-    def config(self, model: nn.Module, train: Images) -> dict[str, Any]:
-        """``config.json``: what is needed to repeat the run."""
-        packages = ("bilevel-at", "torchvision", "numpy", "scikit-learn")
-        return {
-            "command": [PROG, *sys.argv[1:]],
-            "file": str(self.file.path),
-            "file_sha256": self.file.sha256,
-            "problem": self.problem_arguments,
-            "solver": {"name": type(self.solver).__name__, **vars(self.solver)},
-            "options": {k: v for k, v in vars(self.options).items() if k not in ("out", "resume")},
-            "model": self.options.model,
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "shape": list(train.shape),
-            "classes": train.classes,
-            "versions": {"python": platform.python_version(), "torch": str(torch.__version__), **{name: metadata.version(name) for name in packages}},
-            "machine": {"platform": platform.platform(), "threads": torch.get_num_threads()},
-        }
-
-
-def understand(args: Sequence[str]) -> Plan:
-    """Read the command line. Raises :class:`InputError` for whatever is wrong in it."""
-    if not args or args[0] in ("-h", "--help"):
-        print(USAGE)
-        raise SystemExit(0)
-    if args[0].startswith("-"):
-        raise InputError(f"the problem file comes first: python -m {PROG} FILE {' '.join(args[:2])}")
-    file, rest = ProblemFile(args[0]), list(args[1:])
-
-    recipe = file.recipe(_peek(rest, "data") or "digits")
-    settings = {f.name: getattr(recipe, f.name) for f in dataclasses.fields(recipe) if f.name != "problem"}
-    if file.model is not None:
-        settings["model"] = "file"
-    own = flags.flags_of(RunOptions, settings)
-    of_problem = flags.flags_of(file.problem, recipe.problem)
-    shared = [f.name for f in of_problem]
-    of_factory = flags.flags_of(file.solver, skip=["name", *shared]) if file.solver else []
-    chosen = _solver_class(file, _peek(rest, "solver"))
-    taken = {f.name for f in [*own, *of_problem, *of_factory]}
-    of_solver = [
-        flags.Flag(f"solver_{f.name}" if f.name in taken else f.name, f.type | None, None, f.help, "default: what the solver has")
-        for f in flags.flags_of(chosen)
-    ]
-    values = flags.parse(
-        [*of_problem, *of_factory, *of_solver, *own],
-        rest,
-        f"python -m {PROG}",
-        (file.module.__doc__ or "").strip().split("\n")[0],
-        positional=str(args[0]),
-    )
-
-    def take(names: Sequence[str]) -> dict[str, Any]:
-        return {name: values[name] for name in names}
-
-    options = RunOptions(**take([f.name for f in own]))
-    problem_arguments = take(shared)
-    problem = file.make(file.problem, BilevelProblem, **problem_arguments)
-    solver = _make_solver(file, options.solver, chosen, values)
-    given = {f.name.removeprefix("solver_") if f.name not in chosen.__dataclass_fields__ else f.name: values[f.name] for f in of_solver}
-    given = {name: value for name, value in given.items() if value is not None}
-    solver = dataclasses.replace(solver, **given) if given else solver
-    return Plan(file, options, problem, solver, problem_arguments)
-
-
-def _peek(args: Sequence[str], name: str) -> str | None:
-    """The value of a flag, before the flags that depend on it are known."""
-    for i, argument in enumerate(args):
-        if argument.startswith(f"--{name}="):
-            return argument.split("=", 1)[1]
-        if argument == f"--{name}" and i + 1 < len(args):
-            return args[i + 1]
-    return None
-
-
-def _solver_class(file: ProblemFile, name: str | None) -> type[Any]:
-    if name in SOLVERS:
-        return SOLVERS[name]
-    if name is not None:
-        raise InputError(f"--solver {name!r} is not known; choose from {', '.join(SOLVERS)}")
-    return type(file.make(file.solver, Solver)) if file.solver else SOLVERS["zero-ig"]
-
-
-def _make_solver(file: ProblemFile, name: str | None, chosen: type[Any], values: dict[str, Any]) -> Any:
-    """The file's solver; where it does not know ``name``, one of that class with what they have in common."""
-    if file.solver is None:
-        return chosen()
-    parameters = inspect.signature(file.solver).parameters
-    arguments = {p: values[p] for p in parameters if p != "name" and p in values}
-    if name is not None and "name" in parameters:
-        arguments["name"] = name
-    solver = file.make(file.solver, Solver, **arguments)
-    return solver if isinstance(solver, chosen) else chosen()
-
-
-def resolve_device(name: str) -> torch.device:
-    """cpu, cuda, cuda:N, mps; auto is a GPU where there is one."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from None
-    return device
-
-
-def _build(plan: Plan, train: Images) -> nn.Module:
-    options = plan.options
-    torch.manual_seed(options.seed)
-    if options.model != "file":
-        model = build_model(options.model, train.shape, train.classes, train)
-    elif plan.file.model is None:
-        raise InputError(f"--model file, but {plan.file.path} defines no model(shape, classes)")
-    else:
-        model = plan.file.make(plan.file.model, nn.Module, shape=train.shape, classes=train.classes)
-    model = model.to(train.x.device)
-    name = f"{plan.file.path}'s model" if options.model == "file" else f"the model {options.model}"
-    with torch.no_grad():
-        try:
-            out = model.eval()(train[slice(0, 2)].float())
-        except (RuntimeError, ValueError, TypeError) as error:
-            raise InputError(f"{name} does not take {train.shape} images: {error}") from None
-    if out.shape != (2, train.classes):
-        raise InputError(
-            f"{name} gives {tuple(out.shape)} for 2 images; {train.classes} classes need (2, {train.classes})"
-        )
-    return model
-
-
-def _probe(plan: Plan, model: nn.Module, train: Images) -> None:
-    """One hypergradient on copies, so that what cannot work is said before anything is written."""
-    few = train[slice(0, 4)]
-    batch = Batch(few.float(), few.y, torch.arange(len(few), device=few.x.device))
-    problem, model = copy.deepcopy(plan.problem), copy.deepcopy(model).train()
-    generator = torch.Generator(few.x.device).manual_seed(0)
-    try:
-        plan.solver.hypergradient(problem, model, batch, generator=generator)
-    except (AttributeError, TypeError, NotImplementedError) as error:
-        raise InputError(f"{plan.file.path}: its problem cannot be solved: {type(error).__name__}: {error}") from error
+__all__ = ["run"]
 
 
 def _run_dir(plan: Plan) -> RunDir:
@@ -286,15 +57,15 @@ def _resume(run: RunDir, config: dict[str, Any], trainer: Trainer, device: torch
         for key in sorted({*before[section], *now[section]}):
             old, new = before[section].get(key), now[section].get(key)
             if old != new and key not in ("device", "attacks", "data_dir"):
-                raise InputError(f"{run} was started with {key} = {old}, and is resumed with {new}; give the same flags")
+                raise InputError(
+                    f"{run} was started with {key} = {old}, and is resumed with {new}; give the same flags"
+                )
     if (run.path / "last.pt").exists():
         trainer.load_state_dict(run.restore("last.pt", device))
     run.metrics(epochs=trainer.done)
 
 
 def _plain(config: dict[str, Any]) -> dict[str, Any]:
-    import json
-
     plain: dict[str, Any] = json.loads(json.dumps(config, default=str))
     return plain
 
@@ -303,7 +74,13 @@ def _train(trainer: Trainer, run: RunDir, console: Console) -> None:
     """Every epoch: a line of metrics, ``last.pt``, and ``best.pt`` where it is the best so far."""
     done = run.metrics()
     best = max((_rank(line) for line in done), default=None)
-    columns = (TextColumn("epoch"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[said]}"), TimeElapsedColumn())
+    columns = (
+        TextColumn("epoch"),
+        MofNCompleteColumn(),
+        BarColumn(),
+        TextColumn("{task.fields[said]}"),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("train", total=trainer.recipe.epochs, completed=trainer.done, said="")
         for epoch in trainer.epochs():
@@ -326,14 +103,23 @@ def _say(epoch: Epoch) -> str:
     return f"loss {epoch.loss:.3f}  held-out clean {epoch.clean:.1%}  {epoch.attack} {epoch.robust:.1%}"
 
 
-def _evaluate(trainer: Trainer, run: RunDir, test: Images, attacks: Sequence[Attack], console: Console) -> dict[str, dict[str, Score]]:
+def _announce(status: Status, which: str, attack: str) -> None:
+    status.update(f"{which} epoch: {attack}")
+
+
+def _evaluate(
+    trainer: Trainer, run: RunDir, test: Images, attacks: Sequence[Attack], console: Console
+) -> dict[str, dict[str, Score]]:
     """Best and last epoch on the test set, into ``results.json``."""
     scores: dict[str, dict[str, Score]] = {}
     with console.status("evaluating") as status:
         for which in ("best", "last"):
             trainer.model.load_state_dict(run.restore(f"{which}.pt", test.x.device)["model"])
             scores[which] = evaluate(
-                trainer.model, test, attacks, progress=lambda name, which=which: status.update(f"{which} epoch: {name}")  # type: ignore[misc]
+                trainer.model,
+                test,
+                attacks,
+                progress=functools.partial(_announce, status, which),
             )
     run.write_json("results.json", {w: {name: s.asdict() for name, s in row.items()} for w, row in scores.items()})
     return scores
@@ -365,8 +151,8 @@ def run(args: Sequence[str]) -> int:
         train = train.split(1 - min(1.0, options.examples / len(train)))[0] if options.examples < len(train) else train
     train, held_out = (part.to(device) for part in train.split(0.1))
     test = test.to(device)
-    model = _build(plan, train)
-    _probe(plan, model, train)
+    model = build(plan, train)
+    probe(plan, model, train)
 
     run_dir = _run_dir(plan)
     config = plan.config(model, train)
@@ -379,7 +165,7 @@ def run(args: Sequence[str]) -> int:
     else:
         run_dir.write_json("config.json", config)
     console.print(
-        f"{plan.file.path.stem} with {type(plan.solver).__name__}, ε = {constraint.attack_step()[1]:.4g}, on {options.data}: "
+        f"{plan.file.path.stem} with {type(plan.solver).__name__}, ε = {select.epsilon:.4g}, on {options.data}: "
         f"{len(train)} training, {len(held_out)} held-out, {len(test)} test images; {options.model} on {device}",
         highlight=False,
     )
@@ -393,7 +179,9 @@ def run(args: Sequence[str]) -> int:
             f"{trainer.done} of {options.epochs} epochs are in {run_dir}; the same command with{where}{again} goes on"
         ) from None
     except BilevelError as error:
-        raise BilevelError(f"{error} (epoch {trainer.done + 1}; what was done is in {run_dir})", error.samples) from error
+        raise BilevelError(
+            f"{error} (epoch {trainer.done + 1}; what was done is in {run_dir})", error.samples
+        ) from error
 
     metrics = run_dir.metrics()
     best = max(metrics, key=_rank)["epoch"]

@@ -9,6 +9,7 @@ that the active constraints leave free, with v = ∇_δ f and H = ∇²_δδ g. 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -45,7 +46,7 @@ class Hypergradient:
 class Solver:
     """Couples the two players. A subclass defines :meth:`adjoint` and is used like a loss:
 
-        opt.zero_grad(); step = solver.backward(problem, model, batch); opt.step()
+    opt.zero_grad(); step = solver.backward(problem, model, batch); opt.step()
     """
 
     implicit: ClassVar[bool] = True
@@ -128,7 +129,7 @@ class Solver:
             )
         objective = losses.mean()
         inputs = [*parameters, delta] if couples else parameters
-        grads = list(torch.autograd.grad(objective * scale, inputs, allow_unused=True))
+        grads: list[Tensor | None] = list(torch.autograd.grad(objective * scale, inputs, allow_unused=True))
         v = grads.pop() if couples else None
         solution.delta = delta.detach()
 
@@ -177,8 +178,10 @@ def scalar_adjoint(diagonal: Tensor, active: ActiveSet, v: Tensor) -> Tensor:
     return active.tangent(v) / per_sample(diagonal, v)
 
 
-def _norm(tensors: list[Tensor | None] | tuple[Tensor | None, ...], like: Tensor) -> Tensor:
-    norms = [t.detach().float().norm() if t.dtype != torch.float64 else t.detach().norm() for t in tensors if t is not None]
+def _norm(tensors: Sequence[Tensor | None], like: Tensor) -> Tensor:
+    norms = [
+        t.detach().float().norm() if t.dtype != torch.float64 else t.detach().norm() for t in tensors if t is not None
+    ]
     return torch.stack(norms).norm() if norms else torch.zeros_like(like.detach())
 
 

@@ -75,7 +75,9 @@ class Adaptive(Step):
         if not 0 <= self.beta < 1:
             raise InputError(f"beta is {self.beta:g}; it must be in [0, 1)")
         if not 0 <= self.low <= self.high:
-            raise InputError(f"steps are clipped to {self.low:g} … {self.high:g}; that range must be in order and at least 0")
+            raise InputError(
+                f"steps are clipped to {self.low:g} … {self.high:g}; that range must be in order and at least 0"
+            )
 
     def size(self, batch: Batch, gradient: Tensor, remember: bool = True) -> Tensor | float:
         square = gradient.flatten(1).square().sum(1)

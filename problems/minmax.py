@@ -18,7 +18,9 @@ from bilevel_at.solvers import ZeroIG
 from bilevel_at.train import Recipe
 
 
-def problem(epsilon: float = 8 / 255, steps: int = 10, step: float = 2 / 255, mode: Mode = "train") -> ba.BilevelProblem:
+def problem(
+    epsilon: float = 8 / 255, steps: int = 10, step: float = 2 / 255, mode: Mode = "train"
+) -> ba.BilevelProblem:
     """K-step PGD on the cross-entropy in an ℓ∞ ball.
 
     Args:

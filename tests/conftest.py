@@ -1,4 +1,4 @@
-"""Hypothesis profiles: ``ci`` is derandomised and the default; ``pytest --hypothesis-profile thorough`` looks further."""
+"""Hypothesis profiles: ``ci``, derandomised, is the default; ``pytest --hypothesis-profile thorough`` looks further."""
 
 from __future__ import annotations
 

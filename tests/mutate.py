@@ -51,7 +51,12 @@ MUTATIONS = [
         "else product + scaled)",
         "else product)",
     ),
-    ("the Hessian", "solvers/full_kkt.py", "        if part is None:", "        diagonal = diagonal - lam + solution.lam\n        if True:"),
+    (
+        "the Hessian",
+        "solvers/full_kkt.py",
+        "        if part is None:",
+        "        diagonal = diagonal - lam + solution.lam\n        if True:",
+    ),
     ("the mean over the batch", "bilevel_at/solver.py", "objective = losses.mean()", "objective = losses.sum()"),
 ]
 

@@ -31,7 +31,11 @@ def test_recursion_is_algorithm_1(data, epsilon, c, beta):
     x, y = torch.rand((n, *shape), generator=g, dtype=F64), torch.randint(0, classes, (n,), generator=g)
     # the published clip and warm-up are not part of Algorithm 1
     lower = ba.Linearized(
-        ba.minus(ba.cross_entropy), ba.LinfBall(epsilon), ba.Remembered(), "sign", ba.Adaptive(gamma=2 * epsilon * c, c=c, beta=beta)
+        ba.minus(ba.cross_entropy),
+        ba.LinfBall(epsilon),
+        ba.Remembered(),
+        "sign",
+        ba.Adaptive(gamma=2 * epsilon * c, c=c, beta=beta),
     )
     problem = ba.BilevelProblem(ba.UpperProblem(), lower)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)

@@ -45,7 +45,11 @@ def test_beta_stays_inside_and_takes_the_best_class(optimizer, data):
         rows = slice(i * each, (i + 1) * each)
         targets = every.batch.target[rows]
         assert targets.tolist() == [j for j in range(classes) if j != batch.y[i]]
-        M = margins(model, batch.x[i] + every.delta[rows], batch.y[i].expand(each)).gather(1, targets[:, None]).squeeze(1)
+        M = (
+            margins(model, batch.x[i] + every.delta[rows], batch.y[i].expand(each))
+            .gather(1, targets[:, None])
+            .squeeze(1)
+        )
         j = M.argmax()
         assert best.batch.target[i] == targets[j]
         torch.testing.assert_close(best.delta[i], every.delta[rows][j])
@@ -54,7 +58,9 @@ def test_beta_stays_inside_and_takes_the_best_class(optimizer, data):
 def test_each_class_is_the_separate_problem_of_algorithm_1():
     """RMSprop on one class and one sample at a time gives the same perturbations as all at once."""
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 4)).double()
+    model = torch.nn.Sequential(
+        torch.nn.Flatten(), torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 4)
+    ).double()
     batch = ba.Batch(torch.rand(3, 6, dtype=torch.float64), torch.tensor([0, 3, 1]))
     lower = ba.Targeted(ba.LinfBall(0.2), steps=5, step=0.05, keep="all")
     together = lower.solve(model, batch, generator=torch.Generator().manual_seed(0))
@@ -100,7 +106,9 @@ def test_smooth_beta_is_algorithm_3(data):
 
 
 @pytest.mark.parametrize("smooth", [False, True])
-@pytest.mark.parametrize("solver", [ZeroIG(), HessianFreeKKT(damping=5.0), FullKKT(damping=50.0), FullKKT("cg", damping=50.0)])
+@pytest.mark.parametrize(
+    "solver", [ZeroIG(), HessianFreeKKT(damping=5.0), FullKKT(damping=50.0), FullKKT("cg", damping=50.0)]
+)
 def test_every_solver_runs_both_variants(smooth, solver):
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 4))

@@ -38,7 +38,11 @@ def in_normal_cone(constraint, delta, x, gradient):
             if d.norm() > constraint.epsilon - 1e-9:
                 normals.append(d.numpy())
         else:
-            normals += [row for row, rest in zip(constraint.B.numpy(), (constraint.b - constraint.B @ d).tolist(), strict=True) if rest < 1e-9]
+            normals += [
+                row
+                for row, rest in zip(constraint.B.numpy(), (constraint.b - constraint.B @ d).tolist(), strict=True)
+                if rest < 1e-9
+            ]
         if constraint.bounds is not None:
             eye = np.eye(len(d))
             normals += [eye[i] for i in np.flatnonzero((1 - x_i - d).numpy() < 1e-9)]
@@ -50,7 +54,9 @@ def in_normal_cone(constraint, delta, x, gradient):
 
 
 @pytest.mark.parametrize("direction", ["sign", "taylor", "normalized"])
-@pytest.mark.parametrize("constraint", [lambda s: bst.boxes(), lambda s: bst.l2_balls(), bst.polyhedra], ids=["box", "l2", "polyhedron"])
+@pytest.mark.parametrize(
+    "constraint", [lambda s: bst.boxes(), lambda s: bst.l2_balls(), bst.polyhedra], ids=["box", "l2", "polyhedron"]
+)
 @given(data=st.data())
 def test_closed_form_satisfies_its_kkt_conditions(direction, constraint, data):
     s = data.draw(bst.settings_of(lambda c, m: bst.linearized(c, m, direction), constraint, max_values=8))
@@ -120,8 +126,12 @@ def test_pgd_is_k_sign_steps(steps):
 
 SCHEMES = {
     "uniform": lambda model, x, y, z0, step: z0,
-    "gradient-step": lambda model, x, y, z0, step: ba.LinfBall(0.1).project(z0 + step * input_gradient(model, x + z0, y), x),
-    "sign-step": lambda model, x, y, z0, step: ba.LinfBall(0.1).project(z0 + 0.05 * input_gradient(model, x + z0, y).sign(), x),
+    "gradient-step": lambda model, x, y, z0, step: ba.LinfBall(0.1).project(
+        z0 + step * input_gradient(model, x + z0, y), x
+    ),
+    "sign-step": lambda model, x, y, z0, step: ba.LinfBall(0.1).project(
+        z0 + 0.05 * input_gradient(model, x + z0, y).sign(), x
+    ),
     "corner": lambda model, x, y, z0, step: ba.LinfBall(0.1).corner(x, torch.Generator().manual_seed(1)),
 }
 
@@ -132,7 +142,9 @@ def test_fast_bat_with_each_linearisation_scheme(scheme):
     model, x, y = network()
     step, batch = 0.5, ba.Batch(x, y)
     problem = fastbat.problem(epsilon=0.1, step=step, anchor=scheme)
-    hyper = HessianFreeKKT(ig_weight=0.3).hypergradient(problem, model, batch, generator=torch.Generator().manual_seed(1))
+    hyper = HessianFreeKKT(ig_weight=0.3).hypergradient(
+        problem, model, batch, generator=torch.Generator().manual_seed(1)
+    )
 
     z = SCHEMES[scheme](model, x, y, ba.LinfBall(0.1).sample(x, torch.Generator().manual_seed(1)), step)
     low, high = ba.LinfBall(0.1).box(x)
@@ -173,7 +185,11 @@ class Counting(torch.nn.Module):
         (fastat.problem(), ZeroIG(), 2),
         (fastat.problem(), HessianFreeKKT(), 2),
         (minmax.problem(steps=5), ZeroIG(), 6),
-        (fastbat.problem(), HessianFreeKKT(), 3),  # warm-up, linearisation, upper loss: the implicit term needs no fourth
+        (
+            fastbat.problem(),
+            HessianFreeKKT(),
+            3,
+        ),  # warm-up, linearisation, upper loss: the implicit term needs no fourth
         (fastbat.problem(anchor="uniform"), HessianFreeKKT(), 2),
         (fastbat.problem(), HessianFreeKKT(cross_at="solution"), 4),
     ],
@@ -220,7 +236,9 @@ def test_policies_refuse_what_they_do_not_know():
 def test_proximal_states_where_it_did_not_converge():
     model, x, y = network()
     lower = ba.Proximal(ba.minus(ba.cross_entropy), ba.LinfBall(0.5), lam=1.0, tol=1e-14, max_iter=3)
-    with pytest.raises(ba.ConvergenceError, match=r"did not reach tol=1e-14 in max_iter=3 steps on samples? \d") as error:
+    with pytest.raises(
+        ba.ConvergenceError, match=r"did not reach tol=1e-14 in max_iter=3 steps on samples? \d"
+    ) as error:
         lower.solve(model, ba.Batch(x, y))
     assert set(error.value.samples) <= set(range(5)) and error.value.samples
 
@@ -241,6 +259,13 @@ def test_proximal_is_where_scipy_finds_it(s):
             return value.item(), torch.autograd.grad(value, d)[0].flatten().numpy()
 
         bounds = list(zip(low[i].flatten().tolist(), high[i].flatten().tolist(), strict=True))
-        found = minimize(value_and_gradient, np.zeros(one.x.numel()), jac=True, bounds=bounds, method="L-BFGS-B", options={"ftol": 1e-16, "gtol": 1e-12})
+        found = minimize(
+            value_and_gradient,
+            np.zeros(one.x.numel()),
+            jac=True,
+            bounds=bounds,
+            method="L-BFGS-B",
+            options={"ftol": 1e-16, "gtol": 1e-12},
+        )
         assume(found.success)
         np.testing.assert_allclose(delta[i].flatten().numpy(), found.x, atol=1e-5)

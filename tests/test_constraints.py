@@ -34,7 +34,9 @@ def assert_feasible(constraint, delta, x, tol=1e-9):
 @st.composite
 def cases(draw, kind):
     shape = draw(bst.shapes(8))
-    constraint = draw({"box": lambda s: bst.boxes(), "l2": lambda s: bst.l2_balls(), "polyhedron": bst.polyhedra}[kind](shape))
+    constraint = draw(
+        {"box": lambda s: bst.boxes(), "l2": lambda s: bst.l2_balls(), "polyhedron": bst.polyhedra}[kind](shape)
+    )
     delta, x = points(shape, draw(st.integers(1, 3)), draw(bst.seeds), draw(st.sampled_from([0.01, 0.3, 3.0])))
     return constraint, delta, x
 

@@ -105,12 +105,16 @@ def test_hessian_free_kkt_on_normalized_gradients(s):
 def test_every_entry_with_many_free_coordinates():
     """One full check, entry by entry, where the implicit term is a large part of the gradient."""
     torch.manual_seed(3)
-    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(8, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3)).double()
+    model = torch.nn.Sequential(
+        torch.nn.Flatten(), torch.nn.Linear(8, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3)
+    ).double()
     batch = ba.Batch(torch.rand(3, 2, 2, 2, dtype=torch.float64), torch.tensor([0, 1, 2]))
     lower = ba.Linearized(ba.minus(ba.cross_entropy), ba.LinfBall(0.3), "uniform", "taylor", step=1.0)
     problem = ba.BilevelProblem(ba.UpperProblem(), lower)
     generator = torch.Generator().manual_seed(0)
-    assert hypergradcheck(problem, HessianFreeKKT(), model, batch, rtol=1e-6, eps=1e-5, mode="full", generator=generator)
+    assert hypergradcheck(
+        problem, HessianFreeKKT(), model, batch, rtol=1e-6, eps=1e-5, mode="full", generator=generator
+    )
     step = HessianFreeKKT().hypergradient(problem, model, batch, generator=generator)
     assert step.implicit_norm > 0.02 * step.direct_norm
 
@@ -142,7 +146,13 @@ def test_full_equals_hessian_free_where_the_attack_is_linear(method, data):
 @given(s=bst.settings_of(lambda c, m: bst.linearized(c, m, "sign"), boxes))
 def test_every_solver_equals_zero_ig_for_sign(s):
     expected = grads(s, ZeroIG())
-    solvers = [HessianFreeKKT(), FullKKT(), FullKKT(method="cg"), FullKKT(curvature="attack"), HessianFreeKKT(cross_at="solution")]
+    solvers = [
+        HessianFreeKKT(),
+        FullKKT(),
+        FullKKT(method="cg"),
+        FullKKT(curvature="attack"),
+        HessianFreeKKT(cross_at="solution"),
+    ]
     for solver in solvers:
         assert_same(grads(s, solver), expected, rtol=0)
 
@@ -204,7 +214,9 @@ def test_batch_is_the_mean_of_its_samples(solver, s):
 # and vanishes with it.
 def test_cross_derivative_at_the_solution_is_an_approximation():
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(10, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3)).double()
+    model = torch.nn.Sequential(
+        torch.nn.Flatten(), torch.nn.Linear(10, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3)
+    ).double()
     batch = ba.Batch(torch.rand(4, 10, dtype=torch.float64), torch.tensor([0, 1, 2, 0]))
     anchor = torch.zeros_like(batch.x)
     errors = []
@@ -242,7 +254,9 @@ def test_without_the_implicit_term_the_check_fails():
 
 def _some_setting():
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(6, 5), torch.nn.Softplus(), torch.nn.Linear(5, 3)).double()
+    model = torch.nn.Sequential(
+        torch.nn.Flatten(), torch.nn.Linear(6, 5), torch.nn.Softplus(), torch.nn.Linear(5, 3)
+    ).double()
     batch = ba.Batch(torch.rand(3, 6, dtype=torch.float64), torch.tensor([0, 1, 2]))
     lower = ba.Linearized(ba.minus(ba.cross_entropy), ba.LinfBall(0.3), "zero", "taylor", step=1.0)
     return bst.Setting(ba.BilevelProblem(ba.UpperProblem(), lower), model, batch, torch.zeros_like(batch.x))

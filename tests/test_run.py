@@ -17,6 +17,7 @@ import torch
 import bilevel_at as ba
 from bilevel_at import run as run_module
 from bilevel_at.flags import number
+from bilevel_at.plan import understand
 
 ROOT = Path(__file__).resolve().parent.parent
 SHORT = ["--epochs", "1", "--examples", "100", "--attacks", "clean", "pgd-2-1", "--select", "pgd-2-1"]
@@ -83,11 +84,11 @@ def test_a_run_leaves_what_the_contract_says():
 
 def test_solver_flags_reach_the_solver():
     flags = ["--ig-factor", "0.2", "--damping", "3", "--curvature", "lower", "--method", "cg"]
-    plan = run_module.understand(["problems/fastbat.py", "--solver", "full-kkt", "--step", "10", *flags])
+    plan = understand(["problems/fastbat.py", "--solver", "full-kkt", "--step", "10", *flags])
     assert plan.solver.ig_weight == pytest.approx(0.2 / 10)
     assert (plan.solver.damping, plan.solver.curvature, plan.solver.method) == (3.0, "lower", "cg")
-    assert run_module.understand(["problems/fastbat.py"]).options.recipe().batch_size == 64
-    cifar = run_module.understand(["problems/fastbat.py", "--data", "cifar10"])
+    assert understand(["problems/fastbat.py"]).options.recipe().batch_size == 64
+    cifar = understand(["problems/fastbat.py", "--data", "cifar10"])
     assert cifar.options.recipe().lr == 0.2 and cifar.options.augment == "crop-flip"
     assert cifar.problem.lower.step_size() == pytest.approx(5000 / 255)
 
@@ -135,7 +136,17 @@ def test_the_user_s_own_images(augment):
     config = json.loads(Path("out/config.json").read_text())
     assert config["shape"] == [3, 8, 8] and config["classes"] == 3
     x = np.zeros((60, 12, 12), dtype=np.float32)  # grey, floating point, NHW
-    run("problems/fastat.py", "--data", npz(x_train=x, x_test=x[:12]), "--epochs", 1, "--attacks", "clean", "--out", "grey")
+    run(
+        "problems/fastat.py",
+        "--data",
+        npz(x_train=x, x_test=x[:12]),
+        "--epochs",
+        1,
+        "--attacks",
+        "clean",
+        "--out",
+        "grey",
+    )
 
 
 def test_named_data_is_found_as_an_npz():
@@ -144,7 +155,7 @@ def test_named_data_is_found_as_an_npz():
     run("problems/fastat.py", "--data", "cifar10", "--data-dir", "mine", *SHORT[:2], *SHORT[4:], "--out", "out")
 
 
-# --- randomness, interruption ------------------------------------------------------------------------------------------
+# --- randomness, interruption -----------------------------------------------------------------------------
 
 
 def weights(path):
@@ -175,12 +186,16 @@ def test_a_resumed_run_is_the_unbroken_one(problem, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(run_module.Trainer, "_train_epoch", interrupted)
-        with pytest.raises(KeyboardInterrupt, match="2 of 3 epochs are in broken; the same command with --resume goes on"):
+        with pytest.raises(
+            KeyboardInterrupt, match="2 of 3 epochs are in broken; the same command with --resume goes on"
+        ):
             run_module.run([*args, "--out", "broken"])
     assert not Path("broken/results.json").exists()
     run(*args, "--out", "broken", "--resume")
     assert same(weights("whole"), weights("broken"))
-    lines = [[json.loads(line) for line in Path(p, "metrics.jsonl").read_text().splitlines()] for p in ("whole", "broken")]
+    lines = [
+        [json.loads(line) for line in Path(p, "metrics.jsonl").read_text().splitlines()] for p in ("whole", "broken")
+    ]
     for whole, broken in zip(*lines, strict=True):
         assert {**whole, "seconds": 0} == {**broken, "seconds": 0}
     run(*args, "--out", "broken", "--resume")  # nothing is left to train: it evaluates, and does not train again
@@ -252,11 +267,19 @@ def bad_npz():
     yield "negative", {"y_train": np.arange(60) % 3 - 1}, "y_train has the label -1"
     yield "floats", {"y_train": np.arange(60) / 2}, "y_train is float64 of shape (60,); labels are a vector of integers"
     yield "lengths", {"y_train": np.arange(50) % 3}, "x_train has 60 images and y_train 50 labels"
-    yield "range", {"x_train": images.astype(np.float32) + 7}, "x_train has values from 7 to 7; floating point images lie in [0, 1]"
+    yield (
+        "range",
+        {"x_train": images.astype(np.float32) + 7},
+        "x_train has values from 7 to 7; floating point images lie in [0, 1]",
+    )
     yield "nan", {"x_train": images * np.float32("nan")}, "x_train has NaN values"
     yield "int", {"x_train": images.astype(np.int32)}, "x_train is int32; images are uint8, or floating point in [0, 1]"
     yield "shape", {"x_train": images.reshape(60, -1)}, "x_train has shape (60, 192); images are NHWC or NCHW"
-    yield "sizes", {"x_test": np.zeros((12, 9, 9, 3), dtype=np.uint8)}, "training images are (3, 8, 8) and test images (3, 9, 9)"
+    yield (
+        "sizes",
+        {"x_test": np.zeros((12, 9, 9, 3), dtype=np.uint8)},
+        "training images are (3, 8, 8) and test images (3, 9, 9)",
+    )
     yield "one class", {"y_train": np.zeros(60, int), "y_test": np.zeros(12, int)}, "has one class only"
 
 
@@ -293,8 +316,14 @@ def model(shape, classes):
         ("def problem(epsilon: float = 0.1): raise ValueError('no')", "problem(...) failed: ValueError: no"),
         ("def problem(loss: object): pass", "problem(loss) needs a type that a flag can have, or a default"),
         ("def problem(epochs: int = 3): pass", "--epochs would mean two things"),
-        ("import bilevel_at as ba\ndef problem(): return ba.BilevelProblem(ba.UpperProblem(), ba.LowerProblem())", "the lower problem has no constraint"),
-        ("from bilevel_at.problems.fastat import problem\ndef recipe(): return 3", "recipe() returns 3; it must map data set names"),
+        (
+            "import bilevel_at as ba\ndef problem(): return ba.BilevelProblem(ba.UpperProblem(), ba.LowerProblem())",
+            "the lower problem has no constraint",
+        ),
+        (
+            "from bilevel_at.problems.fastat import problem\ndef recipe(): return 3",
+            "recipe() returns 3; it must map data set names",
+        ),
         (OWN.format(width=7), "own.py's model gives (2, 7) for 2 images; 10 classes need (2, 10)"),
         (OWN.replace("64", "63").format(width=10), "own.py's model does not take (1, 8, 8) images"),
     ],
@@ -344,7 +373,9 @@ def test_exit_statuses_of_the_process():
 
     code, _, said = status("problems/fastbat.py", "--epsilon", "-1")
     assert code == 2 and "Traceback" not in said
-    assert said.splitlines()[-1] == "bilevel_at.run: epsilon is -1; it must be a finite number, at least 0 (such as 8/255)"
+    assert (
+        said.splitlines()[-1] == "bilevel_at.run: epsilon is -1; it must be a finite number, at least 0 (such as 8/255)"
+    )
     code, shown, _ = status("problems/fastbat.py", "--help")
     assert code == 0 and "--epsilon NUMBER" in shown and "--curvature" not in shown
     code, shown, _ = status("problems/fastbat.py", "--solver", "full-kkt", "--help")

@@ -36,7 +36,9 @@ def batch_of(n, *shape, classes=3):
 
 
 def taylor(epsilon=0.3, step=1.0, **more):
-    return ba.BilevelProblem(ba.UpperProblem(), ba.Linearized(ATK, ba.LinfBall(epsilon), "zero", "taylor", step, **more))
+    return ba.BilevelProblem(
+        ba.UpperProblem(), ba.Linearized(ATK, ba.LinfBall(epsilon), "zero", "taylor", step, **more)
+    )
 
 
 def proximal(lam=20.0, epsilon=0.3, **more):
@@ -89,7 +91,9 @@ def test_conjugate_gradients_against_a_dense_solve(seed, n, d, coupled):
     A = root @ root.mT + torch.eye(d, dtype=F64) * torch.logspace(-2, 2, n, dtype=F64)[:, None, None]
     right = torch.randn(n, d, generator=g, dtype=F64)
     right[0] = 0  # a sample that has nothing to solve must not become NaN
-    w = conjugate_gradients(lambda p: (A @ p[..., None]).squeeze(-1), right, right, tol=1e-11, max_iter=1000, coupled=coupled)
+    w = conjugate_gradients(
+        lambda p: (A @ p[..., None]).squeeze(-1), right, right, tol=1e-11, max_iter=1000, coupled=coupled
+    )
     torch.testing.assert_close(w, torch.linalg.solve(A, right), rtol=1e-6, atol=1e-7)
 
 
@@ -106,7 +110,9 @@ def test_hessian_aware_is_the_attack_hessian_plus_lambda():
         assert 0 < free.sum() < free.numel()
         w = torch.zeros_like(v)
         for i in range(3):
-            H = torch.autograd.functional.hessian(lambda d, i=i: ATK(model, batch[i : i + 1], d[None]).sum(), solution.delta[i])
+            H = torch.autograd.functional.hessian(
+                lambda d, i=i: ATK(model, batch[i : i + 1], d[None]).sum(), solution.delta[i]
+            )
             F = free[i]
             w[i, F] = torch.linalg.solve((H + 20 * torch.eye(6, dtype=F64))[F][:, F], v[i, F])
         cross = torch.autograd.grad(solution.gradient, list(model.parameters()), w, allow_unused=True)
@@ -347,7 +353,9 @@ def test_wrong_shapes_and_labels_are_named():
     with pytest.raises(ba.InputError, match="images lie in"):
         ba.Batch(torch.rand(2, 6) * 255, torch.zeros(2).long()).check()
     with pytest.raises(ba.InputError, match="takes inputs in"):
-        ZeroIG().hypergradient(taylor(), model, ba.Batch(torch.full((2, 6), float("nan"), dtype=F64), torch.zeros(2).long()))
+        ZeroIG().hypergradient(
+            taylor(), model, ba.Batch(torch.full((2, 6), float("nan"), dtype=F64), torch.zeros(2).long())
+        )
 
     class Mean(ba.UpperProblem):
         def loss(self, model, batch, delta):

@@ -23,7 +23,9 @@ class Loader:
     would have. ``padding`` is that of the crop: 4 for 32×32 images.
     """
 
-    def __init__(self, images: Images, batch_size: int, seed: int = 0, augment: Augment = "none", padding: int = 4) -> None:
+    def __init__(
+        self, images: Images, batch_size: int, seed: int = 0, augment: Augment = "none", padding: int = 4
+    ) -> None:
         self.images, self.batch_size, self.seed = images, batch_size, seed
         self.augment, self.padding = augment, padding
 
@@ -36,7 +38,7 @@ class Loader:
         generator = torch.Generator(device).manual_seed(1_000_003 * self.seed + epoch)
         order = torch.randperm(len(self.images), generator=generator, device=device)
         for index in order.split(self.batch_size):
-            x, view = self.images[index].float(), None
+            x, view = self.images[index].pixels(), None
             if self.augment == "crop-flip":
                 view = CropFlip.draw(len(index), self.padding, generator, device)
                 x = view.apply(view.pad(x))

@@ -47,7 +47,7 @@ class Images:
         c, h, w = self.x.shape[1:]
         return c, h, w
 
-    def float(self) -> Tensor:
+    def pixels(self) -> Tensor:
         """x as float32 in [0, 1]."""
         return self.x.float() / 255 if self.x.dtype == torch.uint8 else self.x
 
@@ -73,7 +73,9 @@ def load_data(name: str, data_dir: str | Path = "data") -> tuple[Images, Images]
     if name == "digits":
         return _digits()
     if name not in DATA_NAMES:
-        raise InputError(f"data {name!r} is not known; choose from {', '.join(DATA_NAMES)}, or give the path of an .npz file")
+        raise InputError(
+            f"data {name!r} is not known; choose from {', '.join(DATA_NAMES)}, or give the path of an .npz file"
+        )
     path = Path(data_dir) / f"{name}.npz"
     if not path.exists():
         raise InputError(
@@ -136,7 +138,9 @@ def _check_labels(path: Path, arrays: dict[str, np.ndarray], split: str) -> int:
     if y.ndim != 1 or not np.issubdtype(y.dtype, np.integer):
         raise InputError(f"{path}: y_{split} is {y.dtype} of shape {y.shape}; labels are a vector of integers")
     if len(x) != len(y) or len(y) == 0:
-        raise InputError(f"{path}: x_{split} has {len(x)} images and y_{split} {len(y)} labels; they must agree, and be some")
+        raise InputError(
+            f"{path}: x_{split} has {len(x)} images and y_{split} {len(y)} labels; they must agree, and be some"
+        )
     if y.min() < 0:
         raise InputError(f"{path}: y_{split} has the label {y.min()}; labels are 0 … classes − 1")
     if split == "test" and y.max() > arrays["y_train"].max():
@@ -161,5 +165,7 @@ def _pixels(path: Path, arrays: dict[str, np.ndarray], split: str) -> Tensor:
     if np.isnan(x).any():
         raise InputError(f"{path}: {name} has NaN values; images are uint8, or floating point in [0, 1]")
     if x.min() < 0 or x.max() > 1:
-        raise InputError(f"{path}: {name} has values from {x.min():g} to {x.max():g}; floating point images lie in [0, 1]")
+        raise InputError(
+            f"{path}: {name} has values from {x.min():g} to {x.max():g}; floating point images lie in [0, 1]"
+        )
     return torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32))

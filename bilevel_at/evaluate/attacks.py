@@ -42,7 +42,9 @@ def attack_from_name(name: str, constraint: Constraint | float) -> Attack:
     direction, radius = constraint.attack_step()
     match = re.fullmatch(r"fgsm|pgd-([1-9]\d*)(?:-([1-9]\d*))?", name)
     if not match:
-        raise InputError(f"attack {name!r} is not known; attacks are clean, fgsm and pgd-STEPS-RESTARTS such as pgd-50-10")
+        raise InputError(
+            f"attack {name!r} is not known; attacks are clean, fgsm and pgd-STEPS-RESTARTS such as pgd-50-10"
+        )
     if radius == 0:
         return Attack(name, radius)
     loss = minus(cross_entropy)

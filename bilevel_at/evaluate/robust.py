@@ -30,9 +30,7 @@ class Score:
         return asdict(self)
 
 
-def robust_correct(
-    model: nn.Module, images: Images, attack: Attack, *, seed: int = 0, batch_size: int = 512
-) -> Tensor:
+def robust_correct(model: nn.Module, images: Images, attack: Attack, *, seed: int = 0, batch_size: int = 512) -> Tensor:
     """Whether each example is still classified correctly under the worst of the attack's restarts, ``[N]`` bool.
 
     Examples already broken are not attacked again. The model is seen in eval mode and left as it was.
@@ -47,13 +45,13 @@ def robust_correct(
 
         standing = torch.zeros(len(images), dtype=torch.bool, device=device)
         for rows in torch.arange(len(images), device=device).split(batch_size):
-            batch = Batch(images[rows].float(), images.y[rows])
+            batch = Batch(images[rows].pixels(), images.y[rows])
             standing[rows] = correct(batch, torch.zeros_like(batch.x))
         if attack.lower is None:
             return standing
         for _ in range(attack.restarts):
             for rows in standing.nonzero().flatten().split(batch_size):
-                batch = Batch(images[rows].float(), images.y[rows])
+                batch = Batch(images[rows].pixels(), images.y[rows])
                 solution = attack.lower.solve(model, batch, generator=generator)
                 standing[rows] = correct(batch, solution.delta)
         return standing

@@ -110,9 +110,7 @@ def _anchor_rows(solution: Solution) -> Tensor:
     return solution.anchor.detach().clone()
 
 
-def _directions(
-    parameter: Tensor, mode: str, directions: int, generator: torch.Generator | None
-) -> Iterator[Tensor]:
+def _directions(parameter: Tensor, mode: str, directions: int, generator: torch.Generator | None) -> Iterator[Tensor]:
     if mode == "full":
         for i in range(parameter.numel()):
             unit = torch.zeros_like(parameter).flatten()

@@ -52,9 +52,7 @@ def shapes(max_values: int = 12) -> st.SearchStrategy[tuple[int, ...]]:
 
 
 @st.composite
-def batches(
-    draw: st.DrawFn, shape: tuple[int, ...], classes: int, max_size: int = 4, indexed: bool = False
-) -> Batch:
+def batches(draw: st.DrawFn, shape: tuple[int, ...], classes: int, max_size: int = 4, indexed: bool = False) -> Batch:
     """Inputs uniform in [0, 1], labels below ``classes``; with distinct indices where ``indexed``."""
     n = draw(st.integers(1, max_size))
     g = _generator(draw(seeds))
@@ -166,7 +164,7 @@ def settings_of(
     max_values: int = 12,
     max_size: int = 4,
 ) -> Setting:
-    """A :class:`Setting` from ``lower(constraint, model)`` and ``constraint(shape)``, functions that return strategies."""
+    """A :class:`Setting`; ``lower(constraint, model)`` and ``constraint(shape)`` return strategies."""
     shape = draw(shapes(max_values))
     classes = draw(st.integers(2, 4))
     model = draw(smooth_models(shape, classes))

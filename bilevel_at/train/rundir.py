@@ -1,4 +1,4 @@
-"""What a run leaves behind: ``config.json``, ``metrics.jsonl``, ``last.pt``, ``best.pt``, ``results.json``, ``figures/``."""
+"""What a run leaves behind: ``config.json``, ``metrics.jsonl``, ``last.pt``, ``best.pt``, ``results.json``, figures."""
 
 from __future__ import annotations
 
@@ -94,7 +94,9 @@ def load(run_dir: str | Path, which: Literal["best", "last"] = "best", model: nn
     config = run.read_json("config.json")
     if model is None:
         if config["model"] == "file":
-            raise InputError(f"{run_dir} trained the model defined in {config['file']}; pass one as load(..., model=...)")
+            raise InputError(
+                f"{run_dir} trained the model defined in {config['file']}; pass one as load(..., model=...)"
+            )
         channels, height, width = config["shape"]
         model = build_model(config["model"], (channels, height, width), config["classes"])
     state = run.restore(f"{which}.pt")
