@@ -6,6 +6,7 @@ only repeats.
 
 from __future__ import annotations
 
+from . import testing
 from .anchors import Anchor, Corner, Remembered, Steps, Uniform, Zero
 from .batch import Batch, CropFlip
 from .constraints import ActiveSet, Constraint, L2Ball, LinfBall, Polyhedron
@@ -64,4 +65,5 @@ __all__ = [
     "margins",
     "minus",
     "negative_margin",
+    "testing",
 ]

@@ -148,7 +148,7 @@ def run(args: Sequence[str]) -> int:
     select = attack_from_name(options.select, constraint)
     train, test = load_data(options.data, options.data_dir)
     if options.examples is not None:
-        train = train.split(1 - min(1.0, options.examples / len(train)))[0] if options.examples < len(train) else train
+        train = train.sample(options.examples)
     train, held_out = (part.to(device) for part in train.split(0.1))
     test = test.to(device)
     model = build(plan, train)

@@ -54,6 +54,10 @@ class Images:
     def to(self, device: torch.device | str) -> Images:
         return Images(self.x.to(device), self.y.to(device), self.classes)
 
+    def sample(self, n: int, seed: int = 0) -> Images:
+        """``n`` random examples, or all where there are fewer; the same ones for the same seed."""
+        return self[torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:n]]
+
     def split(self, fraction: float, seed: int = 0) -> tuple[Images, Images]:
         """(the rest, a random ``fraction`` held out); the same split for the same seed."""
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))

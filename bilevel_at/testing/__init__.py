@@ -8,6 +8,16 @@
 
 from __future__ import annotations
 
+import importlib
+from types import ModuleType
+
 from .check import DegenerateActivity, HypergradError, activity_margin, hypergradcheck
 
 __all__ = ["DegenerateActivity", "HypergradError", "activity_margin", "hypergradcheck"]
+
+
+def __getattr__(name: str) -> ModuleType:
+    """``bilevel_at.testing.strategies``, imported on first use because it needs hypothesis."""
+    if name == "strategies":
+        return importlib.import_module(".strategies", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
