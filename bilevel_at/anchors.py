@@ -17,6 +17,7 @@ from .batch import Batch
 from .directions import Direction, direction_of
 from .errors import InputError
 from .memory import SampleMemory
+from .steps import positive
 
 if TYPE_CHECKING:
     from .problem import LowerProblem
@@ -87,6 +88,8 @@ class Steps(Anchor):
     def __post_init__(self) -> None:
         self.start = anchor_policy(self.start)
         self.direction = direction_of(self.direction)
+        if self.step is not None:
+            positive("step", self.step)
         if self.count < 0:
             raise InputError(f"count is {self.count}; a number of steps is at least 0")
 

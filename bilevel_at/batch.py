@@ -96,6 +96,8 @@ class Batch:
     def __post_init__(self) -> None:
         if self.x.ndim < 2:
             raise InputError(f"x has shape {tuple(self.x.shape)}; a batch is [B, ...] with at least two axes")
+        if self.y.dtype != torch.int64:
+            raise InputError(f"y is {self.y.dtype}; labels are int64 (y.long())")
         for name in ("y", "index", "target"):
             value = getattr(self, name)
             if value is not None and value.shape != (len(self.x),):
@@ -131,9 +133,10 @@ class Batch:
         low, high = self.x.min().item(), self.x.max().item()
         if not (low >= 0 and high <= 1):
             raise InputError(f"x has values from {low:g} to {high:g}; images lie in [0, 1] (normalise in the model)")
-        if self.y.dtype != torch.int64:
-            raise InputError(f"y is {self.y.dtype}; labels are int64")
-        if self.y.min() < 0 or (classes is not None and self.y.max() >= classes):
-            bad = self.y.min().item() if self.y.min() < 0 else self.y.max().item()
-            raise InputError(f"label {bad} is out of range; {classes or 'K'} classes are 0 … {(classes or 0) - 1}")
+        low_label, high_label = int(self.y.min()), int(self.y.max())
+        if low_label < 0 or (classes is not None and high_label >= classes):
+            bad = low_label if low_label < 0 else high_label
+            raise InputError(
+                f"label {bad} is out of range; labels are 0 … {'classes' if classes is None else classes} − 1"
+            )
         return self

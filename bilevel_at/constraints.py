@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from typing import Any
 
 import torch
@@ -98,10 +99,10 @@ class Constraint:
 
 
 def _check_epsilon(epsilon: Any) -> float:
-    if isinstance(epsilon, bool) or not isinstance(epsilon, (int, float)):
+    if isinstance(epsilon, bool) or not isinstance(epsilon, Real):
         raise InputError(f"epsilon is {epsilon!r}; it must be a number such as 8/255")
     if not (math.isfinite(epsilon) and epsilon >= 0):
-        raise InputError(f"epsilon is {epsilon:g}; it must be a finite number, at least 0 (such as 8/255)")
+        raise InputError(f"epsilon is {float(epsilon):g}; it must be a finite number, at least 0 (such as 8/255)")
     return float(epsilon)
 
 
@@ -240,7 +241,9 @@ class L2Ball(Constraint):
         if self.bounds is not None:
             low, high = _range(x, self.bounds)
             free = (delta > low + tol) & (delta < high - tol)
-        on_sphere = delta.flatten(1).norm(dim=1) >= self.epsilon - tol
+        # A projected point is on the sphere up to rounding, which grows with the radius.
+        rounding = 32 * torch.finfo(delta.dtype).eps * self.epsilon
+        on_sphere = delta.flatten(1).norm(dim=1) >= self.epsilon - max(tol, rounding)
         return free, on_sphere, (delta * free).flatten(1)
 
     def active(self, delta: Tensor, x: Tensor, gradient: Tensor | None = None) -> ActiveSet:
@@ -277,9 +280,11 @@ class L2Ball(Constraint):
 class Polyhedron(Constraint):
     """C(x) = {δ : Bδ ≤ b}, and low ≤ x + δ ≤ high where ``bounds`` are given.
 
-    B: ``[m, d]`` with d the number of values in one input; b: ``[m]``. The same rows hold for every sample.
-    Projection solves the dual as a non-negative least squares problem per sample (Lawson and Hanson's least
-    distance programming, scipy's ``nnls``), so it suits small inputs. Source: Fast-BAT paper, equation 10.
+    B: ``[m, d]`` with d the number of values in one input; b: ``[m]``. The same rows hold for every sample; they are
+    scaled to unit length, so that activity means distance. Projection solves the dual as a non-negative least squares
+    problem per sample (Lawson and Hanson's least distance programming, scipy's ``nnls``), in float64 on the CPU, so it
+    suits small inputs. Source: Fast-BAT paper, equation 10.
+
     Raises :class:`InputError` where the shapes do not agree or the set is empty.
     """
 
@@ -287,7 +292,7 @@ class Polyhedron(Constraint):
     b: Tensor
     bounds: tuple[float, float] | None = None
     tol: float | None = None
-    _cached: dict[Any, Any] = field(default_factory=dict, repr=False)
+    _unit: tuple[Tensor, Tensor] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.B.ndim != 2 or self.b.shape != self.B.shape[:1]:
@@ -297,17 +302,24 @@ class Polyhedron(Constraint):
         if not (self.B.isfinite().all() and self.b.isfinite().all()):
             raise InputError("B and b must be finite")
         object.__setattr__(self, "bounds", _check_bounds(self.bounds))
+        B, b = self.B.detach().double(), self.b.detach().double()
+        length = B.norm(dim=1)
+        if (b[length == 0] < 0).any():
+            raise InputError("no δ satisfies Bδ ≤ b: a row of B is zero and its b negative")
+        rows = length > 0
+        object.__setattr__(self, "_unit", (B[rows] / length[rows, None], b[rows] / length[rows]))
 
     def rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """All inequalities as (``[m', d]``, right-hand sides ``[batch, m']``), the input range's included."""
-        flat = x.flatten(1)
+        """All inequalities, of unit length and in float64: (``[m', d]``, right-hand sides ``[batch, m']``)."""
+        flat = x.detach().flatten(1)
         if flat.shape[1] != self.B.shape[1]:
             raise InputError(f"inputs have {flat.shape[1]} values; this polyhedron's B has {self.B.shape[1]} columns")
-        B, b = self.B.to(x), self.b.to(x).expand(len(x), -1)
+        B, b = (part.to(x.device) for part in self._unit)
+        b = b.expand(len(x), -1)
         if self.bounds is None:
             return B, b
-        low, high = _range(flat, self.bounds)
-        eye = torch.eye(flat.shape[1], dtype=x.dtype, device=x.device)
+        low, high = _range(flat.double(), self.bounds)
+        eye = torch.eye(flat.shape[1], dtype=B.dtype, device=x.device)
         return torch.cat([B, eye, -eye]), torch.cat([b, high, -low], 1)
 
     def project(self, delta: Tensor, x: Tensor) -> Tensor:
@@ -315,33 +327,39 @@ class Polyhedron(Constraint):
         return nearest_points(delta.flatten(1), B, b).reshape(delta.shape)
 
     def sample(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """The projection of a normal draw with the scale of b: a random point, not a uniform one."""
+        """The projection of a normal draw with the scale of the faces' distances: a random point, not a uniform one."""
         noise = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
-        scale = self.b.abs().mean().to(x) / self.B.norm(dim=1).mean().to(x).clamp(min=1e-30)
-        return self.project(scale * noise, x)
+        return self.project(self._unit[1].abs().mean().to(x) * noise, x)
 
     def _active_rows(self, delta: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B with inactive rows zeroed ``[batch, m', d]``, activity ``[batch, m']``, slack ``[batch, m']``)."""
+        """(rows with inactive ones zeroed ``[batch, m', d]``, activity ``[batch, m']``, slack ``[batch, m']``)."""
         B, b = self.rows(x)
-        slack = b - delta.flatten(1) @ B.mT
-        scale = B.norm(dim=1).clamp(min=1.0)
-        on = slack <= self.activity_tol(delta) * scale
+        flat = delta.detach().double().flatten(1)
+        slack = b - flat @ B.mT
+        # A projected point is on its faces up to the rounding of δ to its own dtype.
+        rounding = 16 * torch.finfo(delta.dtype).eps * (b.abs() + flat.norm(dim=1, keepdim=True))
+        on = slack <= rounding.clamp(min=self.activity_tol(delta))
         return B * on[..., None], on, slack
 
     def active(self, delta: Tensor, x: Tensor, gradient: Tensor | None = None) -> ActiveSet:
         rows, _, _ = self._active_rows(delta, x)
         _, singular, basis = torch.linalg.svd(rows, full_matrices=False)
-        keep = singular > singular.amax(1, keepdim=True) * 1e-9
-        return ActiveSet(torch.ones_like(delta, dtype=torch.bool), basis * keep[..., None])
+        # Rows that are multiples of each other are so only up to the precision they were given in.
+        cut = max(rows.shape[1:]) * torch.finfo(self.B.dtype).eps * singular.amax(1, keepdim=True)
+        normals = (basis * (singular > cut)[..., None]).to(delta.dtype)
+        return ActiveSet(torch.ones_like(delta, dtype=torch.bool), normals)
 
     def strict_complementarity(self, delta: Tensor, x: Tensor, gradient: Tensor) -> Tensor:
         rows, on, slack = self._active_rows(delta, x)
-        multipliers = (torch.linalg.pinv(rows.mT) @ -gradient.flatten(1)[..., None]).squeeze(-1)
-        return torch.where(on, multipliers, slack).amin(1)
+        multipliers = (torch.linalg.pinv(rows.mT) @ -gradient.double().flatten(1)[..., None]).squeeze(-1)
+        return torch.where(on, multipliers, slack).amin(1).to(delta.dtype)
 
     def attack_step(self) -> tuple[str, float]:
-        """The gradient's direction, and the distance from 0 to the nearest face."""
-        return "normalized", (self.b / self.B.norm(dim=1).clamp(min=1e-30)).abs().min().item()
+        """The gradient's direction, and the distance from 0 to the farthest face."""
+        radius = self._unit[1].amax().item() if len(self._unit[1]) else 0.0
+        if radius <= 0:
+            raise InputError("every b of this polyhedron is at most 0, so it has no scale for FGSM or PGD to step by")
+        return "normalized", radius
 
     def unbounded(self) -> Polyhedron:
-        return replace(self, bounds=None)
+        return Polyhedron(self.B, self.b, None, self.tol)

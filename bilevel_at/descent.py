@@ -51,11 +51,13 @@ def projected_gradient(
     ratio = torch.full_like(step, torch.inf)  # the first steps may grow as fast as the curvature allows
     residual = torch.full_like(step, torch.inf)
     for _ in range(max_iter):
-        moved = project(x - per_sample(step, x) * g)
+        moved = project(x - per_sample(step, x) * g).detach()
         # |δ − P(δ − s∇g)| grows with s, but no faster than s: this bounds its value at s = scale.
         residual = (moved - x).abs().flatten(1).amax(1) * (scale / step).clamp(min=1)
         if bool((residual <= tol).all()):
             return moved, residual
+        if bool(residual.isnan().any()):
+            break
         g_moved = gradient(moved)
         distance = length(moved - x)
         curvature = length(g_moved - g) / distance.clamp(min=1e-38)
@@ -67,6 +69,11 @@ def projected_gradient(
         new = torch.where(torch.isfinite(new) & (distance > 0), new, step)
         ratio = new / step
         step, x, g = new, moved, g_moved
+    lost = torch.nonzero(residual.isnan()).flatten().tolist()
+    if lost:
+        raise ConvergenceError(
+            f"the lower level's objective or its gradient is not a number on {name_samples(lost)}", lost
+        )
     late = torch.nonzero(residual > tol).flatten().tolist()
     raise ConvergenceError(
         f"the lower level did not reach tol={tol:g} in max_iter={max_iter} steps on {name_samples(late)} "

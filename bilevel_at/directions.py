@@ -34,8 +34,16 @@ def _normalize(gradient: Tensor) -> Tensor:
     return gradient / per_sample(norm.clamp(min=1e-12), gradient)
 
 
-sign = Direction("sign", lambda gradient: gradient.detach().sign(), piecewise_constant=True)
-taylor = Direction("taylor", lambda gradient: gradient)
+def _sign(gradient: Tensor) -> Tensor:
+    return gradient.detach().sign()
+
+
+def _identity(gradient: Tensor) -> Tensor:
+    return gradient
+
+
+sign = Direction("sign", _sign, piecewise_constant=True)
+taylor = Direction("taylor", _identity)
 normalized = Direction("normalized", _normalize)
 
 _NAMED = {d.name: d for d in (sign, taylor, normalized)}

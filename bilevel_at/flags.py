@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import inspect
 import io
+import os
 import re
 import sys
 import types
@@ -121,7 +122,7 @@ def flags_of(
     texts = _help_texts(function.__doc__)
     try:
         hints = typing.get_type_hints(function)
-    except NameError as error:
+    except (NameError, AttributeError, TypeError) as error:
         raise InputError(f"{function.__name__}(...) has a type that cannot be read: {error}") from None
     flags = []
     for p in inspect.signature(function).parameters.values():
@@ -142,9 +143,12 @@ def flags_of(
 
 
 def parse(
-    flags: Sequence[Flag], args: Sequence[str], prog: str, description: str, positional: str = ""
+    flags: Sequence[Flag], args: Sequence[str], prog: str, description: str, lenient: bool = False
 ) -> dict[str, Any]:
-    """Values by flag name. Prints help and exits 0 for ``--help``; raises :class:`InputError` for a mistake."""
+    """Values by flag name. Prints help and exits 0 for ``--help``; raises :class:`InputError` for a mistake.
+
+    ``lenient`` reads the flags it knows and passes over the rest, ``--help`` included.
+    """
     seen: set[str] = set()
     for flag in flags:
         if flag.name in seen:
@@ -170,7 +174,8 @@ def parse(
             parsed, unknown = tyro.cli(
                 options,
                 args=list(args),
-                prog=f"{prog}{' ' + positional if positional else ''}",
+                prog=prog,
+                add_help=not lenient,
                 description=description,
                 registry=_registry,
                 return_unknown_args=True,
@@ -180,7 +185,7 @@ def parse(
             sys.stdout.write(said.getvalue())
             raise
         raise InputError(_one_line(heard.getvalue() or said.getvalue())) from None
-    if unknown:
+    if unknown and not lenient:
         raise InputError(_unknown(unknown[0], flags))
     return {flag.name: getattr(parsed, flag.name) for flag in flags}
 
@@ -198,7 +203,11 @@ def _one_line(box: str) -> str:
     said = [" ".join(section) for section in sections if section]
     if not boxed:
         said = said[1:]  # the title
-    line = said[0] if said else "the command line cannot be read; --help lists the flags"
+    line = (
+        said[0].replace("'None', ", "").replace(", 'None'", "")
+        if said
+        else "the command line cannot be read; --help lists the flags"
+    )
     return re.sub(r"^Error parsing (\S+):", r"\1:", line)
 
 
@@ -213,11 +222,18 @@ def _unknown(argument: str, flags: Sequence[Flag]) -> str:
 
 def main(command: Callable[[Sequence[str]], int | None], prog: str) -> int:
     """Run a command on ``sys.argv``: 0 for done, 2 for a mistake in what was asked, said in one line."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # ε is not in every terminal's alphabet
     try:
         return command(sys.argv[1:]) or 0
     except (InputError, BilevelError) as error:
         print(f"{prog}: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        sys.stderr.write(f"{prog}: the output was closed; what is done stays done\n")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python would complain again at exit
+        return 1
     except KeyboardInterrupt as error:
         print(f"{prog}: stopped{': ' + str(error) if str(error) else ''}", file=sys.stderr)
         return 130

@@ -19,7 +19,11 @@ Part = Callable[[Batch, Tensor, Tensor], Tensor]
 
 
 def dense_hessian(part: Part, solution: Solution) -> Tensor:
-    """∇²_δδ of ``part`` at δ* for every sample, ``[B, d, d]``, by torch.func (forward over reverse, vmapped)."""
+    """∇²_δδ of ``part`` at δ* for every sample, ``[B, d, d]``, by torch.func (forward over reverse, vmapped).
+
+    Raises :class:`InputError` where torch.func cannot take it, and where a sample alone has another gradient than in
+    its batch, for then a per-sample Hessian does not exist.
+    """
     batch, delta = solution.batch, solution.delta.detach()
     shape, d = delta.shape[1:], delta[0].numel()
     extra: dict[str, Any] = {k: v for k, v in (("index", batch.index), ("target", batch.target)) if v is not None}
@@ -28,13 +32,22 @@ def dense_hessian(part: Part, solution: Solution) -> Tensor:
         single = Batch(x[None], y[None], **{k: v[None] for k, v in more.items()})
         return part(single, flat.reshape(1, *shape), z[None])[0]
 
-    hessian = torch.func.vmap(torch.func.hessian(one))
+    inputs = (delta.flatten(1), batch.x, batch.y, solution.anchor, extra)
     try:
-        out: Tensor = hessian(delta.flatten(1), batch.x, batch.y, solution.anchor, extra)
-    except RuntimeError as error:  # torch.func names the operation it cannot batch
+        alone = torch.func.vmap(torch.func.grad(one))(*inputs)
+        hessian: Tensor = torch.func.vmap(torch.func.hessian(one))(*inputs)
+    except (RuntimeError, ValueError) as error:  # torch.func names the operation it cannot batch
         reason = str(error).strip().splitlines()[0]
         raise InputError(f'torch.func cannot take this model\'s Hessian ({reason}); use method="cg"') from error
-    return out.detach().reshape(len(delta), d, d)
+    delta = delta.requires_grad_()
+    (together,) = torch.autograd.grad(part(batch, delta, solution.anchor).sum(), delta)
+    gap = (alone.detach() - together.flatten(1)).norm()
+    if not gap <= 1e3 * torch.finfo(delta.dtype).eps * (1 + together.norm()):
+        raise InputError(
+            "samples share something (batch statistics, a mean over the batch) or are drawn anew in every pass, so a "
+            'per-sample Hessian does not exist; use method="cg"'
+        )
+    return hessian.detach().reshape(len(delta), d, d)
 
 
 class CurvatureOperator:
@@ -66,7 +79,9 @@ def conjugate_gradients(
     """Solve A w = right, with ``right`` and every iterate in the range of T.
 
     Samples are separate systems that converge each on their own; ``coupled`` makes the batch one system, for models
-    whose samples share statistics. ``tol`` is relative to ‖right‖ (None: eps^¾), ``max_iter`` None is 10 d.
+    whose samples share statistics. Done where ‖A w − right‖ ≤ tol · ‖scale‖ (``tol=None``: eps^¾); ``scale`` is v
+    before it was projected to ``right`` = T v, so that a T v of rounding errors is a zero. ``max_iter=None`` is 10 d.
+    The result is put into the equation once; where samples turn out to be coupled, the batch is solved as one system.
 
     Raises :class:`CurvatureError` where pᵀAp ≤ 0 was met, :class:`ConvergenceError` where ``tol`` was not reached.
     """
@@ -78,6 +93,12 @@ def conjugate_gradients(
     def dot(a: Tensor, b: Tensor) -> Tensor:
         return (a * b).sum().expand(len(a)) if coupled else (a * b).flatten(1).sum(1)
 
+    # In units of ‖scale‖, so that the squares of tiny gradients do not underflow.
+    largest = scale.abs().amax() if coupled else scale.abs().flatten(1).amax(1)
+    unit = largest.expand(len(right)).clone()
+    unit[unit == 0] = 1
+    right, scale = right / per_sample(unit, right), scale / per_sample(unit, scale)
+
     w = torch.zeros_like(right)
     r = right.clone()
     p = r
@@ -86,10 +107,10 @@ def conjugate_gradients(
     for _ in range(max_iter):
         running = rr > goal
         if not bool(running.any()):
-            return w
+            break
         Ap = operator(p)
         pAp = dot(p, Ap)
-        bad = (running & (pAp <= 0)).nonzero().flatten().tolist()
+        bad = (running & ~(pAp > 0)).nonzero().flatten().tolist()
         if bad:
             where = "the batch as a whole" if coupled else name_samples(bad)
             raise CurvatureError(
@@ -111,4 +132,11 @@ def conjugate_gradients(
             "raise max_iter, tol or damping",
             late,
         )
+    w = w * per_sample(unit, w)
+    if not coupled and bool((rr < dot(right, right)).any()):
+        gap = operator(w) - right * per_sample(unit, right)
+        allowed = 1e3 * tol * unit * (1 + dot(scale, scale)).sqrt()
+        if bool((gap.flatten(1).norm(dim=1) > allowed).any()):
+            right, scale = right * per_sample(unit, right), scale * per_sample(unit, scale)
+            return conjugate_gradients(operator, right, scale, tol, coupled=True)
     return w

@@ -48,12 +48,16 @@ class Linearized(LowerProblem):
     hessian_is_lam = True
 
     def __post_init__(self) -> None:
-        self.start = self.anchor = anchor_policy(self.anchor)
+        self.anchor = anchor_policy(self.anchor)
         self.direction = direction_of(self.direction)
         self.step = step_policy(self.step)
 
     def objective(self, model: nn.Module, batch: Batch, delta: Tensor, anchor: Tensor) -> Tensor:
-        """g ``[B]``, differentiable in θ and δ. Reads what an adaptive step remembers, and leaves it as it is."""
+        """g ``[B]``, differentiable in θ and δ.
+
+        An adaptive step is computed as a solve at this anchor would, without keeping it; ``held(solution).objective``
+        is the g that ``solution`` came from.
+        """
         assert isinstance(self.direction, Direction) and isinstance(self.step, Step)
         with attack_mode(model, self.mode):
             gradient = self.attack_gradient(model, batch, anchor, create_graph=True)
@@ -85,10 +89,9 @@ class Linearized(LowerProblem):
             gradient = self.attack_gradient(model, batch, z, create_graph)
         step = self.step.size(batch, gradient.detach(), remember=anchor is None)
         direction = self.direction(gradient)
-        delta = self.constraint.project(z - per_sample(step, z) * direction.detach(), batch.x)
+        delta = self.constraint.project(z - per_sample(step, z) * direction.detach(), batch.x).detach()
         if anchor is None:
-            assert isinstance(self.start, Anchor)
-            self.start.remember(batch, delta)
+            self.policy().remember(batch, delta)
         return Solution(delta, z, batch, 1 / step, step, attack_gradient=gradient.detach()), direction
 
     @torch.enable_grad()
@@ -170,7 +173,7 @@ class Proximal(LowerProblem):
         self.lam = positive("lam", self.lam)
         if self.tol is not None:
             positive("tol", self.tol)
-        self.start = self.anchor = anchor_policy(self.anchor)
+        self.anchor = anchor_policy(self.anchor)
 
     def objective(self, model: nn.Module, batch: Batch, delta: Tensor, anchor: Tensor) -> Tensor:
         with attack_mode(model, self.mode):

@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import inspect
 import platform
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -85,6 +84,10 @@ class RunOptions:
     resume: bool = False
 
     def __post_init__(self) -> None:
+        if not self.attacks:
+            raise InputError("--attacks names no attack; clean, fgsm and pgd-50-10 are some")
+        if self.seed >= 2**32:
+            raise InputError(f"--seed is {self.seed}; it must be below 2**32")
         for name, least in (("epochs", 1), ("batch_size", 1), ("seed", 0)):
             if getattr(self, name) < least:
                 raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least {least}")
@@ -110,12 +113,13 @@ class Plan:
     problem: BilevelProblem
     solver: Solver
     problem_arguments: dict[str, Any]
+    command: list[str]
 
     def config(self, model: nn.Module, train: Images) -> dict[str, Any]:
         """``config.json``: what is needed to repeat the run."""
         packages = ("bilevel-at", "torchvision", "numpy", "scikit-learn")
         return {
-            "command": [PROG, *sys.argv[1:]],
+            "command": self.command,
             "file": str(self.file.path),
             "file_sha256": self.file.sha256,
             "problem": self.problem_arguments,
@@ -151,40 +155,30 @@ def understand(args: Sequence[str]) -> Plan:
     of_problem = flags.flags_of(file.problem, recipe.problem)
     shared = [f.name for f in of_problem]
     of_factory = flags.flags_of(file.solver, skip=["name", *shared]) if file.solver else []
-    chosen = _solver_class(file, _peek(rest, "solver"))
-    taken = {f.name for f in [*own, *of_problem, *of_factory]}
+    common = [*of_problem, *of_factory, *own]
+    # Which flags a solver has depends on which one it is, and that may depend on flags.
+    prog, about = f"python -m {PROG} {args[0]}", (file.module.__doc__ or "").strip().split("\n")[0]
+    known = flags.parse(common, rest, prog, about, lenient=True)
+    file.make(file.problem, BilevelProblem, **{name: known[name] for name in shared})
+    solver = _make_solver(file, known)
     of_solver = [
-        flags.Flag(
-            f"solver_{f.name}" if f.name in taken else f.name,
-            f.type | None,
-            None,
-            f.help,
-            "default: what the solver has",
-        )
-        for f in flags.flags_of(chosen)
+        flags.Flag(_solver_flag(f.name, common), f.type | None, None, f.help, "default: what the solver has")
+        for f in (flags.flags_of(type(solver)) if dataclasses.is_dataclass(solver) else [])
     ]
-    values = flags.parse(
-        [*of_problem, *of_factory, *of_solver, *own],
-        rest,
-        f"python -m {PROG}",
-        (file.module.__doc__ or "").strip().split("\n")[0],
-        positional=str(args[0]),
-    )
+    values = flags.parse([*of_problem, *of_factory, *of_solver, *own], rest, prog, about)
 
-    def take(names: Sequence[str]) -> dict[str, Any]:
-        return {name: values[name] for name in names}
-
-    options = RunOptions(**take([f.name for f in own]))
-    problem_arguments = take(shared)
+    options = RunOptions(**{f.name: values[f.name] for f in own})
+    problem_arguments = {name: values[name] for name in shared}
     problem = file.make(file.problem, BilevelProblem, **problem_arguments)
-    solver = _make_solver(file, options.solver, chosen, values)
-    given = {
-        f.name.removeprefix("solver_") if f.name not in chosen.__dataclass_fields__ else f.name: values[f.name]
-        for f in of_solver
-    }
-    given = {name: value for name, value in given.items() if value is not None}
-    solver = dataclasses.replace(solver, **given) if given else solver
-    return Plan(file, options, problem, solver, problem_arguments)
+    if dataclasses.is_dataclass(solver):
+        fields = {f.name: values[_solver_flag(f.name, common)] for f in dataclasses.fields(solver) if f.init}
+        solver = dataclasses.replace(solver, **{name: value for name, value in fields.items() if value is not None})
+    return Plan(file, options, problem, solver, problem_arguments, [PROG, *args])
+
+
+def _solver_flag(name: str, common: Sequence[flags.Flag]) -> str:
+    """A solver's field as a flag; prefixed where the problem or the run already has one of that name."""
+    return f"solver_{name}" if any(f.name == name for f in common) else name
 
 
 def _peek(args: Sequence[str], name: str) -> str | None:
@@ -197,24 +191,17 @@ def _peek(args: Sequence[str], name: str) -> str | None:
     return None
 
 
-def _solver_class(file: ProblemFile, name: str | None) -> type[Any]:
-    if name in SOLVERS:
-        return SOLVERS[name]
-    if name is not None:
-        raise InputError(f"--solver {name!r} is not known; choose from {', '.join(SOLVERS)}")
-    return type(file.make(file.solver, Solver)) if file.solver else SOLVERS["zero-ig"]
-
-
-def _make_solver(file: ProblemFile, name: str | None, chosen: type[Any], values: dict[str, Any]) -> Any:
-    """The file's solver; where it does not know ``name``, one of that class with what they have in common."""
+def _make_solver(file: ProblemFile, values: dict[str, Any]) -> Any:
+    """What ``--solver`` names, as the file's ``solver(...)`` makes it; without ``--solver``, whatever that makes."""
+    name = values["solver"]
     if file.solver is None:
-        return chosen()
+        return SOLVERS[name or "zero-ig"]()
     parameters = inspect.signature(file.solver).parameters
     arguments = {p: values[p] for p in parameters if p != "name" and p in values}
     if name is not None and "name" in parameters:
         arguments["name"] = name
     solver = file.make(file.solver, Solver, **arguments)
-    return solver if isinstance(solver, chosen) else chosen()
+    return solver if name is None or isinstance(solver, SOLVERS[name]) else SOLVERS[name]()
 
 
 def resolve_device(name: str) -> torch.device:
@@ -223,13 +210,14 @@ def resolve_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from None
     return device
 
 
 def build(plan: Plan, train: Images) -> nn.Module:
+    """The network on the data's device, after a look at what it gives for two images."""
     options = plan.options
     torch.manual_seed(options.seed)
     if options.model != "file":
@@ -239,16 +227,12 @@ def build(plan: Plan, train: Images) -> nn.Module:
     else:
         model = plan.file.make(plan.file.model, nn.Module, shape=train.shape, classes=train.classes)
     model = model.to(train.x.device)
-    name = f"{plan.file.path}'s model" if options.model == "file" else f"the model {options.model}"
-    with torch.no_grad():
-        try:
-            out = model.eval()(train[slice(0, 2)].pixels())
-        except (RuntimeError, ValueError, TypeError) as error:
-            raise InputError(f"{name} does not take {train.shape} images: {error}") from None
-    if out.shape != (2, train.classes):
-        raise InputError(
-            f"{name} gives {tuple(out.shape)} for 2 images; {train.classes} classes need (2, {train.classes})"
-        )
+    with torch.no_grad(), plan.file.blame(f"the model does not take {train.shape} images: "):
+        out = model.eval()(train[slice(0, 2)].pixels())
+    shape = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
+    if shape != (2, train.classes):
+        whose = f"{plan.file.path}'s model" if options.model == "file" else f"the model {options.model}"
+        raise InputError(f"{whose} gives {shape} for 2 images; {train.classes} classes need (2, {train.classes})")
     return model
 
 
@@ -256,9 +240,7 @@ def probe(plan: Plan, model: nn.Module, train: Images) -> None:
     """One hypergradient on copies, so that what cannot work is said before anything is written."""
     few = train[slice(0, 4)]
     batch = Batch(few.pixels(), few.y, torch.arange(len(few), device=few.x.device))
-    problem, model = copy.deepcopy(plan.problem), copy.deepcopy(model).train()
     generator = torch.Generator(few.x.device).manual_seed(0)
-    try:
+    with plan.file.blame("its problem cannot be solved: "):
+        problem, model = copy.deepcopy(plan.problem), copy.deepcopy(model).train()
         plan.solver.hypergradient(problem, model, batch, generator=generator)
-    except (AttributeError, TypeError, NotImplementedError) as error:
-        raise InputError(f"{plan.file.path}: its problem cannot be solved: {type(error).__name__}: {error}") from error

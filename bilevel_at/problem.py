@@ -52,6 +52,11 @@ class Solution:
     attack_gradient: Tensor | None = None
     residual: Tensor | None = None
 
+    @classmethod
+    def of(cls, found: Any, batch: Batch) -> Solution:
+        """``found`` itself, or what an object with ``delta``, ``anchor`` and perhaps ``lam`` says about ``batch``."""
+        return found if isinstance(found, cls) else cls(found.delta, found.anchor, batch, getattr(found, "lam", 0.0))
+
 
 class UpperProblem:
     """The defender: f(θ, δ), one value per sample. Subclass and override :meth:`loss`, or pass a loss function."""
@@ -77,15 +82,16 @@ class LowerProblem:
     Class attributes, each of which a subclass or an instance may set:
 
     mode: 'train' or 'eval', the mode in which attack passes see the model; always restored afterwards.
-    start: the policy that draws z where none is given.
-    attack_loss: ℓ_atk, where g is built from one; FullKKT's ``curvature="attack"`` needs it.
+    anchor: the policy that draws z where none is given, or its name.
+    attack_loss: ℓ_atk, where g is built from one; FullKKT's ``curvature="attack"`` needs it. As a class attribute, a
+        plain function has to be a ``staticmethod``.
     hessian_is_lam: True where ∇²_δδ g is exactly λI, so that no Hessian has to be computed.
     tol, max_iter: for the default solve; ``tol=None`` is eps^¾ of the dtype (6e-6 in float32, 2e-12 in float64).
     """
 
     constraint: Constraint
     mode: Mode = "eval"
-    start: Anchor | str = "zero"
+    anchor: Anchor | str = "zero"
     attack_loss: Loss | None = None
     hessian_is_lam: bool = False
     tol: float | None = None
@@ -118,7 +124,7 @@ class LowerProblem:
                 scale=1 / lam if lam else 1.0,
             )
         if anchor is None:
-            anchor_policy(self.start).remember(batch, delta)
+            self.policy().remember(batch, delta)
         return Solution(delta, z, batch, lam=lam, residual=residual)
 
     def solve_differentiable(
@@ -134,17 +140,22 @@ class LowerProblem:
         ``at`` matters to linearised objectives only: where their cross derivative is taken. Override where the
         solve can keep what this would compute again.
         """
-        solution = self.solve(model, batch, anchor, generator)
+        solution = Solution.of(self.solve(model, batch, anchor, generator), batch)
         with torch.enable_grad(), attack_mode(model, self.mode):
             delta = solution.delta.detach().requires_grad_()
             values = self.objective(model, solution.batch, delta, solution.anchor)
             (solution.gradient,) = torch.autograd.grad(values.sum(), delta, create_graph=True)
         return solution
 
+    def policy(self) -> Anchor:
+        """The anchor policy. A name becomes this instance's own policy on first use, which may hold state."""
+        if not isinstance(self.anchor, Anchor):
+            self.anchor = anchor_policy(self.anchor)
+        return self.anchor
+
     def draw_anchor(self, model: nn.Module, batch: Batch, generator: torch.Generator | None) -> Tensor:
-        """z from the policy ``start``."""
-        self.start = anchor_policy(self.start)  # a name becomes this instance's own policy, which may hold state
-        return self.start.draw(self, model, batch, generator)
+        """z from the policy."""
+        return self.policy().draw(self, model, batch, generator).detach()
 
     def attack_gradient(self, model: nn.Module, batch: Batch, delta: Tensor, create_graph: bool = False) -> Tensor:
         """∇_δ ℓ_atk(θ, δ), the sum over samples of per-sample losses differentiated: ``[B, ...]``."""
@@ -191,17 +202,15 @@ class LowerProblem:
 
     def set_epoch(self, epoch: int, epochs: int) -> None:
         """Tell policies that change over training that epoch ``epoch`` of ``epochs`` (from 0) begins."""
-        if isinstance(self.start, Anchor):
-            self.start.set_epoch(epoch, epochs)
+        self.policy().set_epoch(epoch, epochs)
 
     def state_dict(self) -> dict[str, Any]:
         """What outlives a batch (remembered perturbations, gradient norms): tensors and plain values only."""
-        return self.start.state_dict() if isinstance(self.start, Anchor) else {}
+        return self.policy().state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned."""
-        if isinstance(self.start, Anchor):
-            self.start.load_state_dict(state)
+        self.policy().load_state_dict(state)
 
 
 @dataclass

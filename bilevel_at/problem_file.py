@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import hashlib
 import importlib.util
 import inspect
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from torch import nn
-
-from .errors import InputError
-from .problem import BilevelProblem
-from .solver import Solver
+from .errors import BilevelError, InputError
 from .train.recipe import Recipe, default_recipe
 
 __all__ = ["ProblemFile"]
@@ -31,12 +29,18 @@ class ProblemFile:
     def __init__(self, path: str) -> None:
         self.path = self._find(path)
         self.sha256 = hashlib.sha256(self.path.read_bytes()).hexdigest()
-        self.module = self._import(self.path)
-        if not callable(getattr(self.module, "problem", None)):
+        self.module = self._import()
+        if not hasattr(self.module, "problem"):
             raise InputError(f"{path} defines no problem(...); it must, and return a BilevelProblem")
-        self.problem: Callable[..., BilevelProblem] = self.module.problem
-        self.solver: Callable[..., Solver] | None = getattr(self.module, "solver", None)
-        self.model: Callable[..., nn.Module] | None = getattr(self.module, "model", None)
+        self.problem: Callable[..., Any] = self._function("problem")
+        self.solver = self._function("solver") if hasattr(self.module, "solver") else None
+        self.model = self._function("model") if hasattr(self.module, "model") else None
+
+    def _function(self, name: str) -> Callable[..., Any]:
+        found = getattr(self.module, name)
+        if not inspect.isfunction(found):
+            raise InputError(f"{self.path}: {name} is {found!r}; it must be a function")
+        return found
 
     @staticmethod
     def _find(path: str) -> Path:
@@ -53,29 +57,38 @@ class ProblemFile:
         hint = f"did you mean problems/{close[0]}.py?" if close else f"packaged problems are {', '.join(names)}"
         raise InputError(f"problem file {path} does not exist; {hint}")
 
-    @staticmethod
-    def _import(path: Path) -> ModuleType:
-        name = f"bilevel_at_problem_file_{path.stem}"
-        spec = importlib.util.spec_from_file_location(name, path)
+    def _import(self) -> ModuleType:
+        name = f"bilevel_at_problem_file_{self.path.stem}"
+        spec = importlib.util.spec_from_file_location(name, self.path)
         if spec is None or spec.loader is None:
-            raise InputError(f"{path} is not a Python file; a problem file ends in .py")
+            raise InputError(f"{self.path} is not a Python file; a problem file ends in .py")
         module = importlib.util.module_from_spec(spec)
         sys.modules[name] = module  # typing.get_type_hints looks the module up
-        sys.path.insert(0, str(path.parent.resolve()))  # a problem file may import its neighbours
-        try:
+        folder = str(self.path.parent.resolve())
+        if folder not in sys.path:
+            sys.path.append(folder)  # a problem file may import its neighbours
+        with self.blame():
             spec.loader.exec_module(module)
-        except Exception as error:
-            frames = traceback.extract_tb(error.__traceback__)
-            lines = [frame.lineno for frame in frames if Path(frame.filename).resolve() == path.resolve()]
-            where = f"{path}, line {lines[-1]}" if lines else str(path)
-            raise InputError(f"{where}: {type(error).__name__}: {error}") from error
-        finally:
-            sys.path.pop(0)
         return module
+
+    @contextmanager
+    def blame(self, what: str = "") -> Iterator[None]:
+        """Whatever the user's code raises becomes one line that says where in their file it happened."""
+        try:
+            yield
+        except (BilevelError, InputError):
+            raise
+        except (Exception, SystemExit) as error:
+            frames = traceback.extract_tb(error.__traceback__)
+            lines = [frame.lineno for frame in frames if Path(frame.filename).resolve() == self.path.resolve()]
+            where = f"{self.path}, line {lines[-1]}" if lines else str(self.path)
+            said = " ".join(str(error).split())
+            raise InputError(f"{where}: {what}{type(error).__name__}: {said[:300]}") from error
 
     def recipe(self, data: str) -> Recipe:
         """The file's recipe for this data set, else the default one, with only what ``problem`` takes."""
-        stated: Any = self.module.recipe() if hasattr(self.module, "recipe") else {}
+        with self.blame("recipe() failed: "):
+            stated: Any = self.module.recipe() if hasattr(self.module, "recipe") else {}
         if not isinstance(stated, Mapping) or not all(isinstance(r, Recipe) for r in stated.values()):
             raise InputError(
                 f"{self.path}: recipe() returns {stated!r}; it must map data set names to bilevel_at.train.Recipe"
@@ -85,19 +98,13 @@ class ProblemFile:
             return found
         default = default_recipe(data)
         takes = inspect.signature(self.problem).parameters
-        kept = {k: v for k, v in default.problem.items() if k in takes and takes[k].default is inspect.Parameter.empty}
-        return Recipe(**{**{f: getattr(default, f) for f in default.__dataclass_fields__}, "problem": kept})
+        needed = {k: v for k, v in default.problem.items() if k in takes and takes[k].default is takes[k].empty}
+        return dataclasses.replace(default, problem=needed)
 
-    def make(self, function: Callable[..., Any], kind: type, **arguments: Any) -> Any:
-        """Call one of the file's functions; a ValueError or TypeError in it is the user's to read in one line."""
-        try:
+    def make(self, function: Callable[..., Any], kind: type, /, **arguments: Any) -> Any:
+        """Call one of the file's functions, and see that it returns a ``kind``."""
+        with self.blame(f"{function.__name__}(...) failed: "):
             made = function(**arguments)
-        except (ValueError, TypeError) as error:
-            if isinstance(error, InputError):
-                raise
-            raise InputError(
-                f"{self.path}: {function.__name__}(...) failed: {type(error).__name__}: {error}"
-            ) from error
         if not isinstance(made, kind):
             raise InputError(
                 f"{self.path}: {function.__name__}(...) returns {type(made).__name__}; it must return a {kind.__name__}"

@@ -53,16 +53,31 @@ def _resume(run: RunDir, config: dict[str, Any], trainer: Trainer, device: torch
     """Load what the run has. Settings must be those it started with: half a run of each is neither."""
     before = run.read_json("config.json")
     now = _plain(config)
+    try:
+        settings = {section: dict(before[section]) for section in ("problem", "solver", "options")}
+        file = before["file_sha256"]
+    except (KeyError, TypeError, ValueError):
+        raise InputError(f"{run}/config.json is not one of bilevel_at.run; choose another --out") from None
+    if file != now["file_sha256"]:
+        raise InputError(f"{run} was started with another {before.get('file')}; it has changed since")
     for section in ("problem", "solver", "options"):
-        for key in sorted({*before[section], *now[section]}):
-            old, new = before[section].get(key), now[section].get(key)
+        for key in sorted({*settings[section], *now[section]}):
+            old, new = settings[section].get(key), now[section].get(key)
             if old != new and key not in ("device", "attacks", "data_dir"):
                 raise InputError(
                     f"{run} was started with {key} = {old}, and is resumed with {new}; give the same flags"
                 )
     if (run.path / "last.pt").exists():
-        trainer.load_state_dict(run.restore("last.pt", device))
-    run.metrics(epochs=trainer.done)
+        state = run.restore("last.pt", device)
+        try:
+            trainer.load_state_dict(state)
+        except Exception as error:
+            said = str(error).strip().split("\n")[0]
+            raise InputError(
+                f"{run}/last.pt is not a checkpoint of this run ({type(error).__name__}: {said})"
+            ) from error
+    if len(run.metrics(epochs=trainer.done)) != trainer.done:
+        raise InputError(f"{run}/metrics.jsonl does not have the {trainer.done} epochs that last.pt has")
 
 
 def _plain(config: dict[str, Any]) -> dict[str, Any]:
@@ -146,6 +161,7 @@ def run(args: Sequence[str]) -> int:
         raise InputError(f"{plan.file.path}: the lower problem has no constraint")
     attacks = [attack_from_name(name, constraint) for name in dict.fromkeys(options.attacks)]
     select = attack_from_name(options.select, constraint)
+    epsilon = constraint.attack_step()[1]
     train, test = load_data(options.data, options.data_dir)
     if options.examples is not None:
         train = train.sample(options.examples)
@@ -163,9 +179,12 @@ def run(args: Sequence[str]) -> int:
     if options.resume:
         _resume(run_dir, config, trainer, device)
     else:
-        run_dir.write_json("config.json", config)
+        try:
+            run_dir.write_json("config.json", config)
+        except OSError as error:
+            raise InputError(f"{run_dir} cannot be written: {error.strerror or error}") from None
     console.print(
-        f"{plan.file.path.stem} with {type(plan.solver).__name__}, ε = {select.epsilon:.4g}, on {options.data}: "
+        f"{plan.file.path.stem} with {type(plan.solver).__name__}, ε = {epsilon:.4g}, on {options.data}: "
         f"{len(train)} training, {len(held_out)} held-out, {len(test)} test images; {options.model} on {device}",
         highlight=False,
     )
@@ -187,10 +206,10 @@ def run(args: Sequence[str]) -> int:
     best = max(metrics, key=_rank)["epoch"]
     title = f"{plan.file.path.stem}, {type(plan.solver).__name__}, {options.data}, seed {options.seed}"
     figures.curves(metrics, run_dir.figures / "curves.png", title)
-    strongest = max(attacks, key=lambda attack: (attack.lower is not None, attack.restarts))
+    strongest = [attack for attack in attacks if attack.lower is not None][-1:] or [select]
     model.load_state_dict(run_dir.restore("best.pt", device)["model"])
-    figures.examples(model, test, strongest, run_dir.figures / "examples.png")
-    console.print(_table(scores, {"best": best, "last": trainer.done}, test, select.epsilon))
+    figures.examples(model, test, strongest[0], run_dir.figures / "examples.png")
+    console.print(_table(scores, {"best": best, "last": trainer.done}, test, epsilon))
     console.print(f"{run_dir}: config.json, metrics.jsonl, results.json, best.pt, last.pt, figures/", highlight=False)
     return 0
 

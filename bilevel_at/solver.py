@@ -95,8 +95,12 @@ class Solver:
         step = self._hypergradient(problem, model, batch, anchor, generator, scale)
         for name, parameter in model.named_parameters():
             gradient = step.grads.get(name)
-            if gradient is not None:
-                parameter.grad = gradient.clone() if parameter.grad is None else parameter.grad + gradient
+            if gradient is None:
+                continue
+            if parameter.grad is None:
+                parameter.grad = gradient.clone()
+            else:
+                parameter.grad.add_(gradient)
         return step
 
     @torch.enable_grad()
@@ -118,7 +122,7 @@ class Solver:
         if self.implicit:
             solution = lower.solve_differentiable(model, batch, anchor, generator, at=self.cross_at)
         else:
-            solution = lower.solve(model, batch, anchor, generator)
+            solution = Solution.of(lower.solve(model, batch, anchor, generator), batch)
         couples = solution.gradient is not None and solution.gradient.requires_grad and self.ig_weight != 0
         delta = solution.delta = solution.delta.detach().requires_grad_(couples)
 

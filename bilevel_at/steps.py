@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 import torch
@@ -45,6 +46,8 @@ class Constant(Step):
     def __post_init__(self) -> None:
         if not isinstance(self.value, Tensor):
             object.__setattr__(self, "value", positive("step", self.value))
+        elif not (self.value > 0).all():
+            raise InputError(f"step has values down to {self.value.min().item():g}; every step must be positive")
 
     def size(self, batch: Batch, gradient: Tensor, remember: bool = True) -> Tensor | float:
         return self.value
@@ -101,10 +104,10 @@ class Adaptive(Step):
 
 def positive(name: str, value: Any) -> float:
     """``value`` as a float, or an :class:`InputError` that names it."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise InputError(f"{name} is {value!r}; it must be a positive number")
     if not (math.isfinite(value) and value > 0):
-        raise InputError(f"{name} is {value:g}; it must be a positive finite number")
+        raise InputError(f"{name} is {float(value):g}; it must be a positive finite number")
     return float(value)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -54,7 +54,7 @@ class Targeted(LowerProblem):
         if self.steps < 1:
             raise InputError(f"steps is {self.steps}; at least 1 is needed")
         positive("step", self.step)
-        self.start = self.anchor = anchor_policy(self.anchor)
+        self.anchor = anchor_policy(self.anchor)
 
     def objective(self, model: nn.Module, batch: Batch, delta: Tensor, anchor: Tensor) -> Tensor:
         """ℓ_atk ``[rows of δ]``; without targets in ``batch``, the best class's."""
@@ -62,7 +62,9 @@ class Targeted(LowerProblem):
             return self.attack_loss(model, batch, delta)
 
     def targets(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The K − 1 other classes of each example, ``[B, K − 1]``."""
+        """The classes to aim at: the K − 1 others ``[B, K − 1]``, or the batch's own targets ``[B, 1]``."""
+        if batch.target is not None:
+            return batch.target[:, None]
         with attack_mode(model, "eval"), torch.no_grad():
             classes = model(batch.x[:1]).shape[-1]
         if classes < 2:
@@ -77,10 +79,16 @@ class Targeted(LowerProblem):
         anchor: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Solution:
-        """The perturbations and their targets. ``anchor`` has one row per example, or one per example and class."""
+        """The perturbations and their targets. ``anchor`` has one row per example, or one per example and class.
+
+        A batch that has targets already is aimed at those alone: ``solve(model, solution.batch, solution.anchor)``
+        gives ``solution`` again.
+        """
         targets = self.targets(model, batch)
         each = targets.shape[1]
         wide = batch.repeat(each).aimed_at(targets.flatten())
+        if wide.index is not None:  # what is remembered is remembered per example and class
+            wide = replace(wide, index=wide.index * each + torch.arange(len(wide), device=wide.index.device) % each)
         with torch.enable_grad(), attack_mode(model, self.mode):
             if anchor is None:
                 z = self.draw_anchor(model, wide, generator)
@@ -99,6 +107,8 @@ class Targeted(LowerProblem):
                 optimizer.step(closure)  # type: ignore[arg-type]  # torch types the closure as returning float
                 eta.data = self.constraint.project(eta.data, wide.x)
             delta = eta.detach()
+            if anchor is None:
+                self.policy().remember(wide, delta)
             if self.keep == "all":
                 return Solution(delta, z, wide)
             with torch.no_grad():

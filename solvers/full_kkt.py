@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from bilevel_at.constraints import ActiveSet
 from bilevel_at.errors import CurvatureError, InputError, name_samples
 from bilevel_at.linear import CurvatureOperator, conjugate_gradients, dense_hessian
 from bilevel_at.modes import attack_mode, couples_samples
@@ -68,23 +69,29 @@ class FullKKT(KKTSolver):
                     'method="dense" needs samples that do not share batch statistics: attack passes see this model '
                     'in train mode with batch normalisation; use method="cg", or mode="eval" in the lower problem'
                 )
-            dense = self.method == "dense" or (v[0].numel() <= self.dense_limit and not coupled)
-            if dense and self.method != "cg":
-                hessian = dense_hessian(part, solution)
-                return self._cholesky(hessian, diagonal, active.projector(hessian.dtype), active.tangent(v))
+            if self.method == "dense" or (self.method == "auto" and v[0].numel() <= self.dense_limit and not coupled):
+                try:
+                    hessian = dense_hessian(part, solution)
+                except InputError:
+                    if self.method == "dense":
+                        raise
+                else:
+                    return self._cholesky(hessian, diagonal, active, v)
             operator = CurvatureOperator(part, solution, diagonal, active)
             return conjugate_gradients(
                 operator, active.tangent(v), v, tol=self.tol, max_iter=self.max_iter, coupled=coupled
             )
 
-    def _cholesky(self, hessian: Tensor, diagonal: Tensor, free: Tensor, v: Tensor) -> Tensor:
+    def _cholesky(self, hessian: Tensor, diagonal: Tensor, active: ActiveSet, v: Tensor) -> Tensor:
+        exact = torch.float64 if v.dtype == torch.float64 else torch.float32  # half precisions are not factorised
+        free, hessian = active.projector(exact), hessian.to(exact)
+        eye = torch.eye(hessian.shape[-1], dtype=exact, device=hessian.device)
         # T A T + (I − T) is positive definite exactly where A is on the range of T.
-        eye = torch.eye(hessian.shape[-1], dtype=hessian.dtype, device=hessian.device)
-        matrix = free @ (hessian + diagonal[:, None, None] * eye) @ free + (eye - free)
+        matrix = free @ (hessian + diagonal.to(exact)[:, None, None] * eye) @ free + (eye - free)
         factor, failed = torch.linalg.cholesky_ex((matrix + matrix.mT) / 2)
         self._refuse(failed > 0)
-        w = torch.cholesky_solve(v.flatten(1)[..., None].to(factor), factor)
-        return (free @ w).reshape(v.shape).to(v)
+        right = active.tangent(v).flatten(1)[..., None].to(exact)
+        return (free @ torch.cholesky_solve(right, factor)).reshape(v.shape).to(v)
 
     @staticmethod
     def _refuse(bad: Tensor) -> None:

@@ -69,7 +69,7 @@ def test_published_constants():
     step = lower.step
     assert step.gamma / step.c == pytest.approx(16 / 255) and step.c == pytest.approx(0.01 * 128) and step.beta == 0.5
     assert (step.low, step.high) == (pytest.approx(4 / 255), pytest.approx(14 / 255))
-    assert lower.mode == "eval" and lower.start.reset_every == 10
+    assert lower.mode == "eval" and lower.anchor.reset_every == 10
     gradient = torch.full((2, 3), 1e-9)
     batch = ba.Batch(torch.rand(2, 3), torch.zeros(2).long(), torch.arange(2))
     lower.set_epoch(0, 30)
@@ -81,7 +81,7 @@ def test_published_constants():
 
 def test_constant_step_is_atta():
     lower = atas.problem(epsilon=0.1, step=0.05).lower
-    assert lower.step_size() == 0.05 and isinstance(lower.start, ba.Remembered)
+    assert lower.step_size() == 0.05 and isinstance(lower.anchor, ba.Remembered)
 
 
 # --- views --------------------------------------------------------------------------------------------------------
@@ -120,7 +120,7 @@ def test_perturbations_follow_their_image_exactly(data, n, padding):
     batch = ba.Batch(first.apply(first.pad(images)), y, index, first)
     delta = lower.solve(model, batch).delta
     assert torch.equal(lower.draw_anchor(model, batch, None), delta)
-    canvas = lower.start.memory.values[index]
+    canvas = lower.anchor.memory.values[index]
     again = ba.Batch(second.apply(second.pad(images)), y, index, second)
     assert torch.equal(lower.draw_anchor(model, again, None), second.apply(canvas))
     assert torch.equal(first.apply(canvas), delta)
@@ -160,10 +160,10 @@ def test_holding_the_anchor_remembers_nothing():
     model, batch = small()
     problem = atas.problem(epsilon=0.1)
     ZeroIG().hypergradient(problem, model, batch)
-    before = (problem.lower.start.memory.values.clone(), problem.lower.step.memory.values.clone())
+    before = (problem.lower.anchor.memory.values.clone(), problem.lower.step.memory.values.clone())
     for solver in (ZeroIG(), HessianFreeKKT(), FullKKT()):
         solver.hypergradient(problem, model, batch, anchor=torch.zeros_like(batch.x))
-    assert torch.equal(problem.lower.start.memory.values, before[0])
+    assert torch.equal(problem.lower.anchor.memory.values, before[0])
     assert torch.equal(problem.lower.step.memory.values, before[1])
 
 
@@ -173,9 +173,9 @@ def test_perturbations_are_redrawn_on_schedule():
     ZeroIG().hypergradient(problem, model, batch)
     emptied = []
     for epoch in range(10):
-        problem.lower.start.memory.known = torch.ones(8, dtype=torch.bool)
+        problem.lower.anchor.memory.known = torch.ones(8, dtype=torch.bool)
         problem.set_epoch(epoch, 10)
-        emptied.append(problem.lower.start.memory.known is None)
+        emptied.append(problem.lower.anchor.memory.known is None)
     assert [e for e, gone in enumerate(emptied) if gone] == [3, 6]  # 9 is the last epoch
 
 
@@ -184,9 +184,9 @@ def test_memory_grows_and_needs_an_index():
     problem = atas.problem()
     ZeroIG().hypergradient(problem, model, batch)
     more = ba.Batch(batch.x, batch.y, torch.tensor([50, 7, 51, 0]))
-    kept = problem.lower.start.memory.values[7].clone()
+    kept = problem.lower.anchor.memory.values[7].clone()
     ZeroIG().hypergradient(problem, model, more, anchor=None)
-    assert len(problem.lower.start.memory.values) >= 52
-    assert not torch.equal(problem.lower.start.memory.values[7], kept)
+    assert len(problem.lower.anchor.memory.values) >= 52
+    assert not torch.equal(problem.lower.anchor.memory.values[7], kept)
     with pytest.raises(ba.InputError, match=r"pass Batch\(x, y, index=...\)"):
         ZeroIG().hypergradient(problem, model, ba.Batch(batch.x, batch.y))

@@ -138,3 +138,26 @@ def test_bad_arguments_are_named():
         beta.problem(steps=0)
     with pytest.raises(ba.InputError, match="temperature is 0"):
         beta.problem(smooth=True, temperature=0.0)
+
+
+def test_a_solution_is_found_again_from_its_batch_and_anchor():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Flatten(), torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 5)
+    ).double()
+    batch = ba.Batch(torch.rand(64, 6, dtype=torch.float64), torch.randint(0, 5, (64,)))
+    for keep in ("best", "all"):
+        lower = ba.Targeted(ba.LinfBall(0.1), steps=3, step=0.01, keep=keep)
+        first = lower.solve(model, batch)
+        again = lower.solve(model, first.batch, anchor=first.anchor)
+        assert torch.equal(first.delta, again.delta) and torch.equal(first.batch.target, again.batch.target)
+
+
+def test_remembered_perturbations_are_kept_per_class():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(6, 4)).double()
+    batch = ba.Batch(torch.rand(3, 6, dtype=torch.float64), torch.tensor([0, 1, 2]), torch.tensor([4, 0, 2]))
+    lower = ba.Targeted(ba.LinfBall(0.1), steps=2, step=0.01, keep="all", anchor="remembered")
+    first = lower.solve(model, batch)
+    second = lower.solve(model, batch)
+    assert torch.equal(second.anchor, first.delta)

@@ -207,3 +207,48 @@ def test_projected_coordinates_count_as_active(dtype):
     low, high = ball.box(x)
     assert torch.equal(~active.free, (at <= low) | (at >= high))
     assert 0 < active.fraction_free() < 0.2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("epsilon", [0.1, 0.5, 2.0, 10.0])
+def test_points_projected_onto_the_sphere_count_as_on_it(dtype, epsilon):
+    """Also in float32 and in many dimensions, where ‖P(δ)‖ misses ε by rounding."""
+    delta, x = (points((3, 32, 32), 16, 0)[i].to(dtype) for i in (0, 1))
+    ball = ba.L2Ball(epsilon)
+    at = ball.project(delta, x)
+    gradient = -at  # pointing inwards: the multiplier is positive
+    assert (ball.active(at, x, gradient).curvature > 0).all()
+    inside = ball.project(delta, x) * 0.99
+    assert (ball.active(inside, x, gradient).curvature == 0).all()
+
+
+@pytest.mark.parametrize("d", [5, 40])
+def test_polyhedra_have_the_same_active_rows_in_float32(d):
+    g = torch.Generator().manual_seed(0)
+    B, b = torch.randn(6, d, generator=g), 0.3 * torch.rand(6, generator=g) + 0.05
+    delta, x = torch.randn(32, d, generator=g), torch.rand(32, d, generator=g)
+    for scale in (1.0, 10.0):
+        sets = [ba.Polyhedron(B.to(t), scale * b.to(t)) for t in (torch.float32, torch.float64)]
+        on = [s._active_rows(s.project(scale * delta.to(s.B), x), x)[1] for s in sets]
+        assert torch.equal(*on) and on[0].any()
+
+
+def test_polyhedron_is_indifferent_to_the_length_of_its_rows():
+    x, delta = torch.zeros(1, 2), torch.ones(1, 2)
+    for scale in (1e-8, 1.0, 1e8):
+        small = ba.Polyhedron(scale * torch.ones(1, 2), scale * torch.ones(1))
+        torch.testing.assert_close(small.project(delta, x), torch.full((1, 2), 0.5))
+        assert small.active(torch.zeros(1, 2), x).normals.abs().sum() == 0
+    for dtype in (torch.float32, torch.float64):  # multiples of one row, as rounded, are one face
+        row = torch.tensor([[0.3, -0.7, 0.1, 0.9, 0.2]], dtype=dtype)
+        faces = ba.Polyhedron(torch.cat([row, 3 * row, 0.7 * row]), torch.tensor([0.1, 0.3, 0.07], dtype=dtype))
+        at = faces.project(5 * row, torch.zeros(1, 5, dtype=dtype))
+        assert faces.active(at, torch.zeros(1, 5, dtype=dtype)).projector(dtype)[0].trace().item() == pytest.approx(4)
+
+
+def test_attack_steps_have_a_scale():
+    one_sided = ba.Polyhedron(torch.cat([torch.eye(2), -torch.eye(2)]), torch.tensor([0.3, 0.3, 0.0, 0.0]))
+    assert one_sided.attack_step() == ("normalized", pytest.approx(0.3))
+    with pytest.raises(ba.InputError, match="no scale for FGSM or PGD"):
+        ba.Polyhedron(torch.eye(2), torch.zeros(2)).attack_step()
+    assert ba.LinfBall(np.float32(0.1)).epsilon == pytest.approx(0.1)

@@ -240,7 +240,7 @@ def test_ctrl_c_in_a_real_process():
         (["--epsilom", "0.1"], "--epsilom is not a flag here; did you mean --epsilon?"),
         (["--anchor", "middle"], "invalid choice 'middle' for argument '--anchor'"),
         (["0.1"], "'0.1' is one argument too many"),
-        (["--solver", "newton"], "--solver 'newton' is not known; choose from zero-ig, hessian-free-kkt, full-kkt"),
+        (["--solver", "newton"], "invalid choice 'newton' for argument '--solver'. Expected one of ("),
         (["--damping", "-1"], "damping is -1.0; it must be a finite number, at least 0"),
         (["--model", "resnet"], "model 'resnet' is not known; choose from small_cnn"),
         (["--model", "file"], "defines no model(shape, classes)"),
@@ -253,6 +253,10 @@ def test_ctrl_c_in_a_real_process():
         (["--lr", "0"], "--lr is 0; it must be a positive number"),
         (["--examples", "3"], "--examples is 3; it must be at least 20"),
         (["--seed", "x"], "--seed: invalid literal for int"),
+        (["--seed", "10000000000000"], "--seed is 10000000000000; it must be below 2**32"),
+        (["--attacks"], "--attacks names no attack"),
+        (["--device", "meta"], "--device meta cannot be used here"),
+        (["--out", "/proc/nothing/here"], "/proc/nothing/here cannot be written"),
     ],
 )
 def test_mistakes_are_one_line_and_write_nothing(args, says):
@@ -298,6 +302,18 @@ def test_files_that_are_no_npz():
     assert "cut.npz" in complaint("problems/fastat.py", "--data", "cut.npz")
 
 
+FAST = "from bilevel_at.problems.fastat import problem\n\n"
+TUPLES = (
+    FAST
+    + """
+import torch
+class Two(torch.nn.Module):
+    def forward(self, x):
+        return x, x
+def model(shape, classes):
+    return Two()
+"""
+)
 OWN = """
 import torch
 from bilevel_at.problems.fastat import problem
@@ -324,8 +340,25 @@ def model(shape, classes):
             "from bilevel_at.problems.fastat import problem\ndef recipe(): return 3",
             "recipe() returns 3; it must map data set names",
         ),
+        (
+            FAST + "from bilevel_at.solvers import ZeroIG\nsolver = ZeroIG()",
+            "own.py: solver is ZeroIG(); it must be a function",
+        ),
+        (FAST + "def recipe(): return {}['x']", "own.py, line 3: recipe() failed: KeyError: 'x'"),
+        (
+            FAST + "def model(shape, classes): raise RuntimeError('a\\nb')",
+            "own.py, line 3: model(...) failed: RuntimeError: a b",
+        ),
+        ("raise SystemExit(0)", "own.py, line 1: SystemExit: 0"),
+        ("def problem(steps: int = 0): return 1 / steps", "own.py, line 1: problem(...) failed: ZeroDivisionError"),
+        (
+            "import bilevel_at as ba\ndef attack(model, batch, delta):\n    return model(batch.x + delta)[:, 99]\n"
+            "def problem(): return ba.BilevelProblem(ba.UpperProblem(), ba.Linearized(attack, ba.LinfBall(0.1)))",
+            "own.py, line 3: its problem cannot be solved: IndexError",
+        ),
+        (TUPLES, "own.py's model gives tuple for 2 images"),
         (OWN.format(width=7), "own.py's model gives (2, 7) for 2 images; 10 classes need (2, 10)"),
-        (OWN.replace("64", "63").format(width=10), "own.py's model does not take (1, 8, 8) images"),
+        (OWN.replace("64", "63").format(width=10), "own.py: the model does not take (1, 8, 8) images: RuntimeError"),
     ],
 )
 def test_bad_problem_files(source, says):
@@ -359,6 +392,79 @@ def test_loading_refuses_what_is_not_a_checkpoint():
         ba.load("out", "first")
     with pytest.raises(ba.InputError, match="nowhere has no config.json"):
         ba.load("nowhere")
+
+
+def test_the_file_s_solver_is_what_its_own_flags_say():
+    source = FAST + (
+        "from bilevel_at.solvers import FullKKT, ZeroIG\n"
+        "def solver(epsilon: float, how: str = 'zero'):\n"
+        "    return FullKKT(damping=epsilon) if how == 'full' else ZeroIG()\n"
+    )
+    Path("own.py").write_text(source)
+    assert type(understand(["own.py"]).solver).__name__ == "ZeroIG"
+    plan = understand(["own.py", "--how", "full", "--epsilon", "0.25", "--method", "cg"])
+    assert (type(plan.solver).__name__, plan.solver.damping, plan.solver.method) == ("FullKKT", 0.25, "cg")
+    assert type(understand(["own.py", "--solver", "hessian-free-kkt"]).solver).__name__ == "HessianFreeKKT"
+
+
+def test_names_that_are_also_ours():
+    Path("own.py").write_text(
+        "import bilevel_at as ba\nfrom bilevel_at.problems import fastat\n"
+        "def problem(kind: str = 'a', function: float = 0.1, solver_tol: int = 3):\n"
+        "    return fastat.problem(function)\n"
+    )
+    assert understand(["own.py", "--kind", "b", "--function", "1/5"]).problem.lower.constraint.epsilon == 0.2
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("config.json", b"\xff\xfe", "is not JSON"),
+        ("config.json", b"[]", "is not one of bilevel_at.run"),
+        ("last.pt", b"", "is not a checkpoint of tensors"),
+        ("last.pt", b"hello", "is not a checkpoint of tensors"),
+        ("last.pt", {}, "last.pt is not a checkpoint of this run (KeyError"),
+        ("last.pt", torch.zeros(3), "last.pt is not a checkpoint of this run"),
+        ("metrics.jsonl", b"", "metrics.jsonl does not have the 1 epochs that last.pt has"),
+        ("metrics.jsonl", b"what\n", "is not a file of JSON lines"),
+    ],
+)
+def test_resuming_from_damaged_files(name, content, says):
+    args = ["problems/fastat.py", *SHORT[2:], "--epochs", "1", "--out", "out"]
+    run(*args)
+    if isinstance(content, bytes):
+        Path("out", name).write_bytes(content)
+    else:
+        torch.save(content, Path("out", name))
+    assert says in complaint(*args, "--resume")
+
+
+def test_a_line_that_was_being_written_is_forgotten():
+    args = ["problems/fastat.py", *SHORT, "--out", "out"]
+    run(*args)
+    whole = Path("out/metrics.jsonl").read_text()
+    Path("out/metrics.jsonl").write_text(whole + '{"epoch": 2, "lo')
+    run(*args, "--resume")
+    assert Path("out/metrics.jsonl").read_text() == whole
+
+
+def test_a_changed_problem_file_does_not_resume():
+    Path("own.py").write_text(FAST)
+    run("own.py", *SHORT, "--out", "out")
+    Path("own.py").write_text(FAST + "# changed")
+    assert "was started with another own.py" in complaint("own.py", *SHORT, "--out", "out", "--resume")
+
+
+def test_a_last_batch_of_one_joins_the_one_before():
+    """Batch normalisation cannot train on a single example."""
+    source = FAST + (
+        "from torch import nn\n"
+        "def model(shape, classes):\n"
+        "    first = nn.Linear(64, 8)\n"
+        "    return nn.Sequential(nn.Flatten(), first, nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, classes))\n"
+    )
+    Path("own.py").write_text(source)
+    run("own.py", "--examples", "101", "--batch-size", "6", *SHORT[:2], *SHORT[4:], "--out", "out")  # 91 = 15 · 6 + 1
 
 
 def test_a_solver_that_must_refuse_says_so_before_anything_is_written():

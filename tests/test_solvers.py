@@ -54,7 +54,7 @@ class Saddle(ba.LowerProblem):
     constraint = ba.LinfBall(1.0, bounds=None)
 
     def objective(self, model, batch, delta, anchor):
-        return 0.5 * ((batch.x - 0.5) * (delta - model(batch.x).mean()) ** 2).flatten(1).sum(1)
+        return 0.5 * ((batch.x - 0.5) * (delta - model(batch.x).mean(1, keepdim=True)) ** 2).flatten(1).sum(1)
 
     def solve(self, model, batch, anchor=None, generator=None):
         return ba.Solution(torch.full_like(batch.x, 0.1), torch.zeros_like(batch.x), batch)
@@ -371,3 +371,176 @@ def test_every_solver_runs_fast_bat_on_images(solver):
     x, y = torch.rand(5, 1, 4, 4), torch.tensor([0, 1, 2, 0, 1])
     step = solver.backward(fastbat.problem(), model, ba.Batch(x, y))
     assert step.loss.isfinite() and all(p.grad.isfinite().all() for p in model.parameters())
+
+
+# --- found by review --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ball", [ba.L2Ball(2.0), ba.LinfBall(0.2)], ids=["l2", "linf"])
+def test_float32_gives_the_float64_hypergradient(ball):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 16), nn.Tanh(), nn.Linear(16, 5))
+    x, y = torch.rand(16, 3, 8, 8), torch.randint(0, 5, (16,))
+    lower = ba.Linearized(ATK, ball, "zero", "taylor", step=50.0)
+    problem = ba.BilevelProblem(ba.UpperProblem(), lower)
+    single = HessianFreeKKT().hypergradient(problem, model, ba.Batch(x, y))
+    double = HessianFreeKKT().hypergradient(problem, copy.deepcopy(model).double(), ba.Batch(x.double(), y))
+    assert single.implicit_norm.item() == pytest.approx(double.implicit_norm.item(), rel=1e-3)
+    for name, g in single.grads.items():
+        torch.testing.assert_close(g.double(), double.grads[name], rtol=1e-3, atol=1e-5)
+
+
+class Coupled(nn.Module):
+    """Samples share a mean, without any batch normalisation to give it away."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        h = torch.tanh(self.a(x))
+        return self.b(h - h.mean(0))
+
+
+def test_coupling_that_no_module_announces_is_noticed():
+    torch.manual_seed(0)
+    model, batch, problem = Coupled().double(), batch_of(4, 6), proximal(lam=30.0)
+    with pytest.raises(ba.InputError, match="samples share something"):
+        FullKKT(method="dense").hypergradient(problem, model, batch)
+    for method in ("auto", "cg"):
+        assert hypergradcheck(problem, FullKKT(method=method, tol=1e-12), model, batch, eps=1e-5, rtol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1e-22, 1e-30, 1e10])
+def test_conjugate_gradients_at_any_scale(size):
+    """In float32 the square of 1e-22 is 0: confident samples have such gradients."""
+    right = torch.full((2, 8), size)
+    right[1] = 1.0
+    w = conjugate_gradients(lambda p: 0.5 * p, right, right)
+    torch.testing.assert_close(w, 2 * right)
+
+
+def test_auto_goes_without_torch_func_where_it_must():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(6, 5), nn.Dropout(0.5), nn.Tanh(), nn.Linear(5, 3)).double().train()
+    problem = taylor(step=0.005, mode="train")
+    assert FullKKT(curvature="attack").hypergradient(problem, model, batch_of(3, 6)).loss.isfinite()
+
+
+def test_half_precision_is_not_factorised():
+    model, batch = dense(6, 5, 3).to(torch.bfloat16), batch_of(3, 6)
+    batch = ba.Batch(batch.x.to(torch.bfloat16), batch.y)
+    solver = FullKKT(method="dense", curvature="attack", damping=20.0)
+    step = solver.hypergradient(taylor(), model, batch)
+    assert all(g.dtype == torch.bfloat16 and g.isfinite().all() for g in step.grads.values())
+
+
+@given(s=bst.settings_of(bst.linearized, lambda s: bst.boxes()))
+def test_conjugate_gradients_on_the_linearised_objective_find_lambda(s):
+    """The Hessian of a linearised g, taken by differentiating g instead of being known, is λI all the same."""
+    expected = HessianFreeKKT().hypergradient(s.problem, s.model, s.batch, anchor=s.anchor)
+    s.problem.lower.hessian_is_lam = False
+    got = FullKKT(method="cg", tol=1e-13).hypergradient(s.problem, s.model, s.batch, anchor=s.anchor)
+    for name, g in expected.grads.items():
+        torch.testing.assert_close(got.grads[name], g, rtol=1e-8, atol=1e-12)
+
+
+def test_a_solution_needs_only_delta_and_anchor():
+    class Own(ba.LowerProblem):
+        constraint = ba.LinfBall(0.1)
+
+        def objective(self, model, batch, delta, anchor):
+            return 0.5 * (delta - anchor).flatten(1).square().sum(1) + ATK(model, batch, delta)
+
+        def solve(self, model, batch, anchor=None, generator=None):
+            class Found:
+                delta, anchor = torch.zeros_like(batch.x), torch.zeros_like(batch.x)
+
+            return Found()
+
+    problem = ba.BilevelProblem(ba.UpperProblem(), Own())
+    for solver in (ZeroIG(), HessianFreeKKT(damping=1.0), FullKKT(damping=5.0)):
+        assert solver.backward(problem, dense(6, 5, 3), batch_of(3, 6)).loss.isfinite()
+
+
+def test_an_objective_that_is_not_a_number_is_named_at_once():
+    class Broken(ba.LowerProblem):
+        constraint = ba.LinfBall(0.1)
+
+        def objective(self, model, batch, delta, anchor):
+            return (delta.flatten(1).sum(1) - 1).sqrt() * (batch.y == 1) + delta.flatten(1).square().sum(1)
+
+    with pytest.raises(ba.ConvergenceError, match="is not a number on sample"):
+        Broken().solve(dense(6, 5, 3), batch_of(3, 6))
+
+
+def test_hypergradcheck_leaves_everything_as_it_was():
+    model, batch = dense(6, 5, 3), batch_of(4, 6)
+    batch = ba.Batch(batch.x, batch.y, torch.arange(4))
+    lower = ba.Linearized(ATK, ba.LinfBall(0.2), "remembered", "taylor", ba.Adaptive(0.5, 1.0))
+    problem = ba.BilevelProblem(ba.UpperProblem(), lower)
+    ZeroIG().hypergradient(problem, model, batch)
+    before = copy.deepcopy((model.state_dict(), problem.state_dict()))
+
+    class Fails(ba.UpperProblem):
+        calls = 0
+
+        def loss(self, model, batch, delta):
+            Fails.calls += 1
+            if Fails.calls > 2:
+                raise RuntimeError("in the middle")
+            return super().loss(model, batch, delta)
+
+    with pytest.raises(RuntimeError, match="in the middle"):
+        hypergradcheck(ba.BilevelProblem(Fails(), lower), HessianFreeKKT(), model, batch)
+    assert hypergradcheck(problem, HessianFreeKKT(), model, batch, eps=1e-5, rtol=1e-6)
+    after = (model.state_dict(), problem.state_dict())
+    assert all(torch.equal(before[0][k], after[0][k]) for k in before[0])
+    for part in ("anchor", "step"):
+        assert torch.equal(before[1][part]["values"], after[1][part]["values"])
+
+
+def test_hypergradcheck_takes_upper_losses_that_differentiate():
+    """GradAlign's regulariser differentiates inside the upper loss."""
+
+    class Penalty(ba.UpperProblem):
+        def loss(self, model, batch, delta):
+            x = (batch.x + delta).detach().requires_grad_()
+            out = ba.cross_entropy(model, ba.Batch(x, batch.y), torch.zeros_like(x))
+            (g,) = torch.autograd.grad(out.sum(), x, create_graph=True)
+            return super().loss(model, batch, delta) + 0.1 * g.flatten(1).square().sum(1)
+
+    problem = ba.BilevelProblem(Penalty(), ba.Linearized(ATK, ba.LinfBall(0.2), "zero", "sign", 0.1))
+    assert hypergradcheck(problem, ZeroIG(), dense(6, 5, 3), batch_of(3, 6), eps=1e-5, rtol=1e-6)
+
+
+def test_problems_can_be_pickled_and_copied():
+    import pickle
+
+    for problem in (fastat.problem(), fastbat.problem()):
+        again = pickle.loads(pickle.dumps(problem))
+        a, b = (
+            p.lower.solve(dense(6, 5, 3), batch_of(3, 6), generator=torch.Generator().manual_seed(0))
+            for p in (problem, again)
+        )
+        assert torch.equal(a.delta, b.delta)
+
+
+def test_inputs_that_require_a_gradient_leave_no_graph():
+    batch = batch_of(3, 6)
+    batch.x.requires_grad_()
+    for problem in (taylor(), proximal()):
+        solution = problem.lower.solve(dense(6, 5, 3), batch)
+        assert not solution.delta.requires_grad and not solution.anchor.requires_grad
+
+
+def test_a_named_policy_on_the_class_keeps_its_state():
+    class Remembering(Quadratic):
+        anchor = "remembered"
+
+    one, two, batch = Remembering(), Remembering(), batch_of(3, 6)
+    batch = ba.Batch(batch.x, batch.y, torch.arange(3))
+    delta = one.solve(dense(6, 5, 3), batch).delta
+    two.load_state_dict(one.state_dict())
+    assert torch.equal(two.draw_anchor(dense(6, 5, 3), batch, None), delta)
+    one.anchor = ba.Zero()  # and may be changed afterwards
+    assert (one.solve(dense(6, 5, 3), batch).anchor == 0).all()

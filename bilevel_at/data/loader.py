@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Literal
 
@@ -30,14 +29,19 @@ class Loader:
         self.augment, self.padding = augment, padding
 
     def __len__(self) -> int:
-        return math.ceil(len(self.images) / self.batch_size)
+        full, left = divmod(len(self.images), self.batch_size)
+        return full + (left > 1 or (left == 1 and full == 0))
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
         """The batches of epoch ``epoch``."""
         device = self.images.x.device
         generator = torch.Generator(device).manual_seed(1_000_003 * self.seed + epoch)
         order = torch.randperm(len(self.images), generator=generator, device=device)
-        for index in order.split(self.batch_size):
+        batches = list(order.split(self.batch_size))
+        if len(batches) > 1 and len(batches[-1]) == 1:
+            # One example has no batch statistics: it joins the batch before it.
+            batches[-2:] = [torch.cat(batches[-2:])]
+        for index in batches:
             x, view = self.images[index].pixels(), None
             if self.augment == "crop-flip":
                 view = CropFlip.draw(len(index), self.padding, generator, device)

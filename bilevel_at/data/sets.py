@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,7 @@ DATA_NAMES = {
     "imagenet": "1.3 million colour images, 1,000 classes",
 }
 
+MAX_CLASSES = 1_000_000  # a label beyond it is a mistake, and would ask for that many outputs
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 
 
@@ -69,8 +71,10 @@ def load_data(name: str, data_dir: str | Path = "data") -> tuple[Images, Images]
     """(training set, test set) of a known name or of an ``.npz`` file.
 
     A known name is looked for as ``data_dir/NAME.npz``; the digits need no file. An ``.npz`` holds ``x_train``,
-    ``y_train``, ``x_test``, ``y_test``: images NHWC or NCHW (or NHW), uint8, or floating point in [0, 1]. Pickled
-    arrays are refused. Raises :class:`InputError`, saying what to put where.
+    ``y_train``, ``x_test``, ``y_test``: images NHWC or NCHW (or NHW), uint8, or floating point in [0, 1]; a second axis
+    of 1 or 3 is read as the channels. Pickled arrays are refused.
+
+    Raises :class:`InputError`, saying what to put where.
     """
     if name.endswith(".npz"):
         return _from_npz(Path(name))
@@ -119,12 +123,17 @@ def _from_npz(path: Path) -> tuple[Images, Images]:
         if "pickle" in str(error):
             raise InputError(f"{path} holds pickled objects, which are never loaded; save plain uint8 arrays") from None
         raise InputError(f"{path} cannot be read: {error}") from None
-    except (zipfile.BadZipFile, EOFError, OSError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
         raise InputError(f"{path} is not an .npz file that can be read: {error}") from None
 
     classes = 0
     for split in ("train", "test"):
         classes = max(classes, _check_labels(path, arrays, split))
+    if classes > MAX_CLASSES:
+        raise InputError(f"{path}: there is a label {classes - 1}; labels are 0 … classes − 1, and below {MAX_CLASSES}")
+    n = len(arrays["x_train"])
+    if n < 20:
+        raise InputError(f"{path}: x_train has {n} images; at least 20 are needed, a tenth of which is held out")
     if classes < 2:
         raise InputError(f"{path}: y_train has one class only; at least 2 are needed")
     train, test = (
@@ -141,6 +150,8 @@ def _check_labels(path: Path, arrays: dict[str, np.ndarray], split: str) -> int:
     x, y = arrays[f"x_{split}"], arrays[f"y_{split}"]
     if y.ndim != 1 or not np.issubdtype(y.dtype, np.integer):
         raise InputError(f"{path}: y_{split} is {y.dtype} of shape {y.shape}; labels are a vector of integers")
+    if x.ndim == 0:
+        raise InputError(f"{path}: x_{split} is a single value; images are NHWC or NCHW")
     if len(x) != len(y) or len(y) == 0:
         raise InputError(
             f"{path}: x_{split} has {len(x)} images and y_{split} {len(y)} labels; they must agree, and be some"
@@ -156,6 +167,8 @@ def _check_labels(path: Path, arrays: dict[str, np.ndarray], split: str) -> int:
 
 def _pixels(path: Path, arrays: dict[str, np.ndarray], split: str) -> Tensor:
     name, x = f"x_{split}", arrays[f"x_{split}"]
+    if x.size == 0:
+        raise InputError(f"{path}: {name} has shape {x.shape}, which holds no pixel")
     if x.ndim == 3:
         x = x[:, None]
     elif x.ndim == 4 and x.shape[-1] in (1, 3) and x.shape[1] not in (1, 3):

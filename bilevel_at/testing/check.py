@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
@@ -30,7 +31,7 @@ def activity_margin(problem: BilevelProblem, model: nn.Module, batch: Batch, anc
 
     At 0 strict complementarity fails and dδ*/dθ does not exist. Property tests should stay away from it.
     """
-    with _untouched(model):
+    with _untouched(model, problem):
         solution = problem.lower.solve_differentiable(model, batch, anchor=anchor)
     assert solution.gradient is not None
     distances = problem.lower.constraint.strict_complementarity(
@@ -68,18 +69,18 @@ def hypergradcheck(
 
     Returns True; where the check fails, raises :class:`HypergradError` with the worst parameter and both numbers, or
     returns False with ``raise_exception=False``. Raises :class:`InputError` for parameters not in float64.
-    The model's parameters, buffers and ``.grad`` are left as they were.
+    The model's parameters, buffers and ``.grad``, and what the problem remembers, are left as they were.
     """
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
     low = [n for n, p in named.items() if p.dtype != torch.float64]
     if low:
         raise InputError(f"parameter {low[0]} is {named[low[0]].dtype}; hypergradcheck needs float64 (model.double())")
 
-    with _untouched(model):
+    with _untouched(model, problem):
         step = solver.hypergradient(problem, model, batch, anchor=anchor, generator=generator)
         solution = step.solution
         held = BilevelProblem(problem.upper, problem.lower.held(solution))
-        z = _anchor_rows(solution)
+        z = solution.anchor.detach().clone()
         if min_margin:
             margin = activity_margin(held, model, batch, z)
             if margin < min_margin:
@@ -91,7 +92,7 @@ def hypergradcheck(
             gradient = step.grads[name]
             for unit in _directions(parameter, mode, directions, generator):
                 analytic = 0.0 if gradient is None else (gradient * unit).sum().item()
-                numeric = _central_difference(held, model, batch, z, parameter, unit, eps)
+                numeric = _central_difference(held, model, solution, batch, parameter, unit, eps)
                 worst = max(worst, (abs(analytic - numeric), name, analytic, numeric))
 
     error, name, analytic, numeric = worst
@@ -104,10 +105,6 @@ def hypergradcheck(
             f"numeric {numeric:.10g}, difference {error:.3g}, allowed {allowed:.3g} (rtol {rtol:g} × norm {norm:.3g})"
         )
     return False
-
-
-def _anchor_rows(solution: Solution) -> Tensor:
-    return solution.anchor.detach().clone()
 
 
 def _directions(parameter: Tensor, mode: str, directions: int, generator: torch.Generator | None) -> Iterator[Tensor]:
@@ -123,28 +120,32 @@ def _directions(parameter: Tensor, mode: str, directions: int, generator: torch.
 
 
 def _central_difference(
-    problem: BilevelProblem, model: nn.Module, batch: Batch, anchor: Tensor, parameter: Tensor, unit: Tensor, eps: float
+    problem: BilevelProblem, model: nn.Module, held: Solution, batch: Batch, parameter: Tensor, unit: Tensor, eps: float
 ) -> float:
+    """(F(θ + eps·u) − F(θ − eps·u)) / 2 eps, from the anchor and the targets of ``held``."""
     original = parameter.detach().clone()
     values = []
-    for sign in (1, -1):
-        with torch.no_grad():
-            parameter.copy_(original + sign * eps * unit)
-        solution = problem.lower.solve(model, batch, anchor=anchor)
-        with torch.no_grad():
+    try:
+        for sign in (1, -1):
+            with torch.no_grad():
+                parameter.copy_(original + sign * eps * unit)
+            solution = Solution.of(problem.lower.solve(model, held.batch, anchor=held.anchor), held.batch)
             values.append(problem.upper.loss_at(model, batch, solution).mean().item())
-    with torch.no_grad():
-        parameter.copy_(original)
+    finally:
+        with torch.no_grad():
+            parameter.copy_(original)
     return (values[0] - values[1]) / (2 * eps)
 
 
 @contextmanager
-def _untouched(model: nn.Module) -> Iterator[None]:
-    """Batch statistics and other buffers move during passes in train mode; put them back."""
-    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+def _untouched(model: nn.Module, problem: BilevelProblem) -> Iterator[None]:
+    """Batch statistics move during passes in train mode, and problems remember; put it all back."""
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    state = copy.deepcopy(problem.state_dict())
     try:
         yield
     finally:
+        problem.load_state_dict(state)
         with torch.no_grad():
             for name, buffer in model.named_buffers():
-                buffer.copy_(before[name])
+                buffer.copy_(buffers[name])

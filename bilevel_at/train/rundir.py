@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,7 +48,7 @@ class RunDir:
             raise InputError(f"{self.path} has no {name}; a run directory of bilevel_at.run does")
         try:
             return json.loads(file.read_text())
-        except json.JSONDecodeError as error:
+        except ValueError as error:  # not JSON, or not text
             raise InputError(f"{file} is not JSON: {error}") from None
 
     def save(self, name: str, value: Any) -> None:
@@ -62,8 +61,8 @@ class RunDir:
             raise InputError(f"{self.path} has no {name}")
         try:
             return torch.load(file, map_location=device, weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            reason = str(error).strip().splitlines()[0]
+        except Exception as error:  # damaged files fail in many ways, all of them inside torch.load
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise InputError(f"{file} is not a checkpoint of tensors that can be loaded: {reason}") from None
 
     def append_metrics(self, line: dict[str, Any]) -> None:
@@ -74,11 +73,17 @@ class RunDir:
     def metrics(self, epochs: int | None = None) -> list[dict[str, Any]]:
         """The lines of ``metrics.jsonl``; with ``epochs``, lines past it are dropped from the file too."""
         file = self.path / "metrics.jsonl"
-        lines = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
-        if epochs is not None and len(lines) > epochs:
+        text = file.read_text() if file.is_file() else ""
+        try:
+            # A line without its end was being written when the run was stopped.
+            lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+        except ValueError as error:
+            raise InputError(f"{file} is not a file of JSON lines: {error}") from None
+        if epochs is not None:
             lines = lines[:epochs]
-            text = "".join(json.dumps(line) + "\n" for line in lines)
-            self._replace("metrics.jsonl", lambda path: path.write_text(text))
+            kept = "".join(json.dumps(line) + "\n" for line in lines)
+            if kept != text:
+                self._replace("metrics.jsonl", lambda path: path.write_text(kept))
         return lines
 
 
@@ -92,13 +97,16 @@ def load(run_dir: str | Path, which: Literal["best", "last"] = "best", model: nn
         raise InputError(f"which is {which!r}; choose 'best' or 'last'")
     run = RunDir(run_dir)
     config = run.read_json("config.json")
+    try:
+        name, (channels, height, width), classes = config["model"], config["shape"], config["classes"]
+    except (KeyError, TypeError, ValueError):
+        raise InputError(f"{run_dir}/config.json is not one of bilevel_at.run") from None
     if model is None:
-        if config["model"] == "file":
+        if name == "file":
             raise InputError(
                 f"{run_dir} trained the model defined in {config['file']}; pass one as load(..., model=...)"
             )
-        channels, height, width = config["shape"]
-        model = build_model(config["model"], (channels, height, width), config["classes"])
+        model = build_model(name, (channels, height, width), classes)
     state = run.restore(f"{which}.pt")
     try:
         model.load_state_dict(state["model"])
