@@ -101,9 +101,10 @@ class Constraint:
 def _check_epsilon(epsilon: Any) -> float:
     if isinstance(epsilon, bool) or not isinstance(epsilon, Real):
         raise InputError(f"epsilon is {epsilon!r}; it must be a number such as 8/255")
-    if not (math.isfinite(epsilon) and epsilon >= 0):
-        raise InputError(f"epsilon is {float(epsilon):g}; it must be a finite number, at least 0 (such as 8/255)")
-    return float(epsilon)
+    value = float(epsilon)
+    if not (math.isfinite(value) and value >= 0):
+        raise InputError(f"epsilon is {value:g}; it must be a finite number, at least 0 (such as 8/255)")
+    return value
 
 
 def _check_bounds(bounds: tuple[float, float] | None) -> tuple[float, float] | None:
@@ -253,13 +254,17 @@ class L2Ball(Constraint):
         unit = torch.where(has_normal[:, None], radial / length.clamp(min=1e-38)[:, None], 0)
         if gradient is None:
             return ActiveSet(free, unit[:, None])
-        mu = -(gradient.flatten(1) * radial).sum(1) / length.square().clamp(min=1e-38)
+        mu = self._multiplier(gradient, radial)
         return ActiveSet(free, unit[:, None], torch.where(has_normal, mu, 0).clamp(min=0))
+
+    @staticmethod
+    def _multiplier(gradient: Tensor, radial: Tensor) -> Tensor:
+        """μ with ∇g + μδ = 0 on the free coordinates, ``[B]``; meaningful where the sphere is active."""
+        return -(gradient.flatten(1) * radial).sum(1) / radial.square().sum(1).clamp(min=1e-38)
 
     def strict_complementarity(self, delta: Tensor, x: Tensor, gradient: Tensor) -> Tensor:
         free, on_sphere, radial = self._parts(delta, x)
-        mu = self.active(delta, x, gradient).curvature
-        assert mu is not None
+        mu = torch.where(on_sphere, self._multiplier(gradient, radial), 0)
         norm = delta.flatten(1).norm(dim=1)
         least = torch.where(on_sphere, mu * self.epsilon, self.epsilon - norm)
         if self.bounds is not None:

@@ -170,7 +170,7 @@ def understand(args: Sequence[str]) -> Plan:
     options = RunOptions(**{f.name: values[f.name] for f in own})
     problem_arguments = {name: values[name] for name in shared}
     problem = file.make(file.problem, BilevelProblem, **problem_arguments)
-    if dataclasses.is_dataclass(solver):
+    if of_solver:
         fields = {f.name: values[_solver_flag(f.name, common)] for f in dataclasses.fields(solver) if f.init}
         solver = dataclasses.replace(solver, **{name: value for name, value in fields.items() if value is not None})
     return Plan(file, options, problem, solver, problem_arguments, [PROG, *args])

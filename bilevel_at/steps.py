@@ -106,9 +106,10 @@ def positive(name: str, value: Any) -> float:
     """``value`` as a float, or an :class:`InputError` that names it."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise InputError(f"{name} is {value!r}; it must be a positive number")
-    if not (math.isfinite(value) and value > 0):
-        raise InputError(f"{name} is {float(value):g}; it must be a positive finite number")
-    return float(value)
+    number = float(value)
+    if not (math.isfinite(number) and number > 0):
+        raise InputError(f"{name} is {number:g}; it must be a positive finite number")
+    return number
 
 
 def step_policy(step: Step | float) -> Step:
