@@ -141,7 +141,8 @@ def _evaluate(
 
 
 def _table(scores: dict[str, dict[str, Score]], epochs: dict[str, int], test: Images, epsilon: float) -> Table:
-    table = Table(title=f"accuracy on {len(test)} test images, ε = {epsilon:.4g}")
+    title = f"test accuracy at ε = {epsilon:.4g} ({len(test)} images)"
+    table = Table(title=title, min_width=len(title) + 2)
     table.add_column("epoch")
     for name in scores["best"]:
         table.add_column(name, justify="right")

@@ -170,10 +170,10 @@ class KKTSolver(Solver):
         if self.cross_at not in ("anchor", "solution"):
             raise InputError(f"cross_at is {self.cross_at!r}; choose 'anchor' or 'solution'")
 
-    def _diagonal(self, solution: Solution, active: ActiveSet) -> Tensor:
+    def _diagonal(self, lam: Tensor | float, solution: Solution, active: ActiveSet) -> Tensor:
         """λ + μ + damping for each sample, ``[B]``."""
         delta = solution.delta
-        total = torch.zeros(len(delta), dtype=delta.dtype, device=delta.device) + solution.lam + self.damping
+        total = torch.zeros(len(delta), dtype=delta.dtype, device=delta.device) + lam + self.damping
         return total if active.curvature is None else total + active.curvature
 
 

@@ -58,7 +58,7 @@ class FullKKT(KKTSolver):
         lower = problem.lower
         active = lower.active(solution)
         part, lam = lower.curved_part(model, solution, self.curvature)
-        diagonal = self._diagonal(solution, active) - solution.lam + lam
+        diagonal = self._diagonal(lam, solution, active)
         if part is None:
             self._refuse(diagonal <= 0)
             return scalar_adjoint(diagonal, active, v)

@@ -37,7 +37,7 @@ class HessianFreeKKT(KKTSolver):
 
     def adjoint(self, problem: BilevelProblem, model: nn.Module, solution: Solution, v: Tensor) -> Tensor:
         active = problem.lower.active(solution)
-        diagonal = self._diagonal(solution, active)
+        diagonal = self._diagonal(solution.lam, solution, active)
         flat = (diagonal <= 0).nonzero().flatten().tolist()
         if flat:
             raise CurvatureError(

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, settings
 
 SLOW_IS_FINE = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
 settings.register_profile(
-    "ci", derandomize=True, max_examples=25, deadline=None, suppress_health_check=SLOW_IS_FINE, print_blob=True
+    "ci", derandomize=True, max_examples=50, deadline=None, suppress_health_check=SLOW_IS_FINE, print_blob=True
 )
 settings.register_profile(
     "thorough", max_examples=400, deadline=None, suppress_health_check=SLOW_IS_FINE, print_blob=True

@@ -82,6 +82,14 @@ def test_a_run_leaves_what_the_contract_says():
         assert model(torch.rand(3, 1, 8, 8)).shape == (3, 10)
 
 
+def test_bfloat16_autocast():
+    run("problems/fastbat.py", *SHORT[2:], "--epochs", 2, "--precision", "bfloat16", "--out", "half")
+    run("problems/fastbat.py", *SHORT[2:], "--epochs", 2, "--out", "single")
+    lines = [json.loads(Path(out, "metrics.jsonl").read_text().splitlines()[-1]) for out in ("half", "single")]
+    assert lines[0]["loss"] == pytest.approx(lines[1]["loss"], rel=0.02) and lines[0]["loss"] != lines[1]["loss"]
+    assert all(t.dtype == torch.float32 for t in weights("half").values())
+
+
 def test_solver_flags_reach_the_solver():
     flags = ["--ig-factor", "0.2", "--damping", "3", "--curvature", "lower", "--method", "cg"]
     plan = understand(["problems/fastbat.py", "--solver", "full-kkt", "--step", "10", *flags])
