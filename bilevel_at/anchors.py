@@ -94,31 +94,27 @@ class Steps(Anchor):
             raise InputError(f"count is {self.count}; a number of steps is at least 0")
 
     def draw(self, lower: LowerProblem, model: nn.Module, batch: Batch, generator: torch.Generator | None) -> Tensor:
-        assert isinstance(self.start, Anchor) and isinstance(self.direction, Direction)
         step = lower.step_size() if self.step is None else self.step
         if step is None:
             raise InputError(f"{type(lower).__name__} has no fixed step; give the anchor its own: Steps(step=...)")
-        z = self.start.draw(lower, model, batch, generator)
+        z = anchor_policy(self.start).draw(lower, model, batch, generator)
+        direction = direction_of(self.direction)
         for _ in range(self.count):
             gradient = lower.attack_gradient(model, batch, z)
-            z = lower.constraint.project(z - step * self.direction(gradient), batch.x)
+            z = lower.constraint.project(z - step * direction(gradient), batch.x)
         return z
 
     def remember(self, batch: Batch, delta: Tensor) -> None:
-        assert isinstance(self.start, Anchor)
-        self.start.remember(batch, delta)
+        anchor_policy(self.start).remember(batch, delta)
 
     def set_epoch(self, epoch: int, epochs: int) -> None:
-        assert isinstance(self.start, Anchor)
-        self.start.set_epoch(epoch, epochs)
+        anchor_policy(self.start).set_epoch(epoch, epochs)
 
     def state_dict(self) -> dict[str, Any]:
-        assert isinstance(self.start, Anchor)
-        return self.start.state_dict()
+        return anchor_policy(self.start).state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        assert isinstance(self.start, Anchor)
-        self.start.load_state_dict(state)
+        anchor_policy(self.start).load_state_dict(state)
 
 
 @dataclass

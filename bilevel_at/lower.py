@@ -58,12 +58,11 @@ class Linearized(LowerProblem):
         An adaptive step is computed as a solve at this anchor would, without keeping it; ``held(solution).objective``
         is the g that ``solution`` came from.
         """
-        assert isinstance(self.direction, Direction) and isinstance(self.step, Step)
         with attack_mode(model, self.mode):
             gradient = self.attack_gradient(model, batch, anchor, create_graph=True)
-        step = self.step.size(batch, gradient.detach(), remember=False)
+        step = step_policy(self.step).size(batch, gradient.detach(), remember=False)
         moved = (delta - anchor).flatten(1)
-        return (self.direction(gradient).flatten(1) * moved).sum(1) + moved.square().sum(1) / (2 * step)
+        return (direction_of(self.direction)(gradient).flatten(1) * moved).sum(1) + moved.square().sum(1) / (2 * step)
 
     def solve(
         self,
@@ -83,12 +82,11 @@ class Linearized(LowerProblem):
         generator: torch.Generator | None,
         create_graph: bool = False,
     ) -> tuple[Solution, Tensor]:
-        assert isinstance(self.direction, Direction) and isinstance(self.step, Step)
         with attack_mode(model, self.mode):
             z = self.draw_anchor(model, batch, generator) if anchor is None else anchor.detach()
             gradient = self.attack_gradient(model, batch, z, create_graph)
-        step = self.step.size(batch, gradient.detach(), remember=anchor is None)
-        direction = self.direction(gradient)
+        step = step_policy(self.step).size(batch, gradient.detach(), remember=anchor is None)
+        direction = direction_of(self.direction)(gradient)
         delta = self.constraint.project(z - per_sample(step, z) * direction.detach(), batch.x).detach()
         if anchor is None:
             self.policy().remember(batch, delta)
@@ -108,22 +106,23 @@ class Linearized(LowerProblem):
         ``at="solution"`` takes the cross derivative at δ* instead, as equation 13 of the Fast-BAT paper writes it;
         for this g that is an approximation.
         """
-        assert isinstance(self.direction, Direction)
-        exact = at == "anchor" and not self.direction.piecewise_constant
+        steady = direction_of(self.direction).piecewise_constant
+        exact = at == "anchor" and not steady
         solution, direction = self._solve(model, batch, anchor, generator, create_graph=exact)
         pull = per_sample(solution.lam, solution.delta) * (solution.delta - solution.anchor)
         solution.gradient = direction + pull
-        if at == "solution" and not self.direction.piecewise_constant:
+        if at == "solution" and not steady:
             with attack_mode(model, self.mode):
-                moved = self.direction(self.attack_gradient(model, batch, solution.delta, create_graph=True))
+                moved = direction_of(self.direction)(
+                    self.attack_gradient(model, batch, solution.delta, create_graph=True)
+                )
             # The value stays ∇_δ g at δ*; only its derivative in θ is the other one.
             solution.gradient = solution.gradient.detach() + moved - moved.detach()
         return solution
 
     def step_size(self) -> float | None:
-        if isinstance(self.step, Constant) and not isinstance(self.step.value, Tensor):
-            return self.step.value
-        return None
+        policy = step_policy(self.step)
+        return policy.value if isinstance(policy, Constant) and not isinstance(policy.value, Tensor) else None
 
     def proximal_weight(self) -> float:
         step = self.step_size()
@@ -134,18 +133,15 @@ class Linearized(LowerProblem):
         return replace(self, step=Constant(solution.step))
 
     def set_epoch(self, epoch: int, epochs: int) -> None:
-        assert isinstance(self.step, Step)
         super().set_epoch(epoch, epochs)
-        self.step.set_epoch(epoch, epochs)
+        step_policy(self.step).set_epoch(epoch, epochs)
 
     def state_dict(self) -> dict[str, Any]:
-        assert isinstance(self.step, Step)
-        return {"anchor": super().state_dict(), "step": self.step.state_dict()}
+        return {"anchor": super().state_dict(), "step": step_policy(self.step).state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        assert isinstance(self.step, Step)
         super().load_state_dict(state["anchor"])
-        self.step.load_state_dict(state["step"])
+        step_policy(self.step).load_state_dict(state["step"])
 
 
 @dataclass(eq=False)

@@ -4,17 +4,17 @@
 
 With h = Bu − b, the displacement p = δ − u is the least-distance solution of −Bp ≥ h, which Lawson and Hanson
 (Solving Least Squares Problems, chapter 23) reduce to NNLS in the multipliers. The active rows it finds then give
-the point to rounding error by one linear solve.
+the point to rounding error by one linear solve, and the conditions of optimality are checked on it.
 """
 
 from __future__ import annotations
 
 import numpy as np
 import torch
-from scipy.optimize import nnls
+from scipy.optimize import lsq_linear, nnls
 from torch import Tensor
 
-from .errors import InputError
+from .errors import ConvergenceError, InputError
 
 __all__ = ["nearest_points"]
 
@@ -36,14 +36,33 @@ def nearest_points(u: Tensor, B: Tensor, b: Tensor) -> Tensor:
 
 
 def _nearest(u: np.ndarray, B: np.ndarray, b: np.ndarray, excess: np.ndarray) -> np.ndarray:
-    scale = max(1e-300, float(excess.max()))
+    scale = float(excess.max())
     system = np.vstack([-B.T, excess[None] / scale])
     target = np.zeros(len(u) + 1)
     target[-1] = 1.0
-    multipliers, distance = nnls(system, target, maxiter=50 * max(system.shape))
-    residual = system @ multipliers - target
-    if distance < 1e-9 or residual[-1] > -1e-14:
+    tolerance = 1e-9 * (1 + np.abs(b) + scale)
+    # scipy 1.15's nnls now and then returns something else than the solution; its bvls is slower, and does not.
+    for solve in (_nnls, _bvls):
+        multipliers = solve(system, target)
+        rows = multipliers > 0
+        if not rows.any():
+            continue
+        active = B[rows]
+        weights = np.linalg.lstsq(active @ active.T, active @ u - b[rows], rcond=None)[0]
+        point: np.ndarray = u - active.T @ weights
+        # Feasible, and u − point in the cone of the active rows: the conditions that make it the nearest.
+        if (B @ point - b <= tolerance).all() and (weights >= -1e-9 * (1 + np.abs(weights).max())).all():
+            return point
+    if np.linalg.norm(system @ multipliers - target) < 1e-7:  # Farkas: a non-negative combination says 0 ≤ −1
         raise InputError(f"no δ satisfies Bδ ≤ b: the polyhedron is empty (b from {b.min():g} to {b.max():g})")
-    active = B[multipliers > 0]
-    gap = active @ u - b[multipliers > 0]
-    return u - active.T @ np.linalg.lstsq(active @ active.T, gap, rcond=None)[0]
+    raise ConvergenceError(f"the projection onto a polyhedron of {len(B)} rows failed; scale B and b to similar sizes")
+
+
+def _nnls(system: np.ndarray, target: np.ndarray) -> np.ndarray:
+    found: np.ndarray = nnls(system, target, maxiter=50 * max(system.shape))[0]
+    return found
+
+
+def _bvls(system: np.ndarray, target: np.ndarray) -> np.ndarray:
+    found: np.ndarray = lsq_linear(system, target, bounds=(0, np.inf), method="bvls", tol=1e-15).x
+    return found

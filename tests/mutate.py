@@ -30,8 +30,8 @@ MUTATIONS = [
     (
         "the point of the cross derivative",
         "bilevel_at/lower.py",
-        'if at == "solution" and not',
-        "if not",
+        'if at == "solution" and not steady',
+        "if not steady",
     ),
     (
         "λ in the Hessian-free adjoint",

@@ -162,6 +162,16 @@ def test_tangent_is_an_orthogonal_projector(kind, data):
     torch.testing.assert_close(T, T.mT)
 
 
+def test_polyhedron_where_scipy_s_nnls_failed():
+    """scipy 1.15 calls this set empty, far from the point to be projected."""
+    B = torch.tensor([[0.6614, 0.2669, 0.0617, 0.6213], [-0.4519, -0.1661, -1.5228, 0.3817]], dtype=F64)
+    polyhedron = ba.Polyhedron(B, torch.tensor([0.2388, 0.3591], dtype=F64), bounds=(0, 1))
+    x = torch.tensor([[0.5813, 0.2882, 0.4529, 0.1768]], dtype=F64)
+    at = polyhedron.project(torch.tensor([[4.6230, -0.8803, -6.5364, 1.7053]], dtype=F64), x)
+    torch.testing.assert_close(at, torch.tensor([[0.4187, -0.2330, -0.3170, 0.0702]], dtype=F64), atol=2e-4, rtol=0)
+    assert_feasible(polyhedron, at, x)
+
+
 def test_polyhedron_with_dependent_rows():
     """The same face twice, and a row of zeros, change nothing."""
     B = torch.tensor([[1.0, 1.0], [2.0, 2.0], [0.0, 0.0]], dtype=F64)
