@@ -19,7 +19,7 @@ from .batch import Batch
 from .data import Images
 from .data.loader import Augment
 from .errors import InputError
-from .models import build_model
+from .models import ActivationName, build_model
 from .problem import BilevelProblem
 from .problem_file import ProblemFile
 from .solver import Solver
@@ -44,6 +44,7 @@ class RunOptions:
     data: a data set by name, or an .npz with x_train, y_train, x_test, y_test.
     data_dir: where named data sets lie, as NAME.npz.
     model: network by name; "file" is the problem file's own model(shape, classes).
+    activation: of a network by name.
     epochs: passes over the training set.
     batch_size: examples in a step.
     lr: peak learning rate.
@@ -66,6 +67,7 @@ class RunOptions:
     data: str = "digits"
     data_dir: str = "data"
     model: str = "small_cnn"
+    activation: ActivationName = "relu"
     epochs: int = 30
     batch_size: int = 128
     lr: float = 0.1
@@ -126,6 +128,7 @@ class Plan:
             "solver": {"name": type(self.solver).__name__, **vars(self.solver)},
             "options": {k: v for k, v in vars(self.options).items() if k not in ("out", "resume")},
             "model": self.options.model,
+            "activation": self.options.activation,
             "parameters": sum(p.numel() for p in model.parameters()),
             "shape": list(train.shape),
             "classes": train.classes,
@@ -221,7 +224,7 @@ def build(plan: Plan, train: Images) -> nn.Module:
     options = plan.options
     torch.manual_seed(options.seed)
     if options.model != "file":
-        model = build_model(options.model, train.shape, train.classes, train)
+        model = build_model(options.model, train.shape, train.classes, train, options.activation)
     elif plan.file.model is None:
         raise InputError(f"--model file, but {plan.file.path} defines no model(shape, classes)")
     else:

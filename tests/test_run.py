@@ -250,7 +250,7 @@ def test_ctrl_c_in_a_real_process():
         (["0.1"], "'0.1' is one argument too many"),
         (["--solver", "newton"], "invalid choice 'newton' for argument '--solver'. Expected one of ("),
         (["--damping", "-1"], "damping is -1.0; it must be a finite number, at least 0"),
-        (["--model", "resnet"], "model 'resnet' is not known; choose from small_cnn"),
+        (["--model", "resnet"], "model 'resnet' is not known; choose from small_cnn, preact_resnet18"),
         (["--model", "file"], "defines no model(shape, classes)"),
         (["--data", "mnist"], "data 'mnist' is not known; choose from digits"),
         (["--data", "cifar10"], "put cifar10.npz (arrays x_train, y_train, x_test, y_test) into data/"),

@@ -106,7 +106,7 @@ def load(run_dir: str | Path, which: Literal["best", "last"] = "best", model: nn
             raise InputError(
                 f"{run_dir} trained the model defined in {config['file']}; pass one as load(..., model=...)"
             )
-        model = build_model(name, (channels, height, width), classes)
+        model = build_model(name, (channels, height, width), classes, activation=config.get("activation", "relu"))
     state = run.restore(f"{which}.pt")
     try:
         model.load_state_dict(state["model"])

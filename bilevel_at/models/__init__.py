@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from .data import Images
-from .errors import InputError
+from ..data import Images
+from ..errors import InputError
+from .activations import ACTIVATIONS, ActivationName
+from .residual import preact_resnet, resnet
+from .small import small_cnn
+from .wide import wide_resnet
 
-__all__ = ["MODELS", "Architecture", "Normalized", "build_model", "small_cnn"]
+__all__ = ["MODELS", "ActivationName", "Architecture", "Normalized", "build_model"]
 
 
 class Normalized(nn.Module):
@@ -31,44 +36,43 @@ class Normalized(nn.Module):
         return out
 
 
-def small_cnn(shape: tuple[int, int, int], classes: int) -> nn.Module:
-    """Two 3×3 convolutions (32 and 64 channels, the second of stride 2), a hidden layer of 128; for small images.
-
-    Images larger than the 8×8 digits are averaged to the same 4×4 before the hidden layer.
-    """
-    return nn.Sequential(
-        nn.Conv2d(shape[0], 32, 3, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(32, 64, 3, padding=1, stride=2),
-        nn.ReLU(),
-        nn.Identity() if shape[1:] == (8, 8) else nn.AdaptiveAvgPool2d(4),
-        nn.Flatten(),
-        nn.Linear(64 * 16, 128),
-        nn.ReLU(),
-        nn.Linear(128, classes),
-    )
-
-
 @dataclass(frozen=True)
 class Architecture:
     """A network by name. scale: whether inputs are divided by the channel's standard deviation, or only centred."""
 
-    build: Callable[[tuple[int, int, int], int], nn.Module]
+    build: Callable[..., nn.Module]
     about: str
     scale: bool = True
 
 
 MODELS = {
     "small_cnn": Architecture(small_cnn, "two convolutions and a hidden layer, for digits and 28×28", scale=False),
+    **{
+        f"preact_resnet{depth}": Architecture(partial(preact_resnet, depth), f"PreActResNet-{depth}, CIFAR form")
+        for depth in (18, 34, 50)
+    },
+    **{f"resnet{depth}": Architecture(partial(resnet, depth), f"ResNet-{depth}, CIFAR form") for depth in (18, 34, 50)},
+    **{
+        f"wide_resnet{depth}_{widen}": Architecture(partial(wide_resnet, depth, widen), f"WideResNet-{depth}-{widen}")
+        for depth, widen in ((16, 8), (28, 10), (34, 10))
+    },
 }
 
 
-def build_model(name: str, shape: tuple[int, int, int], classes: int, train: Images | None = None) -> nn.Module:
+def build_model(
+    name: str,
+    shape: tuple[int, int, int],
+    classes: int,
+    train: Images | None = None,
+    activation: ActivationName = "relu",
+) -> nn.Module:
     """The network ``name`` for images of ``shape`` (C, H, W), normalised by ``train``'s channel statistics.
 
     Without ``train`` the statistics are 0 and 1, to be overwritten by a checkpoint. Raises :class:`InputError` for an
     unknown name.
     """
+    if activation not in ACTIVATIONS:
+        raise InputError(f"activation {activation!r} is not known; choose from {', '.join(ACTIVATIONS)}")
     if name not in MODELS:
         raise InputError(f"model {name!r} is not known; choose from {', '.join(MODELS)}")
     architecture = MODELS[name]
@@ -77,4 +81,4 @@ def build_model(name: str, shape: tuple[int, int, int], classes: int, train: Ima
         pixels = train[slice(0, 10_000)].pixels()
         mean = pixels.mean((0, 2, 3))
         std = pixels.std((0, 2, 3)).clamp(min=1e-3) if architecture.scale else std
-    return Normalized(architecture.build(shape, classes), mean, std)
+    return Normalized(architecture.build(shape, classes, activation=ACTIVATIONS[activation]), mean, std)
