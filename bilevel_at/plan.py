@@ -16,12 +16,12 @@ from torch import nn
 
 from . import flags
 from .batch import Batch
-from .data import Images
+from .data import DATA_NAMES, Images
 from .data.loader import Augment
 from .errors import InputError
-from .models import ActivationName, build_model
+from .models import MODELS, ActivationName, build_model
 from .problem import BilevelProblem
-from .problem_file import ProblemFile
+from .problem_file import ProblemFile, packaged_problems
 from .solver import Solver
 from .solvers import SOLVERS, SolverName
 from .train import Recipe
@@ -32,8 +32,8 @@ __all__ = ["PROG", "Plan", "RunOptions", "build", "probe", "resolve_device", "un
 PROG = "bilevel_at.run"
 USAGE = f"""usage: python -m {PROG} FILE [flags]
 
-FILE defines problem(...): problems/fastbat.py, fastat.py, minmax.py, beta.py, atas.py, or your own.
-python -m {PROG} FILE --help lists its flags."""
+FILE defines problem(...): problems/fastbat.py, fastat.py, minmax.py, beta.py, atas.py, standard.py, or your own.
+python -m {PROG} FILE --help lists its flags; --list the methods, models and data sets known by name."""
 
 
 @dataclass
@@ -146,6 +146,9 @@ def understand(args: Sequence[str]) -> Plan:
     if not args or args[0] in ("-h", "--help"):
         print(USAGE)
         raise SystemExit(0)
+    if args[0] == "--list":
+        print(known_names())
+        raise SystemExit(0)
     if args[0].startswith("-"):
         raise InputError(f"the problem file comes first: python -m {PROG} FILE {' '.join(args[:2])}")
     file, rest = ProblemFile(args[0]), list(args[1:])
@@ -177,6 +180,19 @@ def understand(args: Sequence[str]) -> Plan:
         fields = {f.name: values[_solver_flag(f.name, common)] for f in dataclasses.fields(solver) if f.init}
         solver = dataclasses.replace(solver, **{name: value for name, value in fields.items() if value is not None})
     return Plan(file, options, problem, solver, problem_arguments, [PROG, *args])
+
+
+def known_names() -> str:
+    """The methods, models and data sets known by name, a line on each."""
+    groups = {
+        "methods": {path.stem: summary for path, summary in packaged_problems()},
+        "models": {name: architecture.about for name, architecture in MODELS.items()},
+        "data": {**DATA_NAMES, "FILE.npz": "your own: x_train, y_train, x_test, y_test"},
+    }
+    lines = []
+    for group, names in groups.items():
+        lines += [group, *(f"  {name:<17} {about}" for name, about in names.items())]
+    return "\n".join(lines)
 
 
 def _solver_flag(name: str, common: Sequence[flags.Flag]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import difflib
 import hashlib
@@ -18,9 +19,17 @@ from typing import Any
 from .errors import BilevelError, InputError
 from .train.recipe import Recipe, default_recipe
 
-__all__ = ["ProblemFile"]
+__all__ = ["ProblemFile", "packaged_problems"]
 
 PACKAGED = "bilevel_at.problems"
+
+
+def packaged_problems() -> list[tuple[Path, str]]:
+    """The problem files of this package, with the first line of what they say of themselves."""
+    spec = importlib.util.find_spec(PACKAGED)
+    folder = Path(next(iter(spec.submodule_search_locations or []))) if spec else Path()
+    files = sorted(f for f in folder.glob("*.py") if not f.stem.startswith("_"))
+    return [(f, (ast.get_docstring(ast.parse(f.read_text(encoding="utf-8"))) or "").split("\n")[0]) for f in files]
 
 
 class ProblemFile:
@@ -48,11 +57,10 @@ class ProblemFile:
         given = Path(path)
         if given.is_file():
             return given
-        spec = importlib.util.find_spec(PACKAGED)
-        folder = Path(next(iter(spec.submodule_search_locations or []))) if spec else Path()
-        names = sorted(f.stem for f in folder.glob("*.py") if not f.stem.startswith("_"))
-        if given.stem in names and given.parent in (Path(), Path("problems")):
-            return folder / f"{given.stem}.py"
+        packaged = {path.stem: path for path, _ in packaged_problems()}
+        names = sorted(packaged)
+        if given.stem in packaged and given.parent in (Path(), Path("problems")):
+            return packaged[given.stem]
         close = difflib.get_close_matches(given.stem, names, 1)
         hint = f"did you mean problems/{close[0]}.py?" if close else f"packaged problems are {', '.join(names)}"
         raise InputError(f"problem file {path} does not exist; {hint}")

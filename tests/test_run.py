@@ -184,7 +184,7 @@ def test_the_seed_decides_everything():
 def test_a_resumed_run_is_the_unbroken_one(problem, monkeypatch):
     args = [f"problems/{problem}.py", "--epochs", "3", *SHORT[2:]]
     run(*args, "--out", "whole")
-    epoch, seen = run_module.Trainer._train_epoch, []
+    epoch, seen = run_module.Trainer.train_epoch, []
 
     def interrupted(self, number):
         seen.append(number)
@@ -193,7 +193,7 @@ def test_a_resumed_run_is_the_unbroken_one(problem, monkeypatch):
         return epoch(self, number)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_module.Trainer, "_train_epoch", interrupted)
+        patch.setattr(run_module.Trainer, "train_epoch", interrupted)
         with pytest.raises(
             KeyboardInterrupt, match="2 of 3 epochs are in broken; the same command with --resume goes on"
         ):
@@ -496,6 +496,15 @@ def test_exit_statuses_of_the_process():
     assert code == 0 and "--curvature {lower,attack}" in shown
     code, _, said = status("--epsilon", "1")
     assert code == 2 and "the problem file comes first" in said
+
+
+def test_list(capsys):
+    with pytest.raises(SystemExit) as done:
+        run_module.run(["--list"])
+    assert done.value.code == 0
+    shown = capsys.readouterr().out
+    for name in (*PROBLEMS, "standard", "preact_resnet18", "digits", "cifar10", "FILE.npz"):
+        assert re.search(rf"^  {name} +\S", shown, re.M), name
 
 
 def test_numbers():

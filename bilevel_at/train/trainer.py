@@ -83,7 +83,7 @@ class Trainer:
         """Train the epochs that are left, yielding each one's measurements."""
         while self.done < self.recipe.epochs:
             start = time.perf_counter()
-            loss, ratio = self._train_epoch(self.done)
+            loss, ratio = self.train_epoch(self.done)
             clean = robust_correct(self.model, self.held_out, Attack("clean", 0.0)).float().mean().item()
             robust = robust_correct(self.model, self.held_out, self.attack, seed=self.done).float().mean().item()
             lr = self.optimizer.param_groups[0]["lr"]
@@ -91,7 +91,8 @@ class Trainer:
             seconds = time.perf_counter() - start
             yield Epoch(self.done, loss, clean, robust, self.attack.name, ratio, lr, seconds)
 
-    def _train_epoch(self, epoch: int) -> tuple[float, float]:
+    def train_epoch(self, epoch: int) -> tuple[float, float]:
+        """One pass over the training set as epoch ``epoch`` (from 0): (mean loss, mean implicit ratio)."""
         device = self.held_out.x.device
         torch.manual_seed(1_000_003 * self.seed + epoch)  # dropout and the like
         generator = torch.Generator(device).manual_seed(2_000_003 * self.seed + epoch)
