@@ -92,7 +92,10 @@ class Constraint:
         return self
 
     def activity_tol(self, like: Tensor) -> float:
-        """Within what distance of its bound a constraint counts as active: 1e-7, in float64 1e-10."""
+        """Within what distance of its bound a constraint counts as active: ``tol``, or 1e-7, in float64 1e-10.
+
+        Balls and polyhedra allow for the rounding of a projected point besides.
+        """
         if self.tol is not None:
             return self.tol
         return 1e-10 if like.dtype == torch.float64 else 1e-7
@@ -251,6 +254,7 @@ class L2Ball(Constraint):
         free, on_sphere, radial = self._parts(delta, x)
         length = radial.norm(dim=1)
         has_normal = on_sphere & (length > 0)
+        free = free & ~per_sample(on_sphere & (length == 0), free)  # a ball of radius 0: nothing can move
         unit = torch.where(has_normal[:, None], radial / length.clamp(min=1e-38)[:, None], 0)
         if gradient is None:
             return ActiveSet(free, unit[:, None])
@@ -290,7 +294,8 @@ class Polyhedron(Constraint):
     problem per sample (Lawson and Hanson's least distance programming, scipy's ``nnls``), in float64 on the CPU, so it
     suits small inputs. Source: Fast-BAT paper, equation 10.
 
-    Raises :class:`InputError` where the shapes do not agree or the set is empty.
+    Raises :class:`InputError` where the shapes do not agree or no row constrains anything; and, when something is
+    projected onto it, where the set is empty.
     """
 
     B: Tensor
@@ -300,6 +305,9 @@ class Polyhedron(Constraint):
     _unit: tuple[Tensor, Tensor] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        for name in ("B", "b"):
+            value = torch.as_tensor(getattr(self, name))
+            object.__setattr__(self, name, value if value.is_floating_point() else value.double())
         if self.B.ndim != 2 or self.b.shape != self.B.shape[:1]:
             raise InputError(
                 f"B has shape {tuple(self.B.shape)} and b {tuple(self.b.shape)}; they must be [m, d] and [m]"
@@ -312,6 +320,8 @@ class Polyhedron(Constraint):
         if (b[length == 0] < 0).any():
             raise InputError("no δ satisfies Bδ ≤ b: a row of B is zero and its b negative")
         rows = length > 0
+        if not rows.any():
+            raise InputError("every row of B is zero, so Bδ ≤ b constrains nothing")
         object.__setattr__(self, "_unit", (B[rows] / length[rows, None], b[rows] / length[rows]))
 
     def rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -334,7 +344,8 @@ class Polyhedron(Constraint):
     def sample(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """The projection of a normal draw with the scale of the faces' distances: a random point, not a uniform one."""
         noise = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
-        return self.project(self._unit[1].abs().mean().to(x) * noise, x)
+        scale = self._unit[1].abs().mean().item() or 1.0  # a cone has no scale of its own
+        return self.project(scale * noise, x)
 
     def _active_rows(self, delta: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(rows with inactive ones zeroed ``[batch, m', d]``, activity ``[batch, m']``, slack ``[batch, m']``)."""
@@ -361,7 +372,7 @@ class Polyhedron(Constraint):
 
     def attack_step(self) -> tuple[str, float]:
         """The gradient's direction, and the distance from 0 to the farthest face."""
-        radius = self._unit[1].amax().item() if len(self._unit[1]) else 0.0
+        radius = self._unit[1].amax().item()
         if radius <= 0:
             raise InputError("every b of this polyhedron is at most 0, so it has no scale for FGSM or PGD to step by")
         return "normalized", radius

@@ -17,6 +17,7 @@ from .batch import Batch
 from .data import Images
 from .evaluate import Attack
 from .modes import attack_mode
+from .train import rank
 
 __all__ = ["curves", "examples"]
 
@@ -26,7 +27,7 @@ BLUE, ORANGE, GREY = "#1f5fa8", "#d9730d", "#666666"
 def curves(metrics: list[dict[str, Any]], path: Path, title: str) -> None:
     """Loss, held-out accuracies and learning rate against the epoch."""
     epochs = [m["epoch"] for m in metrics]
-    best = max(metrics, key=lambda m: (m["robust"], m["clean"], m["epoch"]))["epoch"]
+    best = max(metrics, key=rank)["epoch"]
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     left.plot(epochs, [m["loss"] for m in metrics], color=BLUE)
     left.set(xlabel="epoch", ylabel="training loss under attack", ylim=(0, None))

@@ -21,8 +21,7 @@ Part = Callable[[Batch, Tensor, Tensor], Tensor]
 def dense_hessian(part: Part, solution: Solution) -> Tensor:
     """∇²_δδ of ``part`` at δ* for every sample, ``[B, d, d]``, by torch.func (forward over reverse, vmapped).
 
-    Raises :class:`InputError` where torch.func cannot take it, and where a sample alone has another gradient than in
-    its batch, for then a per-sample Hessian does not exist.
+    Raises :class:`InputError` where torch.func cannot take it.
     """
     batch, delta = solution.batch, solution.delta.detach()
     shape, d = delta.shape[1:], delta[0].numel()
@@ -34,30 +33,28 @@ def dense_hessian(part: Part, solution: Solution) -> Tensor:
 
     inputs = (delta.flatten(1), batch.x, batch.y, solution.anchor, extra)
     try:
-        alone = torch.func.vmap(torch.func.grad(one))(*inputs)
         hessian: Tensor = torch.func.vmap(torch.func.hessian(one))(*inputs)
     except (RuntimeError, ValueError) as error:  # torch.func names the operation it cannot batch
         reason = str(error).strip().splitlines()[0]
         raise InputError(f'torch.func cannot take this model\'s Hessian ({reason}); use method="cg"') from error
-    delta = delta.requires_grad_()
-    (together,) = torch.autograd.grad(part(batch, delta, solution.anchor).sum(), delta)
-    gap = (alone.detach() - together.flatten(1)).norm()
-    if not gap <= 1e3 * torch.finfo(delta.dtype).eps * (1 + together.norm()):
-        raise InputError(
-            "samples share something (batch statistics, a mean over the batch) or are drawn anew in every pass, so a "
-            'per-sample Hessian does not exist; use method="cg"'
-        )
     return hessian.detach().reshape(len(delta), d, d)
 
 
 class CurvatureOperator:
-    """p ↦ T(∇²part + diagonal)T p, one backward pass over a graph that is built once."""
+    """p ↦ T(∇²part + diagonal)T p, one backward pass over a graph that is built once.
+
+    coupled: whether a sample's ``part`` depends on another's δ (batch statistics in train mode, a mean over the batch).
+        Asked by differentiating every other sample's value in the remaining samples' δ, which is exactly 0 where they
+        are independent.
+    """
 
     def __init__(self, part: Part, solution: Solution, diagonal: Tensor, active: ActiveSet) -> None:
         self.diagonal, self.active = diagonal, active
         with torch.enable_grad():
             self.delta = solution.delta.detach().requires_grad_()
             values = part(solution.batch, self.delta, solution.anchor)
+            (across,) = torch.autograd.grad(values[::2].sum(), self.delta, retain_graph=True)
+            self.coupled = bool(across[1::2].any())
             (self.gradient,) = torch.autograd.grad(values.sum(), self.delta, create_graph=True)
 
     def __call__(self, p: Tensor) -> Tensor:
@@ -80,8 +77,8 @@ def conjugate_gradients(
 
     Samples are separate systems that converge each on their own; ``coupled`` makes the batch one system, for models
     whose samples share statistics. Done where ‖A w − right‖ ≤ tol · ‖scale‖ (``tol=None``: eps^¾); ``scale`` is v
-    before it was projected to ``right`` = T v, so that a T v of rounding errors is a zero. ``max_iter=None`` is 10 d.
-    The result is put into the equation once; where samples turn out to be coupled, the batch is solved as one system.
+    before it was projected to ``right`` = T v, so that a T v of rounding errors is a zero. The residual is that of the
+    recurrence, from which rounding parts the true one where A is ill-conditioned. ``max_iter=None`` is 10 d.
 
     Raises :class:`CurvatureError` where pᵀAp ≤ 0 was met, :class:`ConvergenceError` where ``tol`` was not reached.
     """
@@ -132,11 +129,4 @@ def conjugate_gradients(
             "raise max_iter, tol or damping",
             late,
         )
-    w = w * per_sample(unit, w)
-    if not coupled and bool((rr < dot(right, right)).any()):
-        gap = operator(w) - right * per_sample(unit, right)
-        allowed = 1e3 * tol * unit * (1 + dot(scale, scale)).sqrt()
-        if bool((gap.flatten(1).norm(dim=1) > allowed).any()):
-            right, scale = right * per_sample(unit, right), scale * per_sample(unit, scale)
-            return conjugate_gradients(operator, right, scale, tol, coupled=True)
-    return w
+    return w * per_sample(unit, w)

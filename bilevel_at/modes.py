@@ -10,7 +10,7 @@ from torch import nn
 
 from .errors import InputError
 
-__all__ = ["Mode", "attack_mode", "couples_samples"]
+__all__ = ["Mode", "attack_mode"]
 
 Mode = Literal["train", "eval"]
 
@@ -30,11 +30,3 @@ def attack_mode(model: nn.Module, mode: Mode) -> Iterator[None]:
     finally:
         for module, training in before:
             module.training = training
-
-
-def couples_samples(model: nn.Module) -> bool:
-    """Whether a batch-statistics layer makes a sample's output depend on the other samples, as the model stands."""
-    return any(
-        isinstance(m, nn.modules.batchnorm._BatchNorm) and (m.training or m.running_mean is None)
-        for m in model.modules()
-    )

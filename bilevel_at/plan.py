@@ -130,6 +130,7 @@ class Plan:
             "model": self.options.model,
             "activation": self.options.activation,
             "parameters": sum(p.numel() for p in model.parameters()),
+            "data_sha256": train.sha256(),
             "shape": list(train.shape),
             "classes": train.classes,
             "versions": {
@@ -164,21 +165,25 @@ def understand(args: Sequence[str]) -> Plan:
     common = [*of_problem, *of_factory, *own]
     # Which flags a solver has depends on which one it is, and that may depend on flags.
     prog, about = f"python -m {PROG} {args[0]}", (file.module.__doc__ or "").strip().split("\n")[0]
-    known = flags.parse(common, rest, prog, about, lenient=True)
-    file.make(file.problem, BilevelProblem, **{name: known[name] for name in shared})
-    solver = _make_solver(file, known)
-    of_solver = [
-        flags.Flag(_solver_flag(f.name, common), f.type | None, None, f.help, "default: what the solver has")
+    solver: Any = None
+    try:
+        known = flags.parse(common, rest, prog, about, lenient=True)
+        problem_arguments = {name: known[name] for name in shared}
+        problem = file.make(file.problem, BilevelProblem, **problem_arguments)
+        solver = _make_solver(file, known)
+    except InputError:
+        if not {"-h", "--help"} & set(rest):  # help does not wait for what a required flag has to say
+            raise
+    of_solver = {
+        f.name: flags.Flag(_solver_flag(f.name, common), f.type | None, None, f.help, "default: what the solver has")
         for f in (flags.flags_of(type(solver)) if dataclasses.is_dataclass(solver) else [])
-    ]
-    values = flags.parse([*of_problem, *of_factory, *of_solver, *own], rest, prog, about)
+    }
+    values = flags.parse([*of_problem, *of_factory, *of_solver.values(), *own], rest, prog, about)
 
     options = RunOptions(**{f.name: values[f.name] for f in own})
-    problem_arguments = {name: values[name] for name in shared}
-    problem = file.make(file.problem, BilevelProblem, **problem_arguments)
-    if of_solver:
-        fields = {f.name: values[_solver_flag(f.name, common)] for f in dataclasses.fields(solver) if f.init}
-        solver = dataclasses.replace(solver, **{name: value for name, value in fields.items() if value is not None})
+    given = {name: values[flag.name] for name, flag in of_solver.items() if values[flag.name] is not None}
+    if given:
+        solver = dataclasses.replace(solver, **given)
     return Plan(file, options, problem, solver, problem_arguments, [PROG, *args])
 
 

@@ -59,7 +59,10 @@ def _nearest(u: np.ndarray, B: np.ndarray, b: np.ndarray, excess: np.ndarray) ->
 
 
 def _nnls(system: np.ndarray, target: np.ndarray) -> np.ndarray:
-    found: np.ndarray = nnls(system, target, maxiter=50 * max(system.shape))[0]
+    try:
+        found: np.ndarray = nnls(system, target, maxiter=50 * max(system.shape))[0]
+    except RuntimeError:  # it ran out of iterations
+        return np.zeros(system.shape[1])
     return found
 
 

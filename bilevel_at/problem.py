@@ -150,7 +150,8 @@ class LowerProblem:
     def policy(self) -> Anchor:
         """The anchor policy. A name becomes this instance's own policy on first use, which may hold state."""
         if not isinstance(self.anchor, Anchor):
-            self.anchor = anchor_policy(self.anchor)
+            object.__setattr__(self, "anchor", anchor_policy(self.anchor))  # a frozen dataclass is a problem too
+        assert isinstance(self.anchor, Anchor)
         return self.anchor
 
     def draw_anchor(self, model: nn.Module, batch: Batch, generator: torch.Generator | None) -> Tensor:

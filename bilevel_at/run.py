@@ -25,7 +25,8 @@ from .data import Images, load_data
 from .errors import BilevelError, InputError
 from .evaluate import Attack, Score, attack_from_name, evaluate
 from .plan import PROG, Plan, build, probe, resolve_device, understand
-from .train import Epoch, RunDir, Trainer
+from .train import Epoch, RunDir, Trainer, rank
+from .train.rundir import plainly
 
 __all__ = ["run"]
 
@@ -60,6 +61,8 @@ def _resume(run: RunDir, config: dict[str, Any], trainer: Trainer, device: torch
         raise InputError(f"{run}/config.json is not one of bilevel_at.run; choose another --out") from None
     if file != now["file_sha256"]:
         raise InputError(f"{run} was started with another {before.get('file')}; it has changed since")
+    if before.get("data_sha256") != now["data_sha256"]:
+        raise InputError(f"{run} was started with other training images; the data has changed since")
     for section in ("problem", "solver", "options"):
         for key in sorted({*settings[section], *now[section]}):
             old, new = settings[section].get(key), now[section].get(key)
@@ -81,14 +84,14 @@ def _resume(run: RunDir, config: dict[str, Any], trainer: Trainer, device: torch
 
 
 def _plain(config: dict[str, Any]) -> dict[str, Any]:
-    plain: dict[str, Any] = json.loads(json.dumps(config, default=str))
+    plain: dict[str, Any] = json.loads(json.dumps(config, default=plainly))
     return plain
 
 
 def _train(trainer: Trainer, run: RunDir, console: Console) -> None:
     """Every epoch: a line of metrics, ``last.pt``, and ``best.pt`` where it is the best so far."""
     done = run.metrics()
-    best = max((_rank(line) for line in done), default=None)
+    best = max((rank(line) for line in done), default=None)
     columns = (
         TextColumn("epoch"),
         MofNCompleteColumn(),
@@ -99,19 +102,15 @@ def _train(trainer: Trainer, run: RunDir, console: Console) -> None:
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("train", total=trainer.recipe.epochs, completed=trainer.done, said="")
         for epoch in trainer.epochs():
-            state = trainer.state_dict()
-            if best is None or epoch.rank() > best:
-                best = epoch.rank()
+            state, line = trainer.state_dict(), epoch.asdict()
+            if best is None or rank(line) > best:
+                best = rank(line)
                 run.save("best.pt", {"model": state["model"], "epochs": epoch.epoch})
-            run.append_metrics(epoch.asdict())
+            run.append_metrics(line)
             run.save("last.pt", state)
             progress.update(task, completed=epoch.epoch, said=_say(epoch))
             if not console.is_terminal:
                 console.print(f"epoch {epoch.epoch}/{trainer.recipe.epochs}  {_say(epoch)}", highlight=False)
-
-
-def _rank(line: dict[str, Any]) -> tuple[float, float, int]:
-    return line["robust"], line["clean"], line["epoch"]
 
 
 def _say(epoch: Epoch) -> str:
@@ -182,6 +181,7 @@ def run(args: Sequence[str]) -> int:
     else:
         try:
             run_dir.write_json("config.json", config)
+            run_dir.metrics(epochs=0)  # what lies there belongs to no run
         except OSError as error:
             raise InputError(f"{run_dir} cannot be written: {error.strerror or error}") from None
     console.print(
@@ -204,7 +204,7 @@ def run(args: Sequence[str]) -> int:
         ) from error
 
     metrics = run_dir.metrics()
-    best = max(metrics, key=_rank)["epoch"]
+    best = max(metrics, key=rank)["epoch"]
     title = f"{plan.file.path.stem}, {type(plan.solver).__name__}, {options.data}, seed {options.seed}"
     figures.curves(metrics, run_dir.figures / "curves.png", title)
     strongest = [attack for attack in attacks if attack.lower is not None][-1:] or [select]

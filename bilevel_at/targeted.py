@@ -61,16 +61,12 @@ class Targeted(LowerProblem):
         with attack_mode(model, self.mode):
             return self.attack_loss(model, batch, delta)
 
-    def targets(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The classes to aim at: the K − 1 others ``[B, K − 1]``, or the batch's own targets ``[B, 1]``."""
-        if batch.target is not None:
-            return batch.target[:, None]
+    def _classes(self, model: nn.Module, batch: Batch) -> int:
         with attack_mode(model, "eval"), torch.no_grad():
-            classes = model(batch.x[:1]).shape[-1]
+            classes = int(model(batch.x).shape[-1])
         if classes < 2:
             raise InputError(f"the model has {classes} output; a targeted attack needs at least 2 classes")
-        others = torch.arange(classes - 1, device=batch.y.device).expand(len(batch), -1)
-        return others + (others >= batch.y[:, None])
+        return classes
 
     def solve(
         self,
@@ -84,11 +80,16 @@ class Targeted(LowerProblem):
         A batch that has targets already is aimed at those alone: ``solve(model, solution.batch, solution.anchor)``
         gives ``solution`` again.
         """
-        targets = self.targets(model, batch)
+        classes = self._classes(model, batch)
+        if batch.target is None:
+            others = torch.arange(classes - 1, device=batch.y.device).expand(len(batch), -1)
+            targets = others + (others >= batch.y[:, None])
+        else:
+            targets = batch.target[:, None]
         each = targets.shape[1]
         wide = batch.repeat(each).aimed_at(targets.flatten())
         if wide.index is not None:  # what is remembered is remembered per example and class
-            wide = replace(wide, index=wide.index * each + torch.arange(len(wide), device=wide.index.device) % each)
+            wide = replace(wide, index=wide.index * classes + targets.flatten())
         with torch.enable_grad(), attack_mode(model, self.mode):
             if anchor is None:
                 z = self.draw_anchor(model, wide, generator)

@@ -67,7 +67,9 @@ def solver() -> ZeroIG:
 
 
 def recipe() -> dict[str, Recipe]:
+    cifar = Recipe(lr=0.1, schedule="multistep", milestones=(24, 28), augment="crop-flip")
     return {
         "digits": Recipe(batch_size=64, problem={"epsilon": 0.2}),
-        "cifar10": Recipe(lr=0.1, schedule="multistep", milestones=(24, 28), augment="crop-flip"),
+        "cifar10": cifar,
+        "cifar100": cifar,
     }

@@ -90,7 +90,9 @@ def solver(name: SolverName = "zero-ig", step: float = 2 / 255) -> ZeroIG | Hess
 
 
 def recipe() -> dict[str, Recipe]:
+    cifar = Recipe(epochs=110, schedule="multistep", milestones=(100,), augment="crop-flip")
     return {
         "digits": Recipe(batch_size=64, problem={"epsilon": 0.2, "step": 0.05, "steps": 5}),
-        "cifar10": Recipe(epochs=110, schedule="multistep", milestones=(100,), augment="crop-flip"),
+        "cifar10": cifar,
+        "cifar100": cifar,
     }

@@ -68,7 +68,9 @@ def solver(
 
 
 def recipe() -> dict[str, Recipe]:
+    cifar = Recipe(epochs=20, lr=0.2, augment="crop-flip")
     return {
         "digits": Recipe(batch_size=64, problem={"epsilon": 0.2, "step": 20.0}),
-        "cifar10": Recipe(epochs=20, lr=0.2, augment="crop-flip"),
+        "cifar10": cifar,
+        "cifar100": cifar,
     }

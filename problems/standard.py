@@ -51,7 +51,9 @@ def solver() -> ZeroIG:
 
 
 def recipe() -> dict[str, Recipe]:
+    cifar = Recipe(epochs=20, lr=0.2, augment="crop-flip")
     return {
         "digits": Recipe(batch_size=64, problem={"epsilon": 0.2}),
-        "cifar10": Recipe(epochs=20, lr=0.2, augment="crop-flip"),
+        "cifar10": cifar,
+        "cifar100": cifar,
     }

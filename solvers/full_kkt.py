@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from bilevel_at.constraints import ActiveSet
 from bilevel_at.errors import CurvatureError, InputError, name_samples
 from bilevel_at.linear import CurvatureOperator, conjugate_gradients, dense_hessian
-from bilevel_at.modes import attack_mode, couples_samples
+from bilevel_at.modes import attack_mode
 from bilevel_at.problem import BilevelProblem, CrossAt, Curvature, Solution
 from bilevel_at.solver import KKTSolver, scalar_adjoint
 
@@ -25,7 +25,8 @@ class FullKKT(KKTSolver):
     Exact for any smooth g that is strongly convex on the free directions T, on boxes, ℓ2 balls and polyhedra.
 
     method: "dense" forms H per sample with torch.func and factorises it; "cg" needs only Hessian-vector products;
-        "auto" is dense up to ``dense_limit`` values per input where samples do not share batch statistics, else cg.
+        "auto" is dense up to ``dense_limit`` values per input where samples share nothing, else cg. Where they
+        share something (batch statistics), cg solves the batch as one system.
     curvature: "lower" is the Hessian of the g that was solved (λI where that is linearised); "attack" is
         ∇²ℓ_atk + λI, the paper's Hessian-aware Fast-BAT.
     damping: added to the Hessian's diagonal.
@@ -33,9 +34,9 @@ class FullKKT(KKTSolver):
     tol: of cg, relative to ‖v‖ per sample; None is eps^¾ of the dtype. max_iter: of cg; None is 10 d.
     dense_limit: the largest d that "auto" treats densely.
 
-    Raises :class:`~bilevel_at.CurvatureError`, naming the samples, where the matrix is not positive definite on T,
-    :class:`~bilevel_at.ConvergenceError` where cg has not reached ``tol``, and :class:`~bilevel_at.InputError`
-    where "dense" meets batch statistics, for which a per-sample Hessian does not exist.
+    Raises :class:`~bilevel_at.CurvatureError`, naming the samples, where the matrix is not positive definite on T (cg
+    sees that only in the directions it goes through), :class:`~bilevel_at.ConvergenceError` where cg has not reached
+    ``tol``, and :class:`~bilevel_at.InputError` where "dense" meets samples that share something.
     """
 
     method: Literal["auto", "dense", "cg"] = "auto"
@@ -63,13 +64,15 @@ class FullKKT(KKTSolver):
             self._refuse(diagonal <= 0)
             return scalar_adjoint(diagonal, active, v)
         with attack_mode(model, lower.mode):
-            coupled = couples_samples(model)
-            if self.method == "dense" and coupled:
+            operator = CurvatureOperator(part, solution, diagonal, active)
+            if self.method == "dense" and operator.coupled:
                 raise InputError(
-                    'method="dense" needs samples that do not share batch statistics: attack passes see this model '
-                    'in train mode with batch normalisation; use method="cg", or mode="eval" in the lower problem'
+                    "method=\"dense\" needs samples that share nothing; here one sample's loss depends on another's "
+                    "perturbation (batch normalisation in train mode, a mean over the batch), so that a per-sample "
+                    'Hessian does not exist; use method="cg", or mode="eval" in the lower problem'
                 )
-            if self.method == "dense" or (self.method == "auto" and v[0].numel() <= self.dense_limit and not coupled):
+            small = v[0].numel() <= self.dense_limit and not operator.coupled
+            if self.method == "dense" or (self.method == "auto" and small):
                 try:
                     hessian = dense_hessian(part, solution)
                 except InputError:
@@ -77,9 +80,8 @@ class FullKKT(KKTSolver):
                         raise
                 else:
                     return self._cholesky(hessian, diagonal, active, v)
-            operator = CurvatureOperator(part, solution, diagonal, active)
             return conjugate_gradients(
-                operator, active.tangent(v), v, tol=self.tol, max_iter=self.max_iter, coupled=coupled
+                operator, active.tangent(v), v, tol=self.tol, max_iter=self.max_iter, coupled=operator.coupled
             )
 
     def _cholesky(self, hessian: Tensor, diagonal: Tensor, active: ActiveSet, v: Tensor) -> Tensor:

@@ -161,3 +161,9 @@ def test_remembered_perturbations_are_kept_per_class():
     first = lower.solve(model, batch)
     second = lower.solve(model, batch)
     assert torch.equal(second.anchor, first.delta)
+    aimed = lower.solve(model, batch.aimed_at(torch.tensor([3, 0, 3])))  # the same memory, by class
+    rows = [
+        3 * i + [j for j in range(4) if j != y].index(t)
+        for i, (y, t) in enumerate(zip([0, 1, 2], [3, 0, 3], strict=True))
+    ]
+    assert torch.equal(aimed.anchor, second.delta[rows])

@@ -262,3 +262,26 @@ def test_attack_steps_have_a_scale():
     with pytest.raises(ba.InputError, match="no scale for FGSM or PGD"):
         ba.Polyhedron(torch.eye(2), torch.zeros(2)).attack_step()
     assert ba.LinfBall(np.float32(0.1)).epsilon == pytest.approx(0.1)
+
+
+def test_polyhedra_of_unusual_rows():
+    with pytest.raises(ba.InputError, match="constrains nothing"):
+        ba.Polyhedron(torch.zeros(2, 3), torch.ones(2))
+    with pytest.raises(ba.InputError, match="a row of B is zero and its b negative"):
+        ba.Polyhedron(torch.zeros(2, 3), -torch.ones(2))
+    whole = ba.Polyhedron(torch.tensor([[1, -1]]), torch.tensor([0]))  # integers, and a cone
+    x = torch.zeros(50, 2)
+    at = whole.sample(x, torch.Generator().manual_seed(0))
+    assert (at[:, 0] <= at[:, 1] + 1e-6).all() and at.abs().max() > 0.1
+    assert whole.active(at, x).normals.abs().sum() > 0
+
+
+def test_projection_goes_on_where_nnls_gives_up(monkeypatch):
+    from bilevel_at import polyhedra
+
+    def gives_up(*args, **kwargs):
+        raise RuntimeError("Maximum number of iterations reached.")
+
+    monkeypatch.setattr(polyhedra, "nnls", gives_up)
+    at = ba.Polyhedron(torch.ones(1, 2), torch.ones(1)).project(torch.ones(1, 2), torch.zeros(1, 2))
+    torch.testing.assert_close(at, torch.full((1, 2), 0.5))

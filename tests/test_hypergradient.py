@@ -241,6 +241,22 @@ def test_cross_derivative_at_the_solution_is_an_approximation():
     assert errors[2] / errors[1] == pytest.approx(0.5, rel=0.2)
 
 
+@given(s=bst.settings_of(bst.linearized, lambda shape: st.just(ba.LinfBall(10.0, bounds=None))))
+def test_the_error_of_the_other_point_is_first_order(s):
+    """On random networks too: half the step, half the relative error, once the step is small."""
+    errors = []
+    for step in (2e-3, 1e-3):
+        s.problem.lower = ba.Linearized(ba.minus(ba.cross_entropy), ba.LinfBall(10.0, None), "zero", "taylor", step)
+        anchor = torch.zeros_like(s.batch.x)
+        exact = HessianFreeKKT().hypergradient(s.problem, s.model, s.batch, anchor=anchor)
+        other = HessianFreeKKT(cross_at="solution").hypergradient(s.problem, s.model, s.batch, anchor=anchor)
+        assume(exact.implicit_norm > 1e-6 * exact.direct_norm)
+        pairs = [(exact.grads[n], other.grads[n]) for n in exact.grads]
+        errors.append((torch.stack([(a - b).norm() for a, b in pairs]).norm() / exact.implicit_norm).item())
+    assume(errors[1] > 1e-5)
+    assert errors[1] / errors[0] == pytest.approx(0.5, rel=0.1)
+
+
 def test_ig_weight_scales_the_implicit_term():
     s = _some_setting()
     direct = grads(s, ZeroIG())

@@ -82,6 +82,38 @@ def test_a_run_leaves_what_the_contract_says():
         assert model(torch.rand(3, 1, 8, 8)).shape == (3, 10)
 
 
+def test_what_is_shown_and_which_epoch_is_best(capsys):
+    run("problems/fastbat.py", "--epochs", 4, "--examples", 200, "--select", "pgd-2-1", "--out", "out")
+    shown = capsys.readouterr().out
+    assert "180 training, 20 held-out, 360 test images" in " ".join(shown.split())
+    for epoch in range(1, 5):
+        assert re.search(rf"epoch {epoch}/4  loss [\d.]+  held-out clean [\d.]+%  pgd-2-1 [\d.]+%", shown)
+    metrics = [json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines()]
+    best = max(metrics, key=lambda m: (m["robust"], m["clean"], m["epoch"]))["epoch"]
+    assert torch.load("out/best.pt", weights_only=True)["epochs"] == best
+    results = json.loads(Path("out/results.json").read_text())
+    for which, epoch in (("best", best), ("last", 4)):
+        cells = [f"{100 * results[which][name]['accuracy']:.1f}%" for name in ("clean", "fgsm", "pgd-50-10")]
+        assert re.search(rf"{which} \({epoch}\)\W+{cells[0]}\W+{cells[1]}\W+{cells[2]}", shown)
+        # the table is that of the checkpoint, evaluated anew
+        from bilevel_at.data import load_data
+        from bilevel_at.evaluate import attack_from_name, evaluate
+
+        test = load_data("digits")[1]
+        again = evaluate(ba.load("out", which), test, [attack_from_name("pgd-50-10", 0.2)])
+        assert again["pgd-50-10"].accuracy == results[which]["pgd-50-10"]["accuracy"]
+
+
+@pytest.mark.parametrize("scheme", ["gradient-step", "uniform", "corner", "sign-step"])
+def test_linearisation_schemes_are_flags(scheme):
+    lower = understand(["problems/fastbat.py", "--anchor", scheme, "--epsilon", "0.1"]).problem.lower
+    kinds = {"gradient-step": ("Steps", "taylor", None), "sign-step": ("Steps", "sign", 0.05)}
+    kind, direction, step = kinds.get(scheme, (scheme.capitalize(), None, None))
+    assert type(lower.anchor).__name__ == kind
+    if direction:
+        assert lower.anchor.direction.name == direction and lower.anchor.step == step
+
+
 def test_bfloat16_autocast():
     run("problems/fastbat.py", *SHORT[2:], "--epochs", 2, "--precision", "bfloat16", "--out", "half")
     run("problems/fastbat.py", *SHORT[2:], "--epochs", 2, "--out", "single")
@@ -413,6 +445,49 @@ def test_the_file_s_solver_is_what_its_own_flags_say():
     plan = understand(["own.py", "--how", "full", "--epsilon", "0.25", "--method", "cg"])
     assert (type(plan.solver).__name__, plan.solver.damping, plan.solver.method) == ("FullKKT", 0.25, "cg")
     assert type(understand(["own.py", "--solver", "hessian-free-kkt"]).solver).__name__ == "HessianFreeKKT"
+
+
+def test_solvers_of_the_user_s_own_with_fields_that_are_no_flags():
+    source = FAST + (
+        "from dataclasses import dataclass\nfrom collections.abc import Callable\n"
+        "from bilevel_at.solvers import HessianFreeKKT\n"
+        "@dataclass\nclass Mine(HessianFreeKKT):\n    watch: Callable | None = None\n"
+        "def solver():\n    return Mine(watch=print)\n"
+    )
+    Path("own.py").write_text(source)
+    plan = understand(["own.py", "--ig-weight", "0.5"])
+    assert plan.solver.ig_weight == 0.5 and plan.solver.watch is print
+    for _ in range(2):
+        run("own.py", *SHORT, "--out", "out", *(["--resume"] if Path("out").exists() else []))
+
+
+def test_help_does_not_wait_for_required_flags(capsys):
+    Path("own.py").write_text(
+        "from bilevel_at.problems import fastat\ndef problem(radius: float):\n    return fastat.problem(radius)\n"
+    )
+    with pytest.raises(SystemExit) as done:
+        run_module.run(["own.py", "--help"])
+    assert done.value.code == 0 and "--radius NUMBER" in capsys.readouterr().out
+    assert "--radius" in complaint("own.py")
+
+
+def test_data_that_changed_does_not_resume():
+    args = ["problems/fastat.py", "--data", "data.npz", "--epochs", "1", "--attacks", "clean", "--out", "out"]
+    npz()
+    run(*args)
+    run(*args, "--resume")
+    npz(x_train=np.zeros((60, 8, 8, 3), dtype=np.uint8))
+    assert "was started with other training images" in complaint(*args, "--resume")
+
+
+def test_batches_of_one():
+    from bilevel_at.data import Images, Loader
+
+    images = Images(torch.zeros(7, 1, 2, 2), torch.zeros(7).long(), 2)
+    for size, lengths in ((1, [1] * 7), (3, [3, 4]), (2, [2, 2, 3]), (4, [4, 3]), (9, [7])):
+        loader = Loader(images, size)
+        batches = [len(batch) for batch in loader.epoch(0)]
+        assert batches == lengths and len(loader) == len(lengths), size
 
 
 def test_names_that_are_also_ours():

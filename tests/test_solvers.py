@@ -225,7 +225,7 @@ def test_eval_mode_attacks_leave_batch_statistics_alone():
 
 def test_dense_hessian_of_a_train_mode_batch_norm_is_an_error():
     model, batch = with_batch_norm().train(), batch_of(6, 6)
-    with pytest.raises(ba.InputError, match='method="cg", or mode="eval"'):
+    with pytest.raises(ba.InputError, match='use method="cg", or mode="eval"'):
         FullKKT(method="dense").hypergradient(proximal(lam=200.0, mode="train"), model, batch)
     FullKKT(method="dense").hypergradient(proximal(lam=200.0, mode="eval"), model, batch)
 
@@ -405,7 +405,7 @@ class Coupled(nn.Module):
 def test_coupling_that_no_module_announces_is_noticed():
     torch.manual_seed(0)
     model, batch, problem = Coupled().double(), batch_of(4, 6), proximal(lam=30.0)
-    with pytest.raises(ba.InputError, match="samples share something"):
+    with pytest.raises(ba.InputError, match="needs samples that share nothing"):
         FullKKT(method="dense").hypergradient(problem, model, batch)
     for method in ("auto", "cg"):
         assert hypergradcheck(problem, FullKKT(method=method, tol=1e-12), model, batch, eps=1e-5, rtol=1e-6)
@@ -544,3 +544,87 @@ def test_a_named_policy_on_the_class_keeps_its_state():
     assert torch.equal(two.draw_anchor(dense(6, 5, 3), batch, None), delta)
     one.anchor = ba.Zero()  # and may be changed afterwards
     assert (one.solve(dense(6, 5, 3), batch).anchor == 0).all()
+
+
+def test_hypergradcheck_does_not_pass_over_nan():
+    class Spoilt(ba.UpperProblem):
+        def loss(self, model, batch, delta):
+            values = super().loss(model, batch, delta)
+            return values if torch.equal(model[1].weight, kept) else values * float("nan")
+
+    model = dense(6, 5, 3)
+    kept = model[1].weight.detach().clone()
+    lower = ba.Linearized(ATK, ba.LinfBall(0.1), "zero", "sign", 0.1)
+    with pytest.raises(AssertionError, match="numeric nan"):
+        hypergradcheck(ba.BilevelProblem(Spoilt(), lower), ZeroIG(), model, batch_of(3, 6))
+    with pytest.raises(ba.InputError, match=r"batch\.x is torch.float32"):
+        hypergradcheck(taylor(), ZeroIG(), dense(6, 5, 3), ba.Batch(torch.rand(2, 6), torch.tensor([0, 1])))
+
+
+@pytest.mark.parametrize("ball", [ba.LinfBall(0.0), ba.L2Ball(0.0), ba.L2Ball(0.0, bounds=(0, 1))])
+def test_a_ball_of_radius_zero_holds_everything(ball):
+    lower = ba.Linearized(ATK, ball, "zero", "taylor", 1.0)
+    problem = ba.BilevelProblem(ba.UpperProblem(), lower)
+    step = HessianFreeKKT().hypergradient(problem, dense(6, 5, 3), batch_of(3, 6))
+    assert step.implicit_norm == 0 and (step.solution.delta == 0).all()
+    assert hypergradcheck(problem, HessianFreeKKT(), dense(6, 5, 3), batch_of(3, 6), rtol=1e-6, eps=1e-5)
+
+
+def test_coupled_samples_are_solved_as_one_system_from_the_start():
+    """Per-sample conjugate gradients would refuse systems that are positive definite as a whole."""
+    torch.manual_seed(0)
+    model, batch = Coupled().double(), batch_of(4, 6)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)
+    for lam in (8.0, 15.0, 30.0):
+        problem = ba.BilevelProblem(ba.UpperProblem(), ba.Linearized(ATK, ba.LinfBall(0.3), "zero", "taylor", 1 / lam))
+        solution = problem.lower.solve_differentiable(model, batch)
+        delta = solution.delta.flatten()
+        H = torch.autograd.functional.hessian(lambda d: ATK(model, batch, d.reshape(4, 6)).sum(), delta)
+        H = H + lam * torch.eye(24, dtype=F64)
+        free = problem.lower.active(solution).free.flatten()
+        v = torch.randn(4, 6, dtype=F64)
+        solver = FullKKT(curvature="attack", tol=1e-12)
+        if torch.linalg.eigvalsh(H[free][:, free]).min() > 0:
+            w = torch.zeros(24, dtype=F64)
+            w[free] = torch.linalg.solve(H[free][:, free], v.flatten()[free])
+            torch.testing.assert_close(solver.adjoint(problem, model, solution, v).flatten(), w, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_independent_samples_are_not_taken_for_coupled(mode):
+    """Also in float32, under autocast, with batch normalisation in eval mode and with tiny losses."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 4, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(16, 3)]
+    if mode == "eval":
+        layers.insert(1, nn.BatchNorm2d(4))
+    model = nn.Sequential(*layers)
+    batch = ba.Batch(torch.rand(5, 1, 4, 4), torch.tensor([0, 1, 2, 0, 1]))
+    lower = ba.Linearized(lambda *a: 1e-6 * ATK(*a), ba.LinfBall(0.1), "uniform", "taylor", 0.5, mode=mode)
+    # torch.func does not take batch normalisation under autocast: there "auto" goes on with cg
+    for method, half in (("dense", False), ("auto", True), ("cg", True)):
+        solver = FullKKT(method=method, curvature="attack")
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
+            assert solver.hypergradient(ba.BilevelProblem(ba.UpperProblem(), lower), model, batch).loss.isfinite()
+
+
+@pytest.mark.parametrize("solver", [ZeroIG, HessianFreeKKT, FullKKT])
+@pytest.mark.parametrize("name", ["minmax", "fastat", "fastbat", "beta", "atas", "standard"])
+def test_every_problem_in_python_with_every_solver(name, solver):
+    import importlib
+
+    module = importlib.import_module(f"bilevel_at.problems.{name}")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3)).train()
+    x, y = torch.rand(6, 1, 4, 4), torch.arange(6) % 3
+    made = solver(damping=255 / 2) if name == "beta" and solver is not ZeroIG else solver()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    problem = module.problem(epsilon=0.1)
+    for epoch in range(2):
+        problem.set_epoch(epoch, 2)
+        optimizer.zero_grad()
+        step = made.backward(problem, model, ba.Batch(x, y, torch.arange(6)))
+        optimizer.step()
+        assert step.loss.isfinite() and model.training
+    assert {"digits", "cifar10", "cifar100"} <= module.recipe().keys()

@@ -30,7 +30,7 @@ class Loader:
 
     def __len__(self) -> int:
         full, left = divmod(len(self.images), self.batch_size)
-        return full + (left > 1 or (left == 1 and full == 0))
+        return full + (left > 1 or (left == 1 and full == 0))  # a last one joins the batch before it
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
         """The batches of epoch ``epoch``."""
@@ -38,7 +38,7 @@ class Loader:
         generator = torch.Generator(device).manual_seed(1_000_003 * self.seed + epoch)
         order = torch.randperm(len(self.images), generator=generator, device=device)
         batches = list(order.split(self.batch_size))
-        if len(batches) > 1 and len(batches[-1]) == 1:
+        if self.batch_size > 1 and len(batches) > 1 and len(batches[-1]) == 1:
             # One example has no batch statistics: it joins the batch before it.
             batches[-2:] = [torch.cat(batches[-2:])]
         for index in batches:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -52,6 +53,13 @@ class Images:
     def pixels(self) -> Tensor:
         """x as float32 in [0, 1]."""
         return self.x.float() / 255 if self.x.dtype == torch.uint8 else self.x
+
+    def sha256(self) -> str:
+        """A fingerprint of the pixels and labels."""
+        digest = hashlib.sha256()
+        for part in (self.x, self.y):
+            digest.update(part.cpu().contiguous().numpy().data)
+        return digest.hexdigest()
 
     def to(self, device: torch.device | str) -> Images:
         return Images(self.x.to(device), self.y.to(device), self.classes)

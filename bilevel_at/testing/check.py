@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
@@ -67,14 +68,18 @@ def hypergradcheck(
     mode: "directional" tries ``directions`` random unit directions in each parameter tensor; "full" every entry.
     min_margin: raise :class:`DegenerateActivity` where :func:`activity_margin` is below this.
 
-    Returns True; where the check fails, raises :class:`HypergradError` with the worst parameter and both numbers, or
-    returns False with ``raise_exception=False``. Raises :class:`InputError` for parameters not in float64.
+    Returns True; where the check fails, or a number is not finite, raises :class:`HypergradError` with the worst
+    parameter and both numbers, or returns False with ``raise_exception=False``. Raises :class:`InputError` for
+    parameters or inputs not in float64.
     The model's parameters, buffers and ``.grad``, and what the problem remembers, are left as they were.
     """
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
     low = [n for n, p in named.items() if p.dtype != torch.float64]
     if low:
         raise InputError(f"parameter {low[0]} is {named[low[0]].dtype}; hypergradcheck needs float64 (model.double())")
+
+    if batch.x.dtype != torch.float64:
+        raise InputError(f"batch.x is {batch.x.dtype}; hypergradcheck needs float64 (x.double())")
 
     with _untouched(model, problem):
         step = solver.hypergradient(problem, model, batch, anchor=anchor, generator=generator)
@@ -87,13 +92,15 @@ def hypergradcheck(
                 raise DegenerateActivity(f"activity margin {margin:.2g} is below min_margin={min_margin:g}")
 
         norm = torch.stack([g.norm() for g in step.grads.values() if g is not None]).norm().item()
+        seed = torch.Generator().manual_seed(0)  # on the CPU, wherever the model is
         worst: tuple[float, str, float, float] = (-1.0, "", 0.0, 0.0)
         for name, parameter in named.items():
             gradient = step.grads[name]
-            for unit in _directions(parameter, mode, directions, generator):
+            for unit in _directions(parameter, mode, directions, seed):
                 analytic = 0.0 if gradient is None else (gradient * unit).sum().item()
                 numeric = _central_difference(held, model, solution, batch, parameter, unit, eps)
-                worst = max(worst, (abs(analytic - numeric), name, analytic, numeric))
+                gap = abs(analytic - numeric)
+                worst = max(worst, (gap if math.isfinite(gap) else math.inf, name, analytic, numeric))
 
     error, name, analytic, numeric = worst
     allowed = rtol * norm + atol
@@ -107,7 +114,7 @@ def hypergradcheck(
     return False
 
 
-def _directions(parameter: Tensor, mode: str, directions: int, generator: torch.Generator | None) -> Iterator[Tensor]:
+def _directions(parameter: Tensor, mode: str, directions: int, seed: torch.Generator) -> Iterator[Tensor]:
     if mode == "full":
         for i in range(parameter.numel()):
             unit = torch.zeros_like(parameter).flatten()
@@ -115,7 +122,7 @@ def _directions(parameter: Tensor, mode: str, directions: int, generator: torch.
             yield unit.reshape(parameter.shape)
         return
     for _ in range(directions):
-        unit = torch.randn(parameter.shape, dtype=parameter.dtype, generator=generator).to(parameter.device)
+        unit = torch.randn(parameter.shape, dtype=parameter.dtype, generator=seed).to(parameter.device)
         yield unit / unit.norm()
 
 

@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from .recipe import Recipe
 from .rundir import RunDir, load
-from .trainer import Epoch, Trainer
+from .trainer import Epoch, Trainer, rank
 
-__all__ = ["Epoch", "Recipe", "RunDir", "Trainer", "load"]
+__all__ = ["Epoch", "Recipe", "RunDir", "Trainer", "load", "rank"]

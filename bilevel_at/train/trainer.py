@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from ..problem import BilevelProblem
 from ..solver import Solver
 from .recipe import Recipe
 
-__all__ = ["Epoch", "Trainer"]
+__all__ = ["Epoch", "Trainer", "rank"]
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,10 @@ class Epoch:
     def asdict(self) -> dict[str, Any]:
         return asdict(self)
 
-    def rank(self) -> tuple[float, float, int]:
-        """The best epoch has the largest of these: robust, then clean accuracy, then the later one."""
-        return self.robust, self.clean, self.epoch
+
+def rank(metrics: Mapping[str, Any]) -> tuple[float, float, int]:
+    """The best epoch has the largest of these: robust, then clean accuracy, then the later one."""
+    return metrics["robust"], metrics["clean"], metrics["epoch"]
 
 
 class Trainer:
