@@ -77,7 +77,9 @@ class Steps(Anchor):
 
     start: the policy they begin at. direction: D, "sign", "taylor" or "normalized". step: its length, by default the
     lower problem's own 1/λ. ``Steps("uniform", "taylor")`` is Fast-BAT's anchor (Remark 2);
-    ``Steps("uniform", "sign", count=K - 1)`` under a sign-linearised problem is PGD-K.
+    ``Steps("uniform", "sign", count=K - 1)`` under a sign-linearised problem is PGD-K. count: at least 0.
+
+    Raises :class:`InputError` for values outside these ranges, and where the lower problem has no fixed step to use.
     """
 
     start: Anchor | AnchorName = "uniform"
@@ -94,6 +96,7 @@ class Steps(Anchor):
             raise InputError(f"count is {self.count}; a number of steps is at least 0")
 
     def draw(self, lower: LowerProblem, model: nn.Module, batch: Batch, generator: torch.Generator | None) -> Tensor:
+        """z ``[B, ...]`` after ``count`` steps; each is one forward and one backward pass."""
         step = lower.step_size() if self.step is None else self.step
         if step is None:
             raise InputError(f"{type(lower).__name__} has no fixed step; give the anchor its own: Steps(step=...)")
@@ -123,13 +126,15 @@ class Remembered(Anchor):
 
     Perturbations live on the padded canvas of ``batch.view`` (or, without one, on the image itself), start uniform,
     and are forgotten every ``reset_every`` epochs (0: never), though not at the start of the last epoch.
-    Source: ATTA and ATAS (Huang et al., 2023), Algorithm 1; the schedule is that of their published code.
+    Raises :class:`InputError` where a batch has no index. Source: ATAS (Huang et al., 2023), Algorithm 1, and ATTA
+    before it; the schedule is that of their published code.
     """
 
     reset_every: int = 0
     memory: SampleMemory = field(default_factory=SampleMemory, repr=False)
 
     def draw(self, lower: LowerProblem, model: nn.Module, batch: Batch, generator: torch.Generator | None) -> Tensor:
+        """The kept perturbations ``[B, ...]`` in the batch's view, or a uniform draw, projected onto C(x)."""
         like = batch.x if batch.view is None else batch.view.pad(batch.x)
         canvas = self.memory.read(batch, lower.constraint.unbounded().sample(like, generator))
         if batch.view is not None:
@@ -139,6 +144,7 @@ class Remembered(Anchor):
         return lower.constraint.project(canvas, batch.x)
 
     def remember(self, batch: Batch, delta: Tensor) -> None:
+        """Write δ* back where :meth:`draw` reads it; what the view does not show stays as it is."""
         if batch.view is not None:
             canvas = self.memory.read(batch, batch.view.pad(torch.zeros_like(delta)))
             delta = batch.view.write(canvas, delta)

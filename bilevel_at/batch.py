@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -13,6 +13,12 @@ from .errors import InputError
 __all__ = ["Batch", "CropFlip", "per_sample"]
 
 
+@overload
+def per_sample(value: Tensor, like: Tensor) -> Tensor: ...
+@overload
+def per_sample(value: float, like: Tensor) -> float: ...
+@overload
+def per_sample(value: Tensor | float, like: Tensor) -> Tensor | float: ...
 def per_sample(value: Tensor | float, like: Tensor) -> Tensor | float:
     """Reshape ``[B]`` values to ``[B, 1, ..., 1]`` so that they broadcast over ``like``; numbers pass."""
     if isinstance(value, Tensor) and value.ndim == 1:

@@ -135,7 +135,10 @@ class LinfBall(Constraint):
     """C(x) = {δ : ‖δ‖_∞ ≤ ε, low ≤ x + δ ≤ high}, the box max(−ε, low − x) … min(ε, high − x).
 
     epsilon: ε ≥ 0. bounds: the input range, (0, 1) by default, or None for none. tol: within what distance of a
-    bound a coordinate is active. Source: Fast-BAT paper, equation 10.
+    bound a coordinate is active.
+
+    Raises :class:`InputError` where ε or bounds are out of range, and, from its methods, where x is outside the bounds
+    (on a GPU the data is not looked at). Source: Fast-BAT paper, equation 10.
     """
 
     epsilon: float
@@ -194,7 +197,8 @@ class L2Ball(Constraint):
     epsilon: ε ≥ 0, the radius per sample. bounds: the input range, None by default.
     The intersection with a range is projected onto exactly: P_C(u) = clip(s·u) with the largest s ≤ 1 in the ball.
     The boundary is curved: where it is active with multiplier μ (∇g + μδ* = 0 off the range's bounds), the
-    hypergradient sees the Hessian H + μI on the tangent space.
+    hypergradient sees the Hessian H + μI on the tangent space (the second-order KKT conditions; Nocedal and Wright,
+    Numerical Optimization, section 12.5). Raises as :class:`LinfBall` does.
     """
 
     epsilon: float
@@ -254,7 +258,7 @@ class L2Ball(Constraint):
         free, on_sphere, radial = self._parts(delta, x)
         length = radial.norm(dim=1)
         has_normal = on_sphere & (length > 0)
-        free = free & ~per_sample(on_sphere & (length == 0), free)  # a ball of radius 0: nothing can move
+        free = free & per_sample(~on_sphere | (length > 0), free)  # in a ball of radius 0 nothing can move
         unit = torch.where(has_normal[:, None], radial / length.clamp(min=1e-38)[:, None], 0)
         if gradient is None:
             return ActiveSet(free, unit[:, None])

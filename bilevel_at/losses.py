@@ -72,7 +72,7 @@ def negative_margin(model: nn.Module, batch: Batch, delta: Tensor) -> Tensor:
 
 
 def kl_divergence(model: nn.Module, batch: Batch, delta: Tensor) -> Tensor:
-    """KL(f_θ(x) ‖ f_θ(x + δ)), ``[B]`` (TRADES)."""
+    """KL(f_θ(x) ‖ f_θ(x + δ)), ``[B]`` (TRADES, Zhang et al., 2019, equation 5)."""
     clean = F.log_softmax(logits(model, batch, torch.zeros_like(delta)), 1)
     moved = F.log_softmax(logits(model, batch, delta), 1)
     return F.kl_div(moved, clean, reduction="none", log_target=True).sum(1)

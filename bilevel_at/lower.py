@@ -36,6 +36,9 @@ class Linearized(LowerProblem):
 
     FGSM, FGSM-RS, PGD-K, ATTA, ATAS and Fast-BAT are points of this space (Fast-BAT paper, equations 5 to 9; ATAS
     paper, equation 5). With an adaptive step, λ is treated as a constant of the solve, as z is.
+
+    Raises :class:`InputError` for unknown names and for steps that are not positive; from :meth:`solve`, for an unknown
+    mode, for inputs outside the constraint's range, and where a policy needs ``batch.index``.
     """
 
     attack_loss: Loss = field()  # no default, although the base class has one
@@ -129,6 +132,7 @@ class Linearized(LowerProblem):
         return 0.0 if step is None else 1 / step
 
     def held(self, solution: Solution) -> LowerProblem:
+        """The same problem with the steps that ``solution`` was made with, whatever gradients say now."""
         assert solution.step is not None
         return replace(self, step=Constant(solution.step))
 
@@ -155,6 +159,9 @@ class Proximal(LowerProblem):
     anchor: z, a policy or its name. tol: on max |δ − P_C(δ − ∇g/λ)|, by default eps^¾ of the dtype.
     max_iter: steps allowed; :class:`~bilevel_at.ConvergenceError` names the samples that need more.
     mode: 'train' or 'eval', the mode in which attack passes see the model.
+
+    Raises :class:`InputError` where λ or tol is not positive. With λ → 0 this is the attacker of equation 3 of the
+    Fast-BAT paper; its hypergradient is Proposition 1's with the true Hessian.
     """
 
     attack_loss: Loss = field()  # no default, although the base class has one
@@ -172,6 +179,7 @@ class Proximal(LowerProblem):
         self.anchor = anchor_policy(self.anchor)
 
     def objective(self, model: nn.Module, batch: Batch, delta: Tensor, anchor: Tensor) -> Tensor:
+        """g = ℓ_atk(θ, δ) + λ/2 ‖δ − z‖², ``[B]``."""
         with attack_mode(model, self.mode):
             loss = self.attack_loss(model, batch, delta)
         return loss + self.lam / 2 * (delta - anchor).flatten(1).square().sum(1)

@@ -14,7 +14,10 @@ __all__ = ["SampleMemory"]
 
 
 class SampleMemory:
-    """A table of rows by example. It grows to the largest index seen and knows which rows were ever written."""
+    """A table of rows by example. It grows to the largest index seen and knows which rows were ever written.
+
+    Every method that takes a batch raises :class:`InputError` where it has no ``index``.
+    """
 
     def __init__(self) -> None:
         self.values: Tensor | None = None

@@ -87,6 +87,8 @@ class Solver:
 
         scaler: a GradScaler; the upper loss is scaled by it before anything is differentiated, so ``.grad`` and the
         returned ``grads`` carry its factor until ``scaler.step``.
+
+        Raises what :meth:`hypergradient` raises; ``.grad`` is then as it was.
         """
         scale = 1.0
         if scaler is not None and scaler.is_enabled():

@@ -39,7 +39,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Constant(Step):
-    """The same step, 1/λ: a positive number, or ``[B]`` for one batch."""
+    """The same step, 1/λ: a positive number, or ``[B]`` for one batch. Raises :class:`InputError` otherwise."""
 
     value: Tensor | float
 
@@ -57,9 +57,13 @@ class Constant(Step):
 class Adaptive(Step):
     """step_i = γ / (c + √v_i) with v_i ← β v_i + (1 − β) ‖∇_δ ℓ_i‖₂², clipped to ``low … high``.
 
-    v is kept per example (``batch.index``) and starts at 0. c is on the scale of **per-sample** gradients: published
-    values for gradients of a batch mean are to be multiplied by that batch size. During the first ``warmup_epochs``
-    the step is ``warmup_step`` (v is followed all the same). Source: ATAS (Huang et al., 2023), equations 3 and 4.
+    gamma: γ > 0. c: c > 0, on the scale of **per-sample** gradients: values published for gradients of a batch mean are
+        to be multiplied by that batch size. beta: β in [0, 1).
+    low, high: 0 ≤ low ≤ high. warmup_step, warmup_epochs: during the first ``warmup_epochs`` the step is
+        ``warmup_step``, and v is followed all the same.
+
+    v is kept per example (``batch.index``) and starts at 0. Raises :class:`InputError` for values outside these ranges,
+    and where a batch has no index. Source: ATAS (Huang et al., 2023), equations 3 and 4.
     """
 
     gamma: float
@@ -83,6 +87,7 @@ class Adaptive(Step):
             )
 
     def size(self, batch: Batch, gradient: Tensor, remember: bool = True) -> Tensor | float:
+        """γ / (c + √v_i) ``[B]`` with v_i updated by ``gradient``, or the warm-up step."""
         square = gradient.flatten(1).square().sum(1)
         v = self.beta * self.memory.read(batch, torch.zeros_like(square)) + (1 - self.beta) * square
         if remember:

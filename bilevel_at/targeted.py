@@ -37,6 +37,7 @@ class Targeted(LowerProblem):
     anchor: where the η_j start; each class draws its own.
     mode: 'train' or 'eval', the mode in which attack passes see the model.
 
+    Raises :class:`InputError` where steps or step is not positive, and where the model has fewer than two outputs.
     ``solution.batch.target`` holds the classes. g has no proximal term, so the KKT solvers need a ``damping``.
     Source: BETA (Robey et al., 2023), Algorithm 1 and equations 17 to 19.
     """

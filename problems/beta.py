@@ -40,6 +40,7 @@ class SmoothMargin(ba.UpperProblem):
         self.temperature = temperature
 
     def loss(self, model: nn.Module, batch: ba.Batch, delta: Tensor) -> Tensor:
+        """f ``[B]`` from ``delta`` ``[B · (K − 1), ...]``; gradients go through the weights."""
         each = len(delta) // len(batch)
         wide = batch.repeat(each)
         out = ba.logits(model, wide, delta)

@@ -56,6 +56,7 @@ class FullKKT(KKTSolver):
             raise InputError(f"curvature is {self.curvature!r}; choose 'lower' or 'attack'")
 
     def adjoint(self, problem: BilevelProblem, model: nn.Module, solution: Solution, v: Tensor) -> Tensor:
+        """w ``[B, ...]`` with T(H + (μ + damping)I)T w = T v."""
         lower = problem.lower
         active = lower.active(solution)
         part, lam = lower.curved_part(model, solution, self.curvature)

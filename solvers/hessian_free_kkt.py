@@ -36,6 +36,7 @@ class HessianFreeKKT(KKTSolver):
         self._check()
 
     def adjoint(self, problem: BilevelProblem, model: nn.Module, solution: Solution, v: Tensor) -> Tensor:
+        """w = T v / (λ + μ + damping), ``[B, ...]``."""
         active = problem.lower.active(solution)
         diagonal = self._diagonal(solution.lam, solution, active)
         flat = (diagonal <= 0).nonzero().flatten().tolist()

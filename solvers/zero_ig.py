@@ -25,4 +25,5 @@ class ZeroIG(Solver):
     implicit: ClassVar[bool] = False
 
     def adjoint(self, problem: BilevelProblem, model: nn.Module, solution: Solution, v: Tensor) -> Tensor:
+        """w = 0, shaped like v."""
         return torch.zeros_like(v)
