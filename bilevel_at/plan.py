@@ -54,6 +54,7 @@ class RunOptions:
     weight_decay: of SGD.
     augment: random crop (padding 4) and flip, or none.
     examples: train on this many examples only.
+    test_examples: evaluate on this many test examples only.
     attacks: what the final table shows, on the test set: clean, fgsm, pgd-STEPS-RESTARTS.
     select: the attack on the held-out tenth that picks the best epoch.
     device: cpu, cuda, or auto for a GPU where there is one.
@@ -77,6 +78,7 @@ class RunOptions:
     weight_decay: float = 5e-4
     augment: Augment = "none"
     examples: int | None = None
+    test_examples: int | None = None
     attacks: tuple[str, ...] = ("clean", "fgsm", "pgd-50-10")
     select: str = "pgd-20-1"
     device: str = "auto"
@@ -98,6 +100,8 @@ class RunOptions:
         for name in ("momentum", "weight_decay"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name):g}; it must be at least 0")
+        if self.test_examples is not None and self.test_examples < 1:
+            raise InputError(f"--test-examples is {self.test_examples}; it must be at least 1")
         if self.examples is not None and self.examples < 20:
             raise InputError(f"--examples is {self.examples}; it must be at least 20, a tenth of which is held out")
 

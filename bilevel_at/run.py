@@ -66,7 +66,7 @@ def _resume(run: RunDir, config: dict[str, Any], trainer: Trainer, device: torch
     for section in ("problem", "solver", "options"):
         for key in sorted({*settings[section], *now[section]}):
             old, new = settings[section].get(key), now[section].get(key)
-            if old != new and key not in ("device", "attacks", "data_dir"):
+            if old != new and key not in ("device", "attacks", "data_dir", "test_examples"):
                 raise InputError(
                     f"{run} was started with {key} = {old}, and is resumed with {new}; give the same flags"
                 )
@@ -165,6 +165,8 @@ def run(args: Sequence[str]) -> int:
     train, test = load_data(options.data, options.data_dir)
     if options.examples is not None:
         train = train.sample(options.examples)
+    if options.test_examples is not None:
+        test = test.sample(options.test_examples)
     train, held_out = (part.to(device) for part in train.split(0.1))
     test = test.to(device)
     model = build(plan, train)

@@ -189,6 +189,11 @@ def test_the_user_s_own_images(augment):
     )
 
 
+def test_fewer_test_examples():
+    run("problems/fastat.py", *SHORT, "--test-examples", 50, "--out", "out")
+    assert json.loads(Path("out/results.json").read_text())["last"]["clean"]["n"] == 50
+
+
 def test_named_data_is_found_as_an_npz():
     Path("mine").mkdir()
     npz("mine/cifar10.npz")
@@ -291,6 +296,7 @@ def test_ctrl_c_in_a_real_process():
         (["--device", "tpu9"], "--device tpu9 cannot be used here"),
         (["--epochs", "0"], "--epochs is 0; it must be at least 1"),
         (["--lr", "0"], "--lr is 0; it must be a positive number"),
+        (["--test-examples", "0"], "--test-examples is 0; it must be at least 1"),
         (["--examples", "3"], "--examples is 3; it must be at least 20"),
         (["--seed", "x"], "--seed: invalid literal for int"),
         (["--seed", "10000000000000"], "--seed is 10000000000000; it must be below 2**32"),
