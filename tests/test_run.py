@@ -157,6 +157,15 @@ def test_the_readme_s_example_runs():
     assert not torch.equal(model[1].weight, before)
 
 
+def test_the_readme_s_check_runs():
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 8), torch.nn.Tanh(), torch.nn.Linear(8, 4))
+    names = {"model": model, "x": torch.rand(5, 3, 2, 2), "y": torch.randint(0, 4, (5,))}
+    exec(readme_block("def problem("), names)
+    exec(readme_block("import hypergradcheck"), names)
+    with pytest.raises(AssertionError, match="ZeroIG disagrees with finite differences"):
+        exec(readme_block("import hypergradcheck").replace("FullKKT", "ZeroIG"), names)
+
+
 def npz(path="data.npz", **changes):
     g = np.random.default_rng(0)
     arrays = {
