@@ -44,14 +44,14 @@ def _nearest(u: np.ndarray, B: np.ndarray, b: np.ndarray, excess: np.ndarray) ->
     # scipy 1.15's nnls now and then returns something else than the solution; its bvls is slower, and does not.
     for solve in (_nnls, _bvls):
         multipliers = solve(system, target)
-        rows = multipliers > 0
-        if not rows.any():
+        rows, residual = multipliers > 0, (system @ multipliers - target)[-1]
+        if not rows.any() or residual > -1e-12:
             continue
         active = B[rows]
-        weights = np.linalg.lstsq(active @ active.T, active @ u - b[rows], rcond=None)[0]
-        point: np.ndarray = u - active.T @ weights
+        point: np.ndarray = u - active.T @ np.linalg.lstsq(active @ active.T, active @ u - b[rows], rcond=None)[0]
         # Feasible, and u − point in the cone of the active rows: the conditions that make it the nearest.
-        if (B @ point - b <= tolerance).all() and (weights >= -1e-9 * (1 + np.abs(weights).max())).all():
+        outside = np.linalg.norm(u - point - B.T @ (multipliers / -residual))
+        if (B @ point - b <= tolerance).all() and outside <= 1e-6 * (1 + np.linalg.norm(u - point)):
             return point
     if np.linalg.norm(system @ multipliers - target) < 1e-7:  # Farkas: a non-negative combination says 0 ≤ −1
         raise InputError(f"no δ satisfies Bδ ≤ b: the polyhedron is empty (b from {b.min():g} to {b.max():g})")

@@ -170,6 +170,14 @@ def test_polyhedron_where_scipy_s_nnls_failed():
     at = polyhedron.project(torch.tensor([[4.6230, -0.8803, -6.5364, 1.7053]], dtype=F64), x)
     torch.testing.assert_close(at, torch.tensor([[0.4187, -0.2330, -0.3170, 0.0702]], dtype=F64), atol=2e-4, rtol=0)
     assert_feasible(polyhedron, at, x)
+    # and here its bvls gives multipliers to more faces than there are dimensions
+    B = [[0.7439, -0.1917, 0.9264], [0.7905, 0.5521, -0.9535], [-2.0687, 1.1270, 0.5294], [-1.3012, -0.9776, -1.2377]]
+    polyhedron = ba.Polyhedron(
+        torch.tensor(B, dtype=F64), torch.tensor([0.4346, 0.3703, 0.5451, 0.3228], dtype=F64), bounds=(0, 1)
+    )
+    x = torch.tensor([[0.2768, 0.7496, 0.2867], [0.2103, 0.9696, 0.8135], [0.0699, 0.4915, 0.9439]], dtype=F64)
+    far = torch.tensor([[2.5386, -3.1975, -0.9627], [-5.5308, -0.9991, -4.9527], [4.7281, -5.2316, 0.6088]], dtype=F64)
+    assert_feasible(polyhedron, polyhedron.project(far, x), x)
 
 
 def test_polyhedron_with_dependent_rows():
