@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from scipy.optimize import lsq_linear, nnls
+from scipy.optimize import nnls
 from torch import Tensor
 
 from .errors import ConvergenceError, InputError
@@ -41,8 +41,8 @@ def _nearest(u: np.ndarray, B: np.ndarray, b: np.ndarray, excess: np.ndarray) ->
     target = np.zeros(len(u) + 1)
     target[-1] = 1.0
     tolerance = 1e-9 * (1 + np.abs(b) + scale)
-    # scipy 1.15's nnls now and then returns something else than the solution; its bvls is slower, and does not.
-    for solve in (_nnls, _bvls):
+    # scipy 1.15's nnls, the newest for Python 3.10, now and then returns something else than the solution.
+    for solve in (_nnls, _lawson_hanson):
         multipliers = solve(system, target)
         rows, residual = multipliers > 0, (system @ multipliers - target)[-1]
         if not rows.any() or residual > -1e-12:
@@ -50,7 +50,7 @@ def _nearest(u: np.ndarray, B: np.ndarray, b: np.ndarray, excess: np.ndarray) ->
         active = B[rows]
         point: np.ndarray = u - active.T @ np.linalg.lstsq(active @ active.T, active @ u - b[rows], rcond=None)[0]
         # Feasible, and u − point in the cone of the active rows: the conditions that make it the nearest.
-        outside = np.linalg.norm(u - point - B.T @ (multipliers / -residual))
+        outside = np.linalg.norm(u - point - B.T @ (multipliers * (scale / -residual)))
         if (B @ point - b <= tolerance).all() and outside <= 1e-6 * (1 + np.linalg.norm(u - point)):
             return point
     if np.linalg.norm(system @ multipliers - target) < 1e-7:  # Farkas: a non-negative combination says 0 ≤ −1
@@ -66,6 +66,31 @@ def _nnls(system: np.ndarray, target: np.ndarray) -> np.ndarray:
     return found
 
 
-def _bvls(system: np.ndarray, target: np.ndarray) -> np.ndarray:
-    found: np.ndarray = lsq_linear(system, target, bounds=(0, np.inf), method="bvls", tol=1e-15).x
-    return found
+def _lawson_hanson(system: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """argmin_{m ≥ 0} ‖system m − target‖ by Lawson and Hanson's own active-set steps (chapter 23, algorithm NNLS)."""
+    n = system.shape[1]
+    best, passive, blocked = np.zeros(n), np.zeros(n, dtype=bool), np.zeros(n, dtype=bool)
+    small = 10 * np.finfo(np.float64).eps * np.abs(system).sum(0).max() * max(system.shape)
+    for _ in range(50 * max(system.shape)):
+        slope = np.where(passive | blocked, -np.inf, system.T @ (target - system @ best))
+        entering = int(slope.argmax())
+        if slope[entering] <= small:
+            break
+        passive[entering] = True
+        first = True
+        while True:
+            trial = np.zeros(n)
+            trial[passive] = np.linalg.lstsq(system[:, passive], target, rcond=None)[0]
+            if first and trial[entering] <= 0:  # rounding let in a column that cannot help
+                passive[entering], blocked[entering] = False, True
+                break
+            first = False
+            held = passive & (trial <= 0)
+            if not held.any():
+                best, blocked = trial, np.zeros(n, dtype=bool)
+                break
+            share = (best[held] / (best[held] - trial[held])).min()
+            best = best + share * (trial - best)
+            passive &= best > small * 1e-3
+            best[~passive] = 0
+    return best

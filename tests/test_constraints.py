@@ -170,7 +170,7 @@ def test_polyhedron_where_scipy_s_nnls_failed():
     at = polyhedron.project(torch.tensor([[4.6230, -0.8803, -6.5364, 1.7053]], dtype=F64), x)
     torch.testing.assert_close(at, torch.tensor([[0.4187, -0.2330, -0.3170, 0.0702]], dtype=F64), atol=2e-4, rtol=0)
     assert_feasible(polyhedron, at, x)
-    # and here its bvls gives multipliers to more faces than there are dimensions
+    # another one, met on Python 3.10
     B = [[0.7439, -0.1917, 0.9264], [0.7905, 0.5521, -0.9535], [-2.0687, 1.1270, 0.5294], [-1.3012, -0.9776, -1.2377]]
     polyhedron = ba.Polyhedron(
         torch.tensor(B, dtype=F64), torch.tensor([0.4346, 0.3703, 0.5451, 0.3228], dtype=F64), bounds=(0, 1)
@@ -290,6 +290,16 @@ def test_projection_goes_on_where_nnls_gives_up(monkeypatch):
     def gives_up(*args, **kwargs):
         raise RuntimeError("Maximum number of iterations reached.")
 
+    g = torch.Generator().manual_seed(0)
+    cases = []
+    for i in range(40):
+        d, m = 1 + i % 6, 1 + i % 7
+        B, b = torch.randn(m, d, generator=g, dtype=F64), 0.1 + torch.rand(m, generator=g, dtype=F64)
+        polyhedron = ba.Polyhedron(B, b, (0, 1) if i % 2 else None)
+        delta, x = points((d,), 3, i, scale=10.0 ** (i % 4 - 2))
+        cases.append((polyhedron, delta, x, polyhedron.project(delta, x)))
     monkeypatch.setattr(polyhedra, "nnls", gives_up)
+    for polyhedron, delta, x, expected in cases:
+        torch.testing.assert_close(polyhedron.project(delta, x), expected, atol=1e-9, rtol=0)
     at = ba.Polyhedron(torch.ones(1, 2), torch.ones(1)).project(torch.ones(1, 2), torch.zeros(1, 2))
     torch.testing.assert_close(at, torch.full((1, 2), 0.5))
