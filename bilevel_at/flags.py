@@ -116,7 +116,7 @@ def flags_of(
     """The flags that a function's (or a dataclass's) typed keyword arguments become.
 
     ``defaults`` replaces default values. An argument whose type no command line can express keeps its default and is
-    no flag; without a default it is an :class:`InputError`. So is a variadic argument.
+    no flag; without a default it is an :class:`InputError`. Variadic arguments are passed over.
     """
     defaults = dict(defaults or {})
     texts = _help_texts(function.__doc__)

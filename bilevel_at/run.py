@@ -74,7 +74,7 @@ def _resume(run: RunDir, config: dict[str, Any], trainer: Trainer, device: torch
         state = run.restore("last.pt", device)
         try:
             trainer.load_state_dict(state)
-        except Exception as error:
+        except Exception as error:  # torch's loaders fail in many ways on what is not theirs
             said = str(error).strip().split("\n")[0]
             raise InputError(
                 f"{run}/last.pt is not a checkpoint of this run ({type(error).__name__}: {said})"
@@ -195,11 +195,10 @@ def run(args: Sequence[str]) -> int:
         _train(trainer, run_dir, console)
         scores = _evaluate(trainer, run_dir, test, attacks, console)
     except KeyboardInterrupt:
-        again = "" if options.resume else " --resume"
-        where = "" if options.out else f" --out {run_dir}"
-        raise KeyboardInterrupt(
-            f"{trainer.done} of {options.epochs} epochs are in {run_dir}; the same command with{where}{again} goes on"
-        ) from None
+        missing = [] if options.out else [f"--out {run_dir}"]
+        missing += [] if options.resume else ["--resume"]
+        same = " with ".join(["the same command", *([" ".join(missing)] if missing else [])])
+        raise KeyboardInterrupt(f"{trainer.done} of {options.epochs} epochs are in {run_dir}; {same} goes on") from None
     except BilevelError as error:
         raise BilevelError(
             f"{error} (epoch {trainer.done + 1}; what was done is in {run_dir})", error.samples

@@ -18,7 +18,13 @@ from .modes import Mode, attack_mode
 from .problem import LowerProblem, Solution
 from .steps import positive
 
-__all__ = ["Targeted"]
+__all__ = ["Targeted", "other_classes"]
+
+
+def other_classes(y: Tensor, classes: int) -> Tensor:
+    """The classes j ≠ y in order, ``[B, classes − 1]``."""
+    others = torch.arange(classes - 1, device=y.device).expand(len(y), -1)
+    return others + (others >= y[:, None])
 
 
 @dataclass(eq=False)
@@ -83,8 +89,7 @@ class Targeted(LowerProblem):
         """
         classes = self._classes(model, batch)
         if batch.target is None:
-            others = torch.arange(classes - 1, device=batch.y.device).expand(len(batch), -1)
-            targets = others + (others >= batch.y[:, None])
+            targets = other_classes(batch.y, classes)
         else:
             targets = batch.target[:, None]
         each = targets.shape[1]

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 import bilevel_at as ba
 from bilevel_at.modes import Mode
 from bilevel_at.solvers import FullKKT, HessianFreeKKT, SolverName, ZeroIG
+from bilevel_at.targeted import other_classes
 from bilevel_at.train import Recipe
 
 
@@ -44,8 +45,7 @@ class SmoothMargin(ba.UpperProblem):
         each = len(delta) // len(batch)
         wide = batch.repeat(each)
         out = ba.logits(model, wide, delta)
-        labels = torch.arange(each, device=out.device).expand(len(batch), -1)
-        targets = (labels + (labels >= batch.y[:, None])).flatten()
+        targets = other_classes(batch.y, each + 1).flatten()
         own = out.gather(1, wide.y[:, None]).squeeze(1)
         margin = out.gather(1, targets[:, None]).squeeze(1) - own
         weights = torch.softmax(self.temperature * margin.reshape(-1, each), 1)

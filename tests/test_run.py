@@ -244,6 +244,8 @@ def test_a_resumed_run_is_the_unbroken_one(problem, monkeypatch):
             KeyboardInterrupt, match="2 of 3 epochs are in broken; the same command with --resume goes on"
         ):
             run_module.run([*args, "--out", "broken"])
+        with pytest.raises(KeyboardInterrupt, match="2 of 3 epochs are in broken; the same command goes on"):
+            run_module.run([*args, "--out", "broken", "--resume"])
     assert not Path("broken/results.json").exists()
     run(*args, "--out", "broken", "--resume")
     assert same(weights("whole"), weights("broken"))
