@@ -7,7 +7,7 @@ only repeats.
 from __future__ import annotations
 
 from . import testing
-from .anchors import Anchor, Corner, Remembered, Steps, Uniform, Zero
+from .anchors import Anchor, Corner, Gaussian, Remembered, Steps, Uniform, Zero
 from .batch import Batch, CropFlip
 from .constraints import ActiveSet, Constraint, L2Ball, LinfBall, Polyhedron
 from .directions import Direction
@@ -38,6 +38,7 @@ __all__ = [
     "CropFlip",
     "CurvatureError",
     "Direction",
+    "Gaussian",
     "Hypergradient",
     "InputError",
     "KKTSolver",

@@ -22,7 +22,7 @@ from .steps import positive
 if TYPE_CHECKING:
     from .problem import LowerProblem
 
-__all__ = ["Anchor", "Corner", "Remembered", "Steps", "Uniform", "Zero", "anchor_policy"]
+__all__ = ["Anchor", "Corner", "Gaussian", "Remembered", "Steps", "Uniform", "Zero", "anchor_policy"]
 
 AnchorName = Literal["zero", "uniform", "corner", "sign-step", "gradient-step", "remembered"]
 
@@ -69,6 +69,20 @@ class Corner(Anchor):
 
     def draw(self, lower: LowerProblem, model: nn.Module, batch: Batch, generator: torch.Generator | None) -> Tensor:
         return lower.constraint.corner(batch.x, generator)
+
+
+@dataclass(frozen=True)
+class Gaussian(Anchor):
+    """z ~ N(0, scale² I), projected onto C(x) (TRADES and MART, whose code starts at scale 0.001)."""
+
+    scale: float = 1e-3
+
+    def __post_init__(self) -> None:
+        positive("scale", self.scale)
+
+    def draw(self, lower: LowerProblem, model: nn.Module, batch: Batch, generator: torch.Generator | None) -> Tensor:
+        noise = torch.randn(batch.x.shape, generator=generator, dtype=batch.x.dtype, device=batch.x.device)
+        return lower.constraint.project(self.scale * noise, batch.x)
 
 
 @dataclass
@@ -126,15 +140,26 @@ class Remembered(Anchor):
 
     Perturbations live on the padded canvas of ``batch.view`` (or, without one, on the image itself), start uniform,
     and are forgotten every ``reset_every`` epochs (0: never), though not at the start of the last epoch.
-    Raises :class:`InputError` where a batch has no index. Source: ATAS (Huang et al., 2023), Algorithm 1, and ATTA
-    before it; the schedule is that of their published code.
+    size: keep them resized to ``size × size``, for images too many and too large to remember at full size; bilinear,
+        antialiased on the way down. The view is not followed then, as published.
+    Raises :class:`InputError` where a batch has no index. Source: ATAS (Huang et al., 2023), Algorithms 1 and 2, and
+    ATTA before it; the schedule is that of their published code.
     """
 
     reset_every: int = 0
+    size: int | None = None
     memory: SampleMemory = field(default_factory=SampleMemory, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.size is not None and self.size < 1:
+            raise InputError(f"size is {self.size}; perturbations are kept at least 1 × 1")
 
     def draw(self, lower: LowerProblem, model: nn.Module, batch: Batch, generator: torch.Generator | None) -> Tensor:
         """The kept perturbations ``[B, ...]`` in the batch's view, or a uniform draw, projected onto C(x)."""
+        if self.size is not None:
+            small = batch.x.new_zeros((*batch.x.shape[:2], self.size, self.size))
+            kept = self.memory.read(batch, lower.constraint.unbounded().sample(small, generator))
+            return lower.constraint.project(_resized(kept, *batch.x.shape[2:]), batch.x)
         like = batch.x if batch.view is None else batch.view.pad(batch.x)
         canvas = self.memory.read(batch, lower.constraint.unbounded().sample(like, generator))
         if batch.view is not None:
@@ -145,7 +170,9 @@ class Remembered(Anchor):
 
     def remember(self, batch: Batch, delta: Tensor) -> None:
         """Write δ* back where :meth:`draw` reads it; what the view does not show stays as it is."""
-        if batch.view is not None:
+        if self.size is not None:
+            delta = _resized(delta, self.size, self.size)
+        elif batch.view is not None:
             canvas = self.memory.read(batch, batch.view.pad(torch.zeros_like(delta)))
             delta = batch.view.write(canvas, delta)
         self.memory.write(batch, delta)
@@ -159,6 +186,11 @@ class Remembered(Anchor):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.memory.load_state_dict(state)
+
+
+def _resized(delta: Tensor, height: int, width: int) -> Tensor:
+    """Perturbations ``[B, C, H, W]`` at another size; averages, so no value leaves the range of those it is made of."""
+    return torch.nn.functional.interpolate(delta, (height, width), mode="bilinear", antialias=True)
 
 
 _NAMED: dict[str, Callable[[], Anchor]] = {

@@ -52,7 +52,7 @@ def examples(model: nn.Module, images: Images, attack: Attack, path: Path, count
         return
     count = min(count, len(images))
     batch = Batch(images[slice(0, count)].pixels(), images.y[:count])
-    generator = torch.Generator(images.x.device).manual_seed(0)
+    generator = torch.Generator(images.device).manual_seed(0)
     delta = attack.lower.solve(model, batch, generator=generator).delta
     with attack_mode(model, "eval"), torch.no_grad():
         said = [model(batch.x + d).argmax(1).tolist() for d in (torch.zeros_like(delta), delta)]

@@ -119,7 +119,9 @@ def flags_of(
     no flag; without a default it is an :class:`InputError`. Variadic arguments are passed over.
     """
     defaults = dict(defaults or {})
-    texts = _help_texts(function.__doc__)
+    texts: dict[str, str] = {}
+    for documented in reversed(function.__mro__ if isinstance(function, type) else [function]):
+        texts |= _help_texts(documented.__doc__)
     try:
         hints = typing.get_type_hints(function)
     except (NameError, AttributeError, TypeError) as error:

@@ -7,6 +7,7 @@ Attackers minimise: ``minus(cross_entropy)`` is the usual attack loss.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -71,11 +72,30 @@ def negative_margin(model: nn.Module, batch: Batch, delta: Tensor) -> Tensor:
     return m.amax(1) if batch.target is None else m.gather(1, batch.target[:, None]).squeeze(1)
 
 
-def kl_divergence(model: nn.Module, batch: Batch, delta: Tensor) -> Tensor:
-    """KL(f_θ(x) ‖ f_θ(x + δ)), ``[B]`` (TRADES, Zhang et al., 2019, equation 5)."""
-    clean = F.log_softmax(logits(model, batch, torch.zeros_like(delta)), 1)
-    moved = F.log_softmax(logits(model, batch, delta), 1)
-    return F.kl_div(moved, clean, reduction="none", log_target=True).sum(1)
+class KLDivergence:
+    """KL(f_θ(x) ‖ f_θ(x + δ)), ``[B]`` (TRADES, Zhang et al., 2019, equation 5).
+
+    Attack passes, which all see the same θ, compute log f_θ(x) once (:meth:`LowerProblem.prepare`).
+    """
+
+    def __call__(self, model: nn.Module, batch: Batch, delta: Tensor) -> Tensor:
+        clean = self._reference(model, batch) if batch.reference is None else batch.reference
+        moved = F.log_softmax(logits(model, batch, delta), 1)
+        return F.kl_div(moved, clean, reduction="none", log_target=True).sum(1)
+
+    def prepare(self, model: nn.Module, batch: Batch) -> Batch:
+        """The batch with log f_θ(x)."""
+        return replace(batch, reference=self._reference(model, batch))
+
+    @staticmethod
+    def _reference(model: nn.Module, batch: Batch) -> Tensor:
+        return F.log_softmax(logits(model, batch, torch.zeros_like(batch.x)), 1)
+
+    def __repr__(self) -> str:
+        return "kl_divergence"
+
+
+kl_divergence = KLDivergence()
 
 
 class minus:
@@ -83,6 +103,8 @@ class minus:
 
     def __init__(self, loss: Loss) -> None:
         self.loss = loss
+        if hasattr(loss, "prepare"):
+            self.prepare = loss.prepare
 
     def __call__(self, model: nn.Module, batch: Batch, delta: Tensor) -> Tensor:
         return -self.loss(model, batch, delta)

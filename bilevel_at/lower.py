@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .anchors import Anchor, anchor_policy
+from .anchors import Anchor, Zero, anchor_policy
 from .batch import Batch, per_sample
 from .constraints import Constraint
 from .directions import Direction, direction_of
@@ -86,14 +86,17 @@ class Linearized(LowerProblem):
         create_graph: bool = False,
     ) -> tuple[Solution, Tensor]:
         with attack_mode(model, self.mode):
-            z = self.draw_anchor(model, batch, generator) if anchor is None else anchor.detach()
-            gradient = self.attack_gradient(model, batch, z, create_graph)
+            seen = self.prepare(model, batch)
+            z = self.draw_anchor(model, seen, generator) if anchor is None else anchor.detach()
+            gradient = self.attack_gradient(model, batch if create_graph else seen, z, create_graph)
         step = step_policy(self.step).size(batch, gradient.detach(), remember=anchor is None)
         direction = direction_of(self.direction)(gradient)
         delta = self.constraint.project(z - per_sample(step, z) * direction.detach(), batch.x).detach()
         if anchor is None:
             self.policy().remember(batch, delta)
-        return Solution(delta, z, batch, 1 / step, step, attack_gradient=gradient.detach()), direction
+        taken = gradient.detach()
+        clean = taken if anchor is None and isinstance(self.policy(), Zero) else None
+        return Solution(delta, z, batch, 1 / step, step, attack_gradient=taken, clean_gradient=clean), direction
 
     @torch.enable_grad()
     def solve_differentiable(

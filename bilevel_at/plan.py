@@ -17,7 +17,6 @@ from torch import nn
 from . import flags
 from .batch import Batch
 from .data import DATA_NAMES, Images
-from .data.loader import Augment
 from .errors import InputError
 from .models import MODELS, ActivationName, build_model
 from .problem import BilevelProblem
@@ -25,34 +24,26 @@ from .problem_file import ProblemFile, packaged_problems
 from .solver import Solver
 from .solvers import SOLVERS, SolverName
 from .train import Recipe
-from .train.recipe import Schedule
 
 __all__ = ["PROG", "Plan", "RunOptions", "build", "probe", "resolve_device", "understand"]
 
 PROG = "bilevel_at.run"
 USAGE = f"""usage: python -m {PROG} FILE [flags]
 
-FILE defines problem(...): problems/fastbat.py, fastat.py, minmax.py, beta.py, atas.py, standard.py, or your own.
+FILE defines problem(...): problems/fastbat.py, another of problems/, or your own.
 python -m {PROG} FILE --help lists its flags; --list the methods, models and data sets known by name."""
 
 
-@dataclass
-class RunOptions:
-    """The flags that every problem file has.
+@dataclass(frozen=True)
+class RunOptions(Recipe):
+    """The flags that every problem file has: those of its recipe, and these.
 
     solver: how the players are coupled: zero-ig, hessian-free-kkt or full-kkt; the file's own choice if not given.
     data: a data set by name, or an .npz with x_train, y_train, x_test, y_test.
-    data_dir: where named data sets lie, as NAME.npz.
-    model: network by name; "file" is the problem file's own model(shape, classes).
+    data_dir: where named data sets lie, as NAME.npz or as torchvision keeps them.
+    download: fetch a named data set that is not there.
     activation: of a network by name.
-    epochs: passes over the training set.
-    batch_size: examples in a step.
-    lr: peak learning rate.
-    schedule: its course over training.
-    milestones: epochs after which "multistep" divides it by 10.
-    momentum: of SGD.
-    weight_decay: of SGD.
-    augment: random crop (padding 4) and flip, or none.
+    dropout: in the blocks of a wide residual network; published adversarial training has none.
     examples: train on this many examples only.
     test_examples: evaluate on this many test examples only.
     attacks: what the final table shows, on the test set: clean, fgsm, pgd-STEPS-RESTARTS.
@@ -67,16 +58,9 @@ class RunOptions:
     solver: SolverName | None = None
     data: str = "digits"
     data_dir: str = "data"
-    model: str = "small_cnn"
+    download: bool = True
     activation: ActivationName = "relu"
-    epochs: int = 30
-    batch_size: int = 128
-    lr: float = 0.1
-    schedule: Schedule = "linear"
-    milestones: tuple[int, ...] = ()
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    augment: Augment = "none"
+    dropout: float = 0.0
     examples: int | None = None
     test_examples: int | None = None
     attacks: tuple[str, ...] = ("clean", "fgsm", "pgd-50-10")
@@ -88,26 +72,20 @@ class RunOptions:
     resume: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.attacks:
             raise InputError("--attacks names no attack; clean, fgsm and pgd-50-10 are some")
-        if self.seed >= 2**32:
-            raise InputError(f"--seed is {self.seed}; it must be below 2**32")
-        for name, least in (("epochs", 1), ("batch_size", 1), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least {least}")
-        if not 0 < self.lr < float("inf"):
-            raise InputError(f"--lr is {self.lr:g}; it must be a positive number")
-        for name in ("momentum", "weight_decay"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name):g}; it must be at least 0")
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"--seed is {self.seed}; it must be at least 0 and below 2**32")
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"--dropout is {self.dropout:g}; it must be at least 0 and below 1")
         if self.test_examples is not None and self.test_examples < 1:
             raise InputError(f"--test-examples is {self.test_examples}; it must be at least 1")
         if self.examples is not None and self.examples < 20:
             raise InputError(f"--examples is {self.examples}; it must be at least 20, a tenth of which is held out")
 
     def recipe(self) -> Recipe:
-        names = {f.name for f in dataclasses.fields(Recipe)} & {f.name for f in dataclasses.fields(self)}
-        return Recipe(**{name: getattr(self, name) for name in names})
+        return Recipe(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Recipe)})
 
 
 @dataclass
@@ -130,7 +108,7 @@ class Plan:
             "file_sha256": self.file.sha256,
             "problem": self.problem_arguments,
             "solver": {"name": type(self.solver).__name__, **vars(self.solver)},
-            "options": {k: v for k, v in vars(self.options).items() if k not in ("out", "resume")},
+            "options": {k: v for k, v in vars(self.options).items() if k not in ("out", "problem", "resume")},
             "model": self.options.model,
             "activation": self.options.activation,
             "parameters": sum(p.numel() for p in model.parameters()),
@@ -162,7 +140,7 @@ def understand(args: Sequence[str]) -> Plan:
     settings = {f.name: getattr(recipe, f.name) for f in dataclasses.fields(recipe) if f.name != "problem"}
     if file.model is not None:
         settings["model"] = "file"
-    own = flags.flags_of(RunOptions, settings)
+    own = sorted(flags.flags_of(RunOptions, settings), key=lambda flag: flag.name in settings)
     of_problem = flags.flags_of(file.problem, recipe.problem)
     shared = [f.name for f in of_problem]
     of_factory = flags.flags_of(file.solver, skip=["name", *shared]) if file.solver else []
@@ -249,12 +227,12 @@ def build(plan: Plan, train: Images) -> nn.Module:
     options = plan.options
     torch.manual_seed(options.seed)
     if options.model != "file":
-        model = build_model(options.model, train.shape, train.classes, train, options.activation)
+        model = build_model(options.model, train.shape, train.classes, train, options.activation, options.dropout)
     elif plan.file.model is None:
         raise InputError(f"--model file, but {plan.file.path} defines no model(shape, classes)")
     else:
         model = plan.file.make(plan.file.model, nn.Module, shape=train.shape, classes=train.classes)
-    model = model.to(train.x.device)
+    model = model.to(train.device)
     with torch.no_grad(), plan.file.blame(f"the model does not take {train.shape} images: "):
         out = model.eval()(train[slice(0, 2)].pixels())
     shape = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
@@ -267,8 +245,8 @@ def build(plan: Plan, train: Images) -> nn.Module:
 def probe(plan: Plan, model: nn.Module, train: Images) -> None:
     """One hypergradient on copies, so that what cannot work is said before anything is written."""
     few = train[slice(0, 4)]
-    batch = Batch(few.pixels(), few.y, torch.arange(len(few), device=few.x.device))
-    generator = torch.Generator(few.x.device).manual_seed(0)
+    batch = Batch(few.pixels(), few.y, torch.arange(len(few), device=few.device))
+    generator = torch.Generator(few.device).manual_seed(0)
     with plan.file.blame("its problem cannot be solved: "):
         problem, model = copy.deepcopy(plan.problem), copy.deepcopy(model).train()
         plan.solver.hypergradient(problem, model, batch, generator=generator)

@@ -40,6 +40,7 @@ class Solution:
         where there are several perturbations per example, or targets.
     gradient: ∇_δ g(θ, δ*; z), differentiable in θ; present where a solver asked for it.
     attack_gradient: ∇_δ ℓ_atk(θ, z), detached, where the closed form needed it.
+    clean_gradient: ∇_δ ℓ_atk(θ, 0), detached, where that is where the solve began.
     residual: how far from a fixed point an iterative solve stopped, ``[B]``.
     """
 
@@ -50,6 +51,7 @@ class Solution:
     step: Tensor | float | None = None
     gradient: Tensor | None = None
     attack_gradient: Tensor | None = None
+    clean_gradient: Tensor | None = None
     residual: Tensor | None = None
 
     @classmethod
@@ -68,8 +70,14 @@ class UpperProblem:
         """f(θ, δ) ``[B]``; the solver minimises its mean."""
         return self.criterion(model, batch, delta)
 
-    def loss_at(self, model: nn.Module, batch: Batch, solution: Solution) -> Tensor:
-        """f at the lower level's solution. Override to reuse what the solution carries (a regulariser's gradient)."""
+    def loss_at(
+        self, model: nn.Module, batch: Batch, solution: Solution, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """f ``[B]`` at the lower level's solution.
+
+        Override for a loss that draws something at random, from ``generator``, or reuses what the solution carries
+        (a regulariser's gradient).
+        """
         return self.loss(model, batch, solution.delta)
 
 
@@ -86,6 +94,7 @@ class LowerProblem:
     attack_loss: ℓ_atk, where g is built from one; FullKKT's ``curvature="attack"`` needs it. As a class attribute, a
         plain function has to be a ``staticmethod``.
     hessian_is_lam: True where ∇²_δδ g is exactly λI, so that no Hessian has to be computed.
+    learns: True where :meth:`learn` wants the gradient of the upper pass.
     tol, max_iter: for the default solve; ``tol=None`` is eps^¾ of the dtype (6e-6 in float32, 2e-12 in float64).
     """
 
@@ -94,6 +103,7 @@ class LowerProblem:
     anchor: Anchor | str = "zero"
     attack_loss: Loss | None = None
     hessian_is_lam: bool = False
+    learns: bool = False
     tol: float | None = None
     max_iter: int = 10_000
 
@@ -146,6 +156,26 @@ class LowerProblem:
             values = self.objective(model, solution.batch, delta, solution.anchor)
             (solution.gradient,) = torch.autograd.grad(values.sum(), delta, create_graph=True)
         return solution
+
+    def prepare(self, model: nn.Module, batch: Batch) -> Batch:
+        """The batch as attack passes see it: with what the attack loss would otherwise compute anew in each of them.
+
+        An attack loss that has a method ``prepare(model, batch) -> Batch`` is asked once per solve, in the mode of the
+        attack; its answer serves where no derivative in θ is taken.
+        """
+        prepare = getattr(self.attack_loss, "prepare", None)
+        if prepare is None:
+            return batch
+        with torch.no_grad():
+            prepared: Batch = prepare(model, batch)
+        return prepared
+
+    def learn(self, solution: Solution, gradient: Tensor) -> None:
+        """Called after the upper pass with ∇_δ of the mean upper loss at δ*, where ``learns`` is set.
+
+        The pass that differentiates f in θ gives this gradient for nothing; Free-AT attacks with it. Not called where
+        the anchor was given, as in a check.
+        """
 
     def policy(self) -> Anchor:
         """The anchor policy. A name becomes this instance's own policy on first use, which may hold state."""
@@ -216,10 +246,18 @@ class LowerProblem:
 
 @dataclass
 class BilevelProblem:
-    """An upper and a lower problem. A :class:`~bilevel_at.Solver` says how they are coupled."""
+    """An upper and a lower problem. A :class:`~bilevel_at.Solver` says how they are coupled.
+
+    replays: how many updates of θ a trainer makes on each batch before it takes the next, at least 1 (Free-AT's m).
+    """
 
     upper: UpperProblem
     lower: LowerProblem
+    replays: int = 1
+
+    def __post_init__(self) -> None:
+        if self.replays < 1:
+            raise InputError(f"replays is {self.replays}; each batch is played at least once")
 
     def set_epoch(self, epoch: int, epochs: int) -> None:
         """Call at the start of each epoch where policies change over training (ATTA, ATAS)."""

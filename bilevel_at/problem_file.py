@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from .errors import BilevelError, InputError
-from .train.recipe import Recipe, default_recipe
+from .train.recipe import DEFAULTS, Recipe, recipe_for
 
 __all__ = ["ProblemFile", "packaged_problems"]
 
@@ -102,12 +102,17 @@ class ProblemFile:
                 f"{self.path}: recipe() returns {stated!r}; it must map data set names to bilevel_at.train.Recipe"
             )
         if data in stated:
-            found: Recipe = stated[data]
-            return found
-        default = default_recipe(data)
+            own: Recipe = stated[data]
+            return own
+        # What this data set asks of a problem is asked only where the problem has such an argument; where the file says
+        # nothing at all, only of arguments without a default.
+        found = recipe_for(data, stated)
+        recipe = found or recipe_for(data, DEFAULTS) or Recipe()
         takes = inspect.signature(self.problem).parameters
-        needed = {k: v for k, v in default.problem.items() if k in takes and takes[k].default is takes[k].empty}
-        return dataclasses.replace(default, problem=needed)
+        asked = {
+            k: v for k, v in recipe.problem.items() if k in takes and (found or takes[k].default is takes[k].empty)
+        }
+        return dataclasses.replace(recipe, problem=asked)
 
     def make(self, function: Callable[..., Any], kind: type, /, **arguments: Any) -> Any:
         """Call one of the file's functions, and see that it returns a ``kind``."""

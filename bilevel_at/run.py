@@ -25,10 +25,12 @@ from .data import Images, load_data
 from .errors import BilevelError, InputError
 from .evaluate import Attack, Score, attack_from_name, evaluate
 from .plan import PROG, Plan, build, probe, resolve_device, understand
-from .train import Epoch, RunDir, Trainer, rank
-from .train.rundir import plainly
+from .train import Epoch, RunDir, Trainer, catastrophic_overfitting, rank
+from .train.rundir import plainly, weights
 
 __all__ = ["run"]
+
+MOST_HELD_OUT = 5_000  # a tenth of CIFAR's; a tenth of ImageNet would take longer to attack than to train on
 
 
 def _run_dir(plan: Plan) -> RunDir:
@@ -90,8 +92,7 @@ def _plain(config: dict[str, Any]) -> dict[str, Any]:
 
 def _train(trainer: Trainer, run: RunDir, console: Console) -> None:
     """Every epoch: a line of metrics, ``last.pt``, and ``best.pt`` where it is the best so far."""
-    done = run.metrics()
-    best = max((rank(line) for line in done), default=None)
+    lines = run.metrics()
     columns = (
         TextColumn("epoch"),
         MofNCompleteColumn(),
@@ -103,9 +104,13 @@ def _train(trainer: Trainer, run: RunDir, console: Console) -> None:
         task = progress.add_task("train", total=trainer.recipe.epochs, completed=trainer.done, said="")
         for epoch in trainer.epochs():
             state, line = trainer.state_dict(), epoch.asdict()
-            if best is None or rank(line) > best:
-                best = rank(line)
-                run.save("best.pt", {"model": state["model"], "epochs": epoch.epoch})
+            if all(rank(line) > rank(earlier) for earlier in lines):
+                run.save("best.pt", {"model": weights(state), "epochs": epoch.epoch})
+            lines.append(line)
+            collapse = catastrophic_overfitting(lines)
+            if collapse is not None and collapse.after is line:
+                run.copy("last.pt", "last_good.pt")  # last.pt is still the epoch before
+                console.print(f"{collapse}; last_good.pt keeps epoch {epoch.epoch - 1}", highlight=False)
             run.append_metrics(line)
             run.save("last.pt", state)
             progress.update(task, completed=epoch.epoch, said=_say(epoch))
@@ -124,18 +129,27 @@ def _announce(status: Status, which: str, attack: str) -> None:
 def _evaluate(
     trainer: Trainer, run: RunDir, test: Images, attacks: Sequence[Attack], console: Console
 ) -> dict[str, dict[str, Score]]:
-    """Best and last epoch on the test set, into ``results.json``."""
+    """Best and last epoch (and the last good one) on the test set, into ``results.json``, which grows with each attack.
+
+    What is there already, for the same checkpoint and as many images, is not computed again.
+    """
+    results = run.read_json("results.json") if (run.path / "results.json").exists() else {}
     scores: dict[str, dict[str, Score]] = {}
     with console.status("evaluating") as status:
-        for which in ("best", "last"):
-            trainer.model.load_state_dict(run.restore(f"{which}.pt", test.x.device)["model"])
-            scores[which] = evaluate(
-                trainer.model,
-                test,
-                attacks,
-                progress=functools.partial(_announce, status, which),
-            )
-    run.write_json("results.json", {w: {name: s.asdict() for name, s in row.items()} for w, row in scores.items()})
+        for which in ("best", "last", "last_good"):
+            if which == "last_good" and not (run.path / "last_good.pt").exists():
+                continue
+            trainer.model.load_state_dict(weights(run.restore(f"{which}.pt", test.device)))
+            known, scores[which] = results.setdefault(which, {}), {}
+            for attack in attacks:
+                found = known.get(attack.name)
+                if found is not None and found["n"] == len(test):
+                    scores[which][attack.name] = Score(**found)
+                    continue
+                progress = functools.partial(_announce, status, which)
+                scores[which] |= evaluate(trainer.model, test, [attack], progress=progress)
+                known[attack.name] = scores[which][attack.name].asdict()
+                run.write_json("results.json", results)
     return scores
 
 
@@ -146,7 +160,7 @@ def _table(scores: dict[str, dict[str, Score]], epochs: dict[str, int], test: Im
     for name in scores["best"]:
         table.add_column(name, justify="right")
     for which, row in scores.items():
-        table.add_row(f"{which} ({epochs[which]})", *(f"{s.accuracy:.1%}" for s in row.values()))
+        table.add_row(f"{which.replace('_', ' ')} ({epochs[which]})", *(f"{s.accuracy:.1%}" for s in row.values()))
     return table
 
 
@@ -162,12 +176,12 @@ def run(args: Sequence[str]) -> int:
     attacks = [attack_from_name(name, constraint) for name in dict.fromkeys(options.attacks)]
     select = attack_from_name(options.select, constraint)
     epsilon = constraint.attack_step()[1]
-    train, test = load_data(options.data, options.data_dir)
+    train, test = load_data(options.data, options.data_dir, options.download)
     if options.examples is not None:
         train = train.sample(options.examples)
     if options.test_examples is not None:
         test = test.sample(options.test_examples)
-    train, held_out = (part.to(device) for part in train.split(0.1))
+    train, held_out = (part.to(device) for part in train.split(min(0.1, MOST_HELD_OUT / len(train))))
     test = test.to(device)
     model = build(plan, train)
     probe(plan, model, train)
@@ -184,6 +198,7 @@ def run(args: Sequence[str]) -> int:
         try:
             run_dir.write_json("config.json", config)
             run_dir.metrics(epochs=0)  # what lies there belongs to no run
+            (run_dir.path / "results.json").unlink(missing_ok=True)
         except OSError as error:
             raise InputError(f"{run_dir} cannot be written: {error.strerror or error}") from None
     console.print(
@@ -209,9 +224,13 @@ def run(args: Sequence[str]) -> int:
     title = f"{plan.file.path.stem}, {type(plan.solver).__name__}, {options.data}, seed {options.seed}"
     figures.curves(metrics, run_dir.figures / "curves.png", title)
     strongest = [attack for attack in attacks if attack.lower is not None][-1:] or [select]
-    model.load_state_dict(run_dir.restore("best.pt", device)["model"])
+    model.load_state_dict(weights(run_dir.restore("best.pt", device)))
     figures.examples(model, test, strongest[0], run_dir.figures / "examples.png")
-    console.print(_table(scores, {"best": best, "last": trainer.done}, test, epsilon))
+    collapse = catastrophic_overfitting(metrics)
+    epochs = {"best": best, "last": trainer.done, "last_good": collapse.after["epoch"] - 1 if collapse else 0}
+    console.print(_table(scores, epochs, test, epsilon))
+    if collapse:
+        console.print(str(collapse), highlight=False)
     console.print(f"{run_dir}: config.json, metrics.jsonl, results.json, best.pt, last.pt, figures/", highlight=False)
     return 0
 

@@ -82,9 +82,12 @@ class Solver:
         anchor: Tensor | None = None,
         generator: torch.Generator | None = None,
         scaler: torch.amp.GradScaler | None = None,
+        weight: float = 1.0,
     ) -> Hypergradient:
         """:meth:`hypergradient`, accumulated into ``.grad`` as ``loss.backward()`` would.
 
+        weight: multiplies what is added to ``.grad``, as ``(weight * loss).backward()`` would; the parts of a batch
+            that is taken in pieces are weighted by their share of it.
         scaler: a GradScaler; the upper loss is scaled by it before anything is differentiated, so ``.grad`` and the
         returned ``grads`` carry its factor until ``scaler.step``.
 
@@ -100,9 +103,9 @@ class Solver:
             if gradient is None:
                 continue
             if parameter.grad is None:
-                parameter.grad = gradient.clone()
+                parameter.grad = weight * gradient
             else:
-                parameter.grad.add_(gradient)
+                parameter.grad.add_(gradient, alpha=weight)
         return step
 
     @torch.enable_grad()
@@ -126,22 +129,25 @@ class Solver:
         else:
             solution = Solution.of(lower.solve(model, batch, anchor, generator), batch)
         couples = solution.gradient is not None and solution.gradient.requires_grad and self.ig_weight != 0
-        delta = solution.delta = solution.delta.detach().requires_grad_(couples)
+        learns = lower.learns and anchor is None
+        delta = solution.delta = solution.delta.detach().requires_grad_(couples or learns)
 
-        losses = upper.loss_at(model, batch, solution)
+        losses = upper.loss_at(model, batch, solution, generator)
         if losses.shape != (len(batch),):
             raise InputError(
                 f"the upper loss has shape {tuple(losses.shape)}; it must be one value per sample, [{len(batch)}]"
             )
         objective = losses.mean()
-        inputs = [*parameters, delta] if couples else parameters
+        inputs = [*parameters, delta] if delta.requires_grad else parameters
         grads: list[Tensor | None] = list(torch.autograd.grad(objective * scale, inputs, allow_unused=True))
-        v = grads.pop() if couples else None
+        v = grads.pop() if delta.requires_grad else None
         solution.delta = delta.detach()
+        if learns and v is not None:
+            lower.learn(solution, v / scale)
 
         direct_norm = _norm(grads, objective)
         implicit_norm = torch.zeros_like(direct_norm)
-        if v is not None and solution.gradient is not None:
+        if couples and v is not None and solution.gradient is not None:
             w = self.adjoint(problem, model, solution, v)
             cross = torch.autograd.grad(solution.gradient, parameters, -self.ig_weight * w, allow_unused=True)
             implicit_norm = _norm(cross, objective)

@@ -62,8 +62,10 @@ class Adaptive(Step):
     low, high: 0 ≤ low ≤ high. warmup_step, warmup_epochs: during the first ``warmup_epochs`` the step is
         ``warmup_step``, and v is followed all the same.
 
+    monotone: divide by v̂_i ← max(v̂_i, v_i) instead, which never decreases.
+
     v is kept per example (``batch.index``) and starts at 0. Raises :class:`InputError` for values outside these ranges,
-    and where a batch has no index. Source: ATAS (Huang et al., 2023), equations 3 and 4.
+    and where a batch has no index. Source: ATAS (Huang et al., 2023), equations 3 and 4; v̂ from A-SGD_BCA, section IV.
     """
 
     gamma: float
@@ -73,7 +75,9 @@ class Adaptive(Step):
     high: float = math.inf
     warmup_step: float | None = None
     warmup_epochs: int = 0
+    monotone: bool = False
     memory: SampleMemory = field(default_factory=SampleMemory, repr=False)
+    largest: SampleMemory = field(default_factory=SampleMemory, repr=False)
     epoch: int = field(default=0, repr=False)
 
     def __post_init__(self) -> None:
@@ -92,6 +96,10 @@ class Adaptive(Step):
         v = self.beta * self.memory.read(batch, torch.zeros_like(square)) + (1 - self.beta) * square
         if remember:
             self.memory.write(batch, v)
+        if self.monotone:
+            v = torch.maximum(v, self.largest.read(batch, torch.zeros_like(square)))
+            if remember:
+                self.largest.write(batch, v)
         if self.warmup_step is not None and self.epoch < self.warmup_epochs:
             return self.warmup_step
         return (self.gamma / (self.c + v.sqrt())).clamp(self.low, self.high)
@@ -100,10 +108,11 @@ class Adaptive(Step):
         self.epoch = epoch
 
     def state_dict(self) -> dict[str, Any]:
-        return {**self.memory.state_dict(), "epoch": self.epoch}
+        return {**self.memory.state_dict(), "largest": self.largest.state_dict(), "epoch": self.epoch}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.memory.load_state_dict(state)
+        self.largest.load_state_dict(state["largest"])
         self.epoch = state["epoch"]
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import bilevel_at as ba
 from bilevel_at.modes import Mode
 from bilevel_at.solvers import ZeroIG
-from bilevel_at.train import Recipe
+from bilevel_at.train import CIFAR, DIGITS, Recipe
 
 
 def problem(epsilon: float = 8 / 255, step: float | None = None, mode: Mode = "train") -> ba.BilevelProblem:
@@ -26,9 +26,8 @@ def problem(epsilon: float = 8 / 255, step: float | None = None, mode: Mode = "t
         step: length of the sign step, 1.25 ε if not given.
         mode: train or eval batch statistics in attack passes.
     """
-    ball = ba.LinfBall(epsilon)
     step = 1.25 * epsilon if step is None else step
-    lower = ba.Linearized(ba.minus(ba.cross_entropy), ball, anchor="uniform", direction="sign", step=step, mode=mode)
+    lower = ba.Linearized(ba.minus(ba.cross_entropy), ba.LinfBall(epsilon), "uniform", "sign", step, mode)
     return ba.BilevelProblem(ba.UpperProblem(), lower)
 
 
@@ -37,9 +36,4 @@ def solver() -> ZeroIG:
 
 
 def recipe() -> dict[str, Recipe]:
-    cifar = Recipe(epochs=20, lr=0.2, augment="crop-flip")
-    return {
-        "digits": Recipe(batch_size=64, problem={"epsilon": 0.2}),
-        "cifar10": cifar,
-        "cifar100": cifar,
-    }
+    return {"digits": DIGITS, "cifar10": CIFAR}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import bilevel_at as ba
 from bilevel_at.solvers import ZeroIG
-from bilevel_at.train import Recipe
+from bilevel_at.train import CIFAR, DIGITS, Recipe
 
 
 class NoAttack(ba.LowerProblem):
@@ -51,9 +51,4 @@ def solver() -> ZeroIG:
 
 
 def recipe() -> dict[str, Recipe]:
-    cifar = Recipe(epochs=20, lr=0.2, augment="crop-flip")
-    return {
-        "digits": Recipe(batch_size=64, problem={"epsilon": 0.2}),
-        "cifar10": cifar,
-        "cifar100": cifar,
-    }
+    return {"digits": DIGITS, "cifar10": CIFAR}

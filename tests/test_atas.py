@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 import bilevel_at as ba
-from bilevel_at.problems import atas
+from bilevel_at.problems import atas, atta
 from bilevel_at.solvers import FullKKT, HessianFreeKKT, ZeroIG
 from bilevel_at.testing import strategies as bst
 
@@ -80,8 +80,14 @@ def test_published_constants():
 
 
 def test_constant_step_is_atta():
-    lower = atas.problem(epsilon=0.1, step=0.05).lower
-    assert lower.step_size() == 0.05 and isinstance(lower.anchor, ba.Remembered)
+    """ATAS whose steps are clipped to one length is ATTA with that step, visit by visit."""
+    model, batch = small()
+    mine = ba.Adaptive(1.0, 1.0, low=0.05, high=0.05)
+    lowers = [atta.problem(epsilon=0.1, step=0.05).lower, atas.problem(epsilon=0.1).lower]
+    lowers[1].step = mine
+    for visit in range(3):
+        deltas = [lower.solve(model, batch, generator=torch.Generator().manual_seed(visit)).delta for lower in lowers]
+        assert torch.equal(*deltas) and (deltas[0] != 0).any()
 
 
 # --- views --------------------------------------------------------------------------------------------------------

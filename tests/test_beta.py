@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 import bilevel_at as ba
-from bilevel_at.problems import beta
+from bilevel_at.problems import beta, smooth_beta
 from bilevel_at.solvers import FullKKT, HessianFreeKKT, ZeroIG
 from bilevel_at.testing import strategies as bst
 
@@ -84,7 +84,7 @@ def test_smooth_beta_is_algorithm_3(data):
     model = data.draw(bst.smooth_models(shape, classes))
     batch = data.draw(bst.batches(shape, classes))
     mu = data.draw(st.floats(0.1, 5.0))
-    problem = beta.problem(epsilon=0.2, steps=2, step=0.1, smooth=True, temperature=mu)
+    problem = smooth_beta.problem(epsilon=0.2, steps=2, step=0.1, temperature=mu)
     step = ZeroIG().hypergradient(problem, model, batch, generator=torch.Generator().manual_seed(0))
 
     each = classes - 1
@@ -105,16 +105,16 @@ def test_smooth_beta_is_algorithm_3(data):
         torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-12)
 
 
-@pytest.mark.parametrize("smooth", [False, True])
+@pytest.mark.parametrize("variant", [beta, smooth_beta])
 @pytest.mark.parametrize(
     "solver", [ZeroIG(), HessianFreeKKT(damping=5.0), FullKKT(damping=50.0), FullKKT("cg", damping=50.0)]
 )
-def test_every_solver_runs_both_variants(smooth, solver):
+def test_every_solver_runs_both_variants(variant, solver):
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 4))
     batch = ba.Batch(torch.rand(3, 6), torch.tensor([0, 3, 1]))
     # steps far below ε, so that coordinates are left between the bounds
-    step = solver.backward(beta.problem(epsilon=0.1, steps=2, step=0.002, smooth=smooth), model, batch)
+    step = solver.backward(variant.problem(epsilon=0.1, steps=2, step=0.002), model, batch)
     assert step.loss.isfinite()
     assert (step.implicit_norm > 0) == (not isinstance(solver, ZeroIG))
 
@@ -137,7 +137,7 @@ def test_bad_arguments_are_named():
     with pytest.raises(ba.InputError, match="steps is 0"):
         beta.problem(steps=0)
     with pytest.raises(ba.InputError, match="temperature is 0"):
-        beta.problem(smooth=True, temperature=0.0)
+        smooth_beta.problem(temperature=0.0)
 
 
 def test_a_solution_is_found_again_from_its_batch_and_anchor():

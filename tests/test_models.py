@@ -8,7 +8,22 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import bilevel_at as ba
 from bilevel_at.models import MODELS, build_model
-from bilevel_at.problems import atas, fastat, fastbat, minmax, standard
+from bilevel_at.problems import (
+    asgd_bca,
+    atas,
+    atta,
+    fastat,
+    fastbat,
+    fgsm,
+    free,
+    gradalign,
+    mart,
+    minmax,
+    remembered_fastbat,
+    sgd_bca,
+    standard,
+    trades,
+)
 from bilevel_at.solvers import HessianFreeKKT, ZeroIG
 
 # Ten classes, 3×32×32. WideResNets: Zagoruyko and Komodakis (2016), Table 4 (11.0M, 36.5M) and the 46.2M that the
@@ -23,11 +38,19 @@ PARAMETERS = {
     "wide_resnet16_8": 10_961_370,
     "wide_resnet28_10": 36_479_194,
     "wide_resnet34_10": 46_160_474,
+    "one_layer_cnn": 4 * 28 + 10 * (4 * 32 * 32 + 1),
 }
+# A thousand classes, 3×224×224: torchvision's documentation of each.
+IMAGENET = {"imagenet_resnet18": 11_689_512, "imagenet_resnet34": 21_797_672, "imagenet_resnet50": 25_557_032}
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_parameter_counts(name):
+    if name in IMAGENET:
+        model = build_model(name, (3, 224, 224), 1000)
+        assert sum(p.numel() for p in model.parameters()) == IMAGENET[name]
+        assert build_model(name, (3, 64, 64), 3).eval()(torch.rand(2, 3, 64, 64)).shape == (2, 3)
+        return
     model = build_model(name, (3, 32, 32), 10)
     if name in PARAMETERS:
         assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
@@ -37,14 +60,25 @@ def test_parameter_counts(name):
         assert build_model(name, (1, 28, 28), 7)(torch.rand(2, 1, 28, 28)).shape == (2, 7)
 
 
+@pytest.mark.parametrize("name", ["preact_resnet18", "imagenet_resnet18"])
 @pytest.mark.parametrize("activation", ["relu", "softplus", "swish"])
-def test_activations(activation):
-    model = build_model("preact_resnet18", (3, 16, 16), 4, activation=activation).eval()
+def test_activations(name, activation):
+    model = build_model(name, (3, 32, 32), 4, activation=activation).eval()
     kinds = {type(m).__name__ for m in model.modules()} & {"ReLU", "Softplus", "SiLU"}
     assert kinds == {{"relu": "ReLU", "softplus": "Softplus", "swish": "SiLU"}[activation]}
-    x, y = torch.rand(2, 3, 16, 16), torch.tensor([0, 3])
-    step = HessianFreeKKT().backward(fastbat.problem(), model, ba.Batch(x, y))
+    x, y = torch.rand(2, 3, 32, 32), torch.tensor([0, 3])
+    # with the published step 5000/255 every coordinate may be at a bound, and the implicit term 0
+    step = HessianFreeKKT().backward(fastbat.problem(step=0.01), model, ba.Batch(x, y))
     assert step.loss.isfinite() and step.implicit_norm > 0
+
+
+def test_dropout_stands_between_the_convolutions_of_wide_blocks():
+    model = build_model("wide_resnet16_8", (3, 8, 8), 4, dropout=0.3)
+    assert [m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)] == [0.3] * 6
+    x = torch.rand(2, 3, 8, 8)
+    assert not torch.equal(model.train()(x), model(x)) and torch.equal(model.eval()(x), model(x))
+    with pytest.raises(ba.InputError, match="model resnet18 has no dropout; the wide residual networks do"):
+        build_model("resnet18", (3, 8, 8), 4, dropout=0.3)
 
 
 def test_unknown_names():
@@ -64,14 +98,23 @@ def flops(problem, solver, model, batch):
 
 # passes / 3: forward 1, backward to the input 1, backward to the parameters too 2, double backward 4
 COSTS = {
+    "FGSM": (fgsm.problem(), ZeroIG(), 1.68),
     "Fast-AT": (fastat.problem(), ZeroIG(), 1.68),
     "Fast-AT under a KKT solver": (fastat.problem(), HessianFreeKKT(), 1.68),
+    "ATTA": (atta.problem(), ZeroIG(), 1.68),
     "ATAS": (atas.problem(), ZeroIG(), 1.68),
-    "ATTA": (atas.problem(step=4 / 255), ZeroIG(), 1.68),
+    "SGD_BCA": (sgd_bca.problem(), ZeroIG(), 1.68),
+    "A-SGD_BCA": (asgd_bca.problem(), ZeroIG(), 1.68),
     "PGD-2": (minmax.problem(steps=2), ZeroIG(), 1 + 2 * 2 / 3 + 0.01),
     "PGD-10": (minmax.problem(), ZeroIG(), 1 + 2 * 10 / 3 + 0.01),
+    "GradAlign": (gradalign.problem(), ZeroIG(), 3.75),
+    "GradAlign on PGD-2": (gradalign.problem(steps=2, start="uniform"), ZeroIG(), 3.75 + 4 / 3),
     "Fast-BAT": (fastbat.problem(), HessianFreeKKT(), 3.72),
     "Fast-BAT without its implicit term": (fastbat.problem(), ZeroIG(), 1 + 2 * 2 / 3 + 0.01),
+    "Fast-BAT from remembered anchors": (remembered_fastbat.problem(), HessianFreeKKT(), 3.72 - 2 / 3),
+    "Free-AT, a replay": (free.problem(), ZeroIG(), 1.01),
+    "TRADES": (trades.problem(), ZeroIG(), (1 + 20 + 6) / 3 + 0.01),
+    "MART": (mart.problem(), ZeroIG(), (20 + 6) / 3 + 0.01),
 }
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
+import inspect
 import json
 import re
 import signal
@@ -18,10 +21,11 @@ import bilevel_at as ba
 from bilevel_at import run as run_module
 from bilevel_at.flags import number
 from bilevel_at.plan import understand
+from bilevel_at.problem_file import packaged_problems
 
 ROOT = Path(__file__).resolve().parent.parent
 SHORT = ["--epochs", "1", "--examples", "100", "--attacks", "clean", "pgd-2-1", "--select", "pgd-2-1"]
-PROBLEMS = ["minmax", "fastat", "fastbat", "beta", "atas"]
+PROBLEMS = sorted(path.stem for path, _ in packaged_problems())
 SOLVERS = ["zero-ig", "hessian-free-kkt", "full-kkt"]
 
 
@@ -61,6 +65,98 @@ def test_every_problem_runs_with_every_solver(problem, solver):
         assert set(results[which]) == {"clean", "pgd-2-1"}
         assert results[which]["pgd-2-1"]["n"] == 360 and results[which]["pgd-2-1"]["epsilon"] == pytest.approx(0.2)
         assert 0 <= results[which]["pgd-2-1"]["accuracy"] <= results[which]["clean"]["accuracy"] <= 1
+
+
+PUBLISHED = {
+    # model, epochs, batch, peak rate, schedule, decays after epochs, weight decay
+    "standard": ("preact_resnet18", 20, 128, 0.2, "linear", (), 5e-4),
+    "fgsm": ("preact_resnet18", 20, 128, 0.2, "linear", (), 5e-4),
+    "fastat": ("preact_resnet18", 20, 128, 0.2, "linear", (), 5e-4),
+    "minmax": ("preact_resnet18", 20, 128, 0.2, "linear", (), 5e-4),
+    "gradalign": ("preact_resnet18", 20, 128, 0.2, "linear", (), 5e-4),
+    "fastbat": ("preact_resnet18", 20, 128, 0.2, "linear", (), 5e-4),
+    "free": ("preact_resnet18", 10, 128, 0.2, "linear", (), 5e-4),
+    "atta": ("resnet18", 30, 128, 0.1, "multistep", (24, 28), 5e-4),
+    "atas": ("resnet18", 30, 128, 0.1, "multistep", (24, 28), 5e-4),
+    "sgd_bca": ("resnet18", 30, 128, 0.1, "multistep", (24, 28), 5e-4),
+    "asgd_bca": ("resnet18", 30, 128, 0.1, "multistep", (24, 28), 5e-4),
+    "remembered_fastbat": ("resnet18", 30, 128, 0.1, "multistep", (24, 28), 5e-4),
+    "beta": ("resnet18", 110, 128, 0.1, "multistep", (100,), 5e-4),
+    "smooth_beta": ("resnet18", 110, 128, 0.1, "multistep", (100,), 5e-4),
+    "trades": ("wide_resnet34_10", 76, 128, 0.1, "multistep", (75,), 2e-4),
+    "mart": ("resnet18", 120, 128, 0.01, "multistep", (75, 90, 100), 3.5e-3),
+}
+EVAL_MODE_ATTACKS = {"atta", "atas", "sgd_bca", "asgd_bca", "remembered_fastbat", "trades", "mart"}
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_the_published_recipe_is_the_default_on_cifar10(problem):
+    plan = understand([f"problems/{problem}.py", "--data", "cifar10"])
+    r = plan.options.recipe()
+    stated = (r.model, r.epochs, r.batch_size, r.lr, r.schedule, r.milestones, r.weight_decay)
+    assert stated == PUBLISHED[problem]
+    assert (r.momentum, r.augment, r.accumulate, r.ema) == (0.9, "crop-flip", 1, 0)
+    lower = plan.problem.lower
+    assert lower.constraint.epsilon == pytest.approx(8 / 255)
+    if problem != "standard":  # which attacks nothing
+        assert lower.mode == ("eval" if problem in EVAL_MODE_ATTACKS else "train")
+    for data in ("cifar100", "tiny_imagenet", "svhn", "imagenet", "fashion_mnist"):
+        other = understand([f"problems/{problem}.py", "--data", data])
+        assert other.options.augment == {"svhn": "none", "imagenet": "resized-crop-flip", "fashion_mnist": "none"}.get(
+            data, "crop-flip"
+        )
+        assert other.problem.lower.constraint.epsilon == pytest.approx(2 / 255 if data == "imagenet" else 8 / 255)
+
+
+def test_published_settings_beyond_cifar10():
+    def plan(*args):
+        return understand([str(a) for a in args])
+
+    for epsilon, step in (("8/255", 5000 / 255), ("16/255", 2000 / 255)):
+        fastbat = plan("problems/fastbat.py", "--data", "cifar100", "--epsilon", epsilon)
+        assert fastbat.problem.lower.step_size() == pytest.approx(step)
+        assert fastbat.solver.ig_weight == pytest.approx(0.1 / step)
+    fastbat = plan("problems/fastbat.py", "--data", "imagenet")
+    assert fastbat.problem.lower.step_size() == pytest.approx(3000 / 255)
+    assert fastbat.solver.ig_weight == pytest.approx(0.1 * 255 / 3000)
+    assert fastbat.options.model == "imagenet_resnet50"
+    for method in ("atta", "atas"):
+        imagenet = plan(f"problems/{method}.py", "--data", "imagenet")
+        r = imagenet.options.recipe()
+        assert (r.model, r.epochs, r.batch_size, r.milestones) == ("imagenet_resnet18", 90, 128, (50, 75))
+        assert r.weight_decay == 1e-4 and imagenet.problem.lower.anchor.size == 32
+    assert imagenet.problem.lower.step.c == pytest.approx(0.1 * 128)
+    assert imagenet.problem.lower.step.gamma / imagenet.problem.lower.step.c == pytest.approx(16 / 255)
+    free = plan("problems/free.py", "--data", "imagenet")
+    assert (free.options.epochs, free.problem.replays) == (45, 4)
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_every_problem_trains_the_cifar_network(problem):
+    """The acceptance command, on 20 made-up images of a quarter of CIFAR's size."""
+    Path("data").mkdir()
+    g = np.random.default_rng(0)
+    npz(
+        "data/cifar10.npz",
+        x_train=g.integers(0, 256, (60, 16, 16, 3), dtype=np.uint8),
+        y_train=np.arange(60) % 5,
+        x_test=g.integers(0, 256, (12, 16, 16, 3), dtype=np.uint8),
+        y_test=np.arange(12) % 5,
+    )
+    flags = ["--model", "preact_resnet18", "--examples", 20, "--batch-size", 9, "--epochs", 1, "--test-examples", 4]
+    if "steps" in inspect.signature(importlib.import_module(f"bilevel_at.problems.{problem}").problem).parameters:
+        flags += ["--steps", 2]  # the number of steps is a number
+    if problem == "free":
+        flags += ["--replays", 2]
+    attacks = ["--attacks", "clean", "pgd-1-1", "--select", "pgd-1-1"]
+    run(f"problems/{problem}.py", "--data", "cifar10", *flags, *attacks, "--out", "out")
+    lines = [json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 1 and np.isfinite(lines[0]["loss"])
+    largest = 0 if problem == "standard" else 8 / 255
+    assert 0 <= lines[0]["perturbation"] <= largest + 1e-7
+    if problem != "free":  # whose first pass is at 0, and is the one that is looked at here
+        assert (lines[0]["perturbation"] > 0) == (problem != "standard")
+    assert ba.load("out")(torch.rand(2, 3, 16, 16)).shape == (2, 5)
 
 
 def test_a_run_leaves_what_the_contract_says():
@@ -120,6 +216,42 @@ def test_bfloat16_autocast():
     lines = [json.loads(Path(out, "metrics.jsonl").read_text().splitlines()[-1]) for out in ("half", "single")]
     assert lines[0]["loss"] == pytest.approx(lines[1]["loss"], rel=0.02) and lines[0]["loss"] != lines[1]["loss"]
     assert all(t.dtype == torch.float32 for t in weights("half").values())
+
+
+def test_averaged_weights_are_what_is_kept():
+    run("problems/fastat.py", *SHORT[2:], "--epochs", 2, "--ema", 0.9, "--accumulate", 2, "--out", "out")
+    state = torch.load("out/last.pt", weights_only=True)
+    loaded = ba.load("out", "last").state_dict()
+    assert same(loaded, state["average"]) and not same(loaded, state["model"])
+    run("problems/fastat.py", *SHORT[2:], "--epochs", 1, "--ema", 0.9, "--accumulate", 2, "--out", "one")
+    assert "was started with ema = 0.9, and is resumed with 0.0" in complaint(
+        "problems/fastat.py", *SHORT[2:], "--epochs", 1, "--accumulate", 2, "--out", "one", "--resume"
+    )
+
+
+def test_catastrophic_overfitting_is_said_and_the_weights_before_it_are_kept(monkeypatch, capsys):
+    """Held-out robust accuracy is made to collapse in epoch 3; the rest of the run is real."""
+    robust, seen = iter([0.3, 0.4, 0.05, 0.02]), []
+
+    def measured(self):
+        for line, value in zip(epochs(self), robust, strict=True):
+            seen.append({k: v.clone() for k, v in self.model.state_dict().items()})
+            yield dataclasses.replace(line, robust=value, train=0.1 * line.epoch)
+
+    epochs = run_module.Trainer.epochs
+    monkeypatch.setattr(run_module.Trainer, "epochs", measured)
+    run("problems/fgsm.py", "--epochs", 4, *SHORT[2:], "--out", "out")
+    shown = " ".join(capsys.readouterr().out.split())
+    assert (
+        shown.count("catastrophic overfitting in epoch 3: held-out pgd-2-1 accuracy is 5.0% after 40.0% in epoch 2")
+        == 2
+    )
+    assert "went from 20.0% to 30.0%; last_good.pt keeps epoch 2" in shown
+    assert same(ba.load("out", "last_good").state_dict(), seen[1]) and same(
+        ba.load("out", "last").state_dict(), seen[3]
+    )
+    results = json.loads(Path("out/results.json").read_text())
+    assert set(results) == {"best", "last", "last_good"} and re.search(r"last good \(2\)", shown)
 
 
 def test_solver_flags_reach_the_solver():
@@ -298,7 +430,7 @@ def test_ctrl_c_in_a_real_process():
         (["0.1"], "'0.1' is one argument too many"),
         (["--solver", "newton"], "invalid choice 'newton' for argument '--solver'. Expected one of ("),
         (["--damping", "-1"], "damping is -1.0; it must be a finite number, at least 0"),
-        (["--model", "resnet"], "model 'resnet' is not known; choose from small_cnn, preact_resnet18"),
+        (["--model", "resnet"], "model 'resnet' is not known; choose from small_cnn, one_layer_cnn, preact_resnet18"),
         (["--model", "file"], "defines no model(shape, classes)"),
         (["--data", "mnist"], "data 'mnist' is not known; choose from digits"),
         (["--data", "cifar10"], "put cifar10.npz (arrays x_train, y_train, x_test, y_test) into data/"),
@@ -306,11 +438,15 @@ def test_ctrl_c_in_a_real_process():
         (["--attacks", "clean", "pgd-0-1"], "attack 'pgd-0-1' is not known"),
         (["--device", "tpu9"], "--device tpu9 cannot be used here"),
         (["--epochs", "0"], "--epochs is 0; it must be at least 1"),
+        (["--accumulate", "0"], "--accumulate is 0; it must be at least 1"),
+        (["--ema", "1"], "--ema is 1; the decay of an average is at least 0 and below 1"),
+        (["--dropout", "0.3"], "model small_cnn has no dropout; the wide residual networks do"),
+        (["--augment", "resized-crop-flip"], "resized-crop-flip"),
         (["--lr", "0"], "--lr is 0; it must be a positive number"),
         (["--test-examples", "0"], "--test-examples is 0; it must be at least 1"),
         (["--examples", "3"], "--examples is 3; it must be at least 20"),
         (["--seed", "x"], "--seed: invalid literal for int"),
-        (["--seed", "10000000000000"], "--seed is 10000000000000; it must be below 2**32"),
+        (["--seed", "10000000000000"], "--seed is 10000000000000; it must be at least 0 and below 2**32"),
         (["--attacks"], "--attacks names no attack"),
         (["--device", "meta"], "--device meta cannot be used here"),
         (["--out", "/proc/nothing/here"], "/proc/nothing/here cannot be written"),

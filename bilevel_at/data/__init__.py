@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from .loader import Loader
-from .sets import DATA_NAMES, Images, load_data
+from .loader import Augment, Loader
+from .named import DATA_NAMES, load_data
+from .sets import Images, ImageSet
+from .stream import Streamed
 
-__all__ = ["DATA_NAMES", "Images", "Loader", "load_data"]
+__all__ = ["DATA_NAMES", "Augment", "ImageSet", "Images", "Loader", "Streamed", "load_data"]

@@ -35,7 +35,7 @@ def robust_correct(model: nn.Module, images: Images, attack: Attack, *, seed: in
 
     Examples already broken are not attacked again. The model is seen in eval mode and left as it was.
     """
-    device = images.x.device
+    device = images.device
     generator = torch.Generator(device).manual_seed(seed)
     with attack_mode(model, "eval"):
 

@@ -12,11 +12,14 @@ from torch import Tensor, nn
 from ..data import Images
 from ..errors import InputError
 from .activations import ACTIVATIONS, ActivationName
+from .imagenet import imagenet_resnet
 from .residual import preact_resnet, resnet
-from .small import small_cnn
+from .small import one_layer_cnn, small_cnn
 from .wide import wide_resnet
 
 __all__ = ["MODELS", "ActivationName", "Architecture", "Normalized", "build_model"]
+
+STATISTICS_FROM = 5_000  # images; more change the third digit at most
 
 
 class Normalized(nn.Module):
@@ -38,23 +41,37 @@ class Normalized(nn.Module):
 
 @dataclass(frozen=True)
 class Architecture:
-    """A network by name. scale: whether inputs are divided by the channel's standard deviation, or only centred."""
+    """A network by name.
+
+    build: called as ``build(shape, classes, activation=…)``, and ``dropout=…`` where ``drops``.
+    scale: whether inputs are divided by the channel's standard deviation, or only centred.
+    """
 
     build: Callable[..., nn.Module]
     about: str
     scale: bool = True
+    drops: bool = False
 
 
 MODELS = {
     "small_cnn": Architecture(small_cnn, "two convolutions and a hidden layer, for digits and 28×28", scale=False),
+    "one_layer_cnn": Architecture(one_layer_cnn, "one convolution of four filters (GradAlign's analysis)", scale=False),
     **{
         f"preact_resnet{depth}": Architecture(partial(preact_resnet, depth), f"PreActResNet-{depth}, CIFAR form")
         for depth in (18, 34, 50)
     },
     **{f"resnet{depth}": Architecture(partial(resnet, depth), f"ResNet-{depth}, CIFAR form") for depth in (18, 34, 50)},
     **{
-        f"wide_resnet{depth}_{widen}": Architecture(partial(wide_resnet, depth, widen), f"WideResNet-{depth}-{widen}")
+        f"wide_resnet{depth}_{widen}": Architecture(
+            partial(wide_resnet, depth, widen), f"WideResNet-{depth}-{widen}, CIFAR form", drops=True
+        )
         for depth, widen in ((16, 8), (28, 10), (34, 10))
+    },
+    **{
+        f"imagenet_resnet{depth}": Architecture(
+            partial(imagenet_resnet, depth), f"torchvision's ResNet-{depth}, for images of 224×224"
+        )
+        for depth in (18, 34, 50)
     },
 }
 
@@ -65,11 +82,12 @@ def build_model(
     classes: int,
     train: Images | None = None,
     activation: ActivationName = "relu",
+    dropout: float = 0.0,
 ) -> nn.Module:
     """The network ``name`` for images of ``shape`` (C, H, W), normalised by ``train``'s channel statistics.
 
     Without ``train`` the statistics are 0 and 1, to be overwritten by a checkpoint. Raises :class:`InputError` for an
-    unknown name.
+    unknown name, and for dropout in a network that has no place for it.
     """
     if activation not in ACTIVATIONS:
         raise InputError(f"activation {activation!r} is not known; choose from {', '.join(ACTIVATIONS)}")
@@ -78,7 +96,12 @@ def build_model(
     architecture = MODELS[name]
     mean, std = torch.zeros(shape[0]), torch.ones(shape[0])
     if train is not None:
-        pixels = train[slice(0, 10_000)].pixels()
+        pixels = train.sample(STATISTICS_FROM).pixels()
         mean = pixels.mean((0, 2, 3))
         std = pixels.std((0, 2, 3)).clamp(min=1e-3) if architecture.scale else std
-    return Normalized(architecture.build(shape, classes, activation=ACTIVATIONS[activation]), mean, std)
+    options: dict[str, object] = {"activation": ACTIVATIONS[activation]}
+    if dropout and not architecture.drops:
+        raise InputError(f"model {name} has no dropout; the wide residual networks do")
+    if dropout:
+        options["dropout"] = dropout
+    return Normalized(architecture.build(shape, classes, **options), mean, std)

@@ -6,7 +6,7 @@ from torch import nn
 
 from .activations import Activation
 
-__all__ = ["small_cnn"]
+__all__ = ["one_layer_cnn", "small_cnn"]
 
 
 def small_cnn(shape: tuple[int, int, int], classes: int, activation: Activation = nn.ReLU) -> nn.Module:
@@ -24,4 +24,17 @@ def small_cnn(shape: tuple[int, int, int], classes: int, activation: Activation 
         nn.Linear(64 * 16, 128),
         activation(),
         nn.Linear(128, classes),
+    )
+
+
+def one_layer_cnn(
+    shape: tuple[int, int, int], classes: int, activation: Activation = nn.ReLU, filters: int = 4
+) -> nn.Module:
+    """One 3×3 convolution and a linear layer: the network in which GradAlign (Andriushchenko and Flammarion, 2020,
+    section 4) finds the filter that causes catastrophic overfitting."""
+    return nn.Sequential(
+        nn.Conv2d(shape[0], filters, 3, padding=1),
+        activation(),
+        nn.Flatten(),
+        nn.Linear(filters * shape[1] * shape[2], classes),
     )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..batch import Batch
 from ..errors import InputError
-from ..problem import BilevelProblem, Solution
+from ..problem import BilevelProblem, Solution, UpperProblem
 from ..solver import Solver
 
 __all__ = ["DegenerateActivity", "HypergradError", "activity_margin", "hypergradcheck"]
@@ -64,7 +64,8 @@ def hypergradcheck(
 
     eps: the difference, along unit directions. rtol, atol: the check passes where |analytic − numeric| ≤
         rtol · ‖dF/dθ‖₂ + atol, the norm over all parameters.
-    anchor: z to use; drawn once from the policy, with ``generator``, where None.
+    anchor: z to use; drawn once from the policy, with ``generator``, where None. What the upper loss draws from
+        ``generator`` is the same in every evaluation.
     mode: "directional" tries ``directions`` random unit directions in each parameter tensor; "full" every entry.
     min_margin: raise :class:`DegenerateActivity` where :func:`activity_margin` is below this.
 
@@ -81,10 +82,14 @@ def hypergradcheck(
     if batch.x.dtype != torch.float64:
         raise InputError(f"batch.x is {batch.x.dtype}; hypergradcheck needs float64 (x.double())")
 
+    if generator is None:
+        generator = torch.Generator(batch.x.device).manual_seed(int(torch.randint(2**31, ())))
+    upper = _SameDraws(problem.upper)
     with _untouched(model, problem):
-        step = solver.hypergradient(problem, model, batch, anchor=anchor, generator=generator)
+        drawn = BilevelProblem(upper, problem.lower)
+        step = solver.hypergradient(drawn, model, batch, anchor=anchor, generator=generator)
         solution = step.solution
-        held = BilevelProblem(problem.upper, problem.lower.held(solution))
+        held = BilevelProblem(upper, problem.lower.held(solution))
         z = solution.anchor.detach().clone()
         if min_margin:
             margin = activity_margin(held, model, batch, z)
@@ -98,7 +103,7 @@ def hypergradcheck(
             gradient = step.grads[name]
             for unit in _directions(parameter, mode, directions, seed):
                 analytic = 0.0 if gradient is None else (gradient * unit).sum().item()
-                numeric = _central_difference(held, model, solution, batch, parameter, unit, eps)
+                numeric = _central_difference(held, model, solution, batch, parameter, unit, eps, generator)
                 gap = abs(analytic - numeric)
                 worst = max(worst, (gap if math.isfinite(gap) else math.inf, name, analytic, numeric))
 
@@ -126,8 +131,32 @@ def _directions(parameter: Tensor, mode: str, directions: int, seed: torch.Gener
         yield unit / unit.norm()
 
 
+class _SameDraws(UpperProblem):
+    """An upper problem whose generator begins, every time, where it did the first time."""
+
+    def __init__(self, upper: UpperProblem) -> None:
+        self.upper = upper
+        self.state: Tensor | None = None
+
+    def loss_at(
+        self, model: nn.Module, batch: Batch, solution: Solution, generator: torch.Generator | None = None
+    ) -> Tensor:
+        if generator is not None:
+            if self.state is None:
+                self.state = generator.get_state()
+            generator.set_state(self.state)
+        return self.upper.loss_at(model, batch, solution, generator)
+
+
 def _central_difference(
-    problem: BilevelProblem, model: nn.Module, held: Solution, batch: Batch, parameter: Tensor, unit: Tensor, eps: float
+    problem: BilevelProblem,
+    model: nn.Module,
+    held: Solution,
+    batch: Batch,
+    parameter: Tensor,
+    unit: Tensor,
+    eps: float,
+    generator: torch.Generator,
 ) -> float:
     """(F(θ + eps·u) − F(θ − eps·u)) / 2 eps, from the anchor and the targets of ``held``."""
     original = parameter.detach().clone()
@@ -137,7 +166,7 @@ def _central_difference(
             with torch.no_grad():
                 parameter.copy_(original + sign * eps * unit)
             solution = Solution.of(problem.lower.solve(model, held.batch, anchor=held.anchor), held.batch)
-            values.append(problem.upper.loss_at(model, batch, solution).mean().item())
+            values.append(problem.upper.loss_at(model, batch, solution, generator).mean().item())
     finally:
         with torch.no_grad():
             parameter.copy_(original)

@@ -2,8 +2,20 @@
 
 from __future__ import annotations
 
-from .recipe import Recipe
+from .metrics import Epoch, catastrophic_overfitting, rank
+from .recipe import CIFAR, DIGITS, IMAGENET, Recipe
 from .rundir import RunDir, load
-from .trainer import Epoch, Trainer, rank
+from .trainer import Trainer
 
-__all__ = ["Epoch", "Recipe", "RunDir", "Trainer", "load", "rank"]
+__all__ = [
+    "CIFAR",
+    "DIGITS",
+    "IMAGENET",
+    "Epoch",
+    "Recipe",
+    "RunDir",
+    "Trainer",
+    "catastrophic_overfitting",
+    "load",
+    "rank",
+]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from ..data.loader import Augment
+from ..errors import InputError
 
-__all__ = ["Recipe", "Schedule", "default_recipe"]
+__all__ = ["CIFAR", "DEFAULTS", "DIGITS", "IMAGENET", "Recipe", "Schedule", "recipe_for"]
 
 Schedule = Literal["linear", "multistep", "constant"]
 
@@ -17,20 +18,46 @@ Schedule = Literal["linear", "multistep", "constant"]
 class Recipe:
     """SGD settings, and the arguments of ``problem(...)`` that differ from its defaults on this data set.
 
-    schedule: "linear" goes 0 → lr over the first half of all steps and back to 0, per step; "multistep" divides by
-        10 after each epoch of ``milestones``; "constant" stays at lr.
+    model: network by name; "file" is the problem file's own model(shape, classes).
+    epochs: passes over the training set.
+    batch_size: examples in a batch.
+    accumulate: batches whose gradients make one step.
+    lr: peak learning rate.
+    schedule: "linear" goes 0 → lr over the first half of all steps and back to 0; "multistep" divides by 10 after each
+        epoch of the milestones; "constant" stays.
+    milestones: epochs after which "multistep" divides the rate by 10.
+    momentum: of SGD.
+    weight_decay: of SGD.
+    augment: none; crop-flip, a random crop (padding 4) and flip; or resized-crop-flip, for images that are streamed.
+    ema: decay of an exponential moving average of the weights, which is then what is evaluated and kept; 0 for none.
+
+    Raises :class:`InputError` where a number is out of range.
     """
 
+    model: str = "small_cnn"
     epochs: int = 30
     batch_size: int = 128
+    accumulate: int = 1
     lr: float = 0.1
     schedule: Schedule = "linear"
     milestones: tuple[int, ...] = ()
     momentum: float = 0.9
     weight_decay: float = 5e-4
     augment: Augment = "none"
-    model: str = "small_cnn"
+    ema: float = 0.0
     problem: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "accumulate"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
+        if not 0 < self.lr < float("inf"):
+            raise InputError(f"--lr is {self.lr:g}; it must be a positive number")
+        for name in ("momentum", "weight_decay"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name):g}; it must be at least 0")
+        if not 0 <= self.ema < 1:
+            raise InputError(f"--ema is {self.ema:g}; the decay of an average is at least 0 and below 1")
 
     def lr_at(self, step: int, per_epoch: int) -> float:
         """The learning rate of optimiser step ``step`` (from 0) with ``per_epoch`` steps in an epoch."""
@@ -41,9 +68,43 @@ class Recipe:
             return self.lr * 0.1 ** sum(step // per_epoch >= m for m in self.milestones)
         return self.lr
 
+    def playing(self, **problem: Any) -> Recipe:
+        """The same training with these arguments of ``problem(...)``."""
+        return replace(self, problem={**self.problem, **problem})
 
-def default_recipe(data: str) -> Recipe:
-    """What is used where a problem file states nothing for this data set."""
-    if data == "digits":
-        return Recipe(batch_size=64, problem={"epsilon": 0.2})
-    return Recipe()
+
+# The embedded digits (8×8): what was found to work there.
+DIGITS = Recipe(batch_size=64, problem={"epsilon": 0.2})
+# The fast methods on CIFAR-10 (Fast-BAT paper, section 5.1; Wong et al., 2020).
+CIFAR = Recipe(model="preact_resnet18", epochs=20, lr=0.2, augment="crop-flip")
+# ImageNet (Wong et al., 2020, without their progressive image sizes: every epoch is at 224).
+IMAGENET = Recipe(
+    model="imagenet_resnet50",
+    epochs=15,
+    batch_size=256,
+    lr=0.2,
+    weight_decay=1e-4,
+    augment="resized-crop-flip",
+    problem={"epsilon": 2 / 255},
+)
+
+
+DEFAULTS = {"digits": DIGITS, "cifar10": CIFAR}
+
+
+def recipe_for(data: str, stated: Mapping[str, Recipe]) -> Recipe | None:
+    """The recipe stated for this data set, or made from CIFAR-10's; None where neither is.
+
+    CIFAR-10's serves the other sets of small colour images, without the mirroring for street-view digits; on ImageNet
+    its problem is trained as :data:`IMAGENET` says.
+    """
+    if data in stated or "cifar10" not in stated:
+        return stated.get(data)
+    cifar = stated["cifar10"]
+    if data in ("cifar100", "tiny_imagenet"):
+        return cifar
+    if data == "svhn":
+        return replace(cifar, augment="none")
+    if data == "imagenet":
+        return IMAGENET.playing(**{**cifar.problem, **IMAGENET.problem})
+    return None

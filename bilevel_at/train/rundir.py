@@ -1,19 +1,31 @@
-"""What a run leaves behind: ``config.json``, ``metrics.jsonl``, ``last.pt``, ``best.pt``, ``results.json``, figures."""
+"""What a run leaves behind: ``config.json``, ``metrics.jsonl``, ``last.pt``, ``best.pt``, ``results.json``, figures.
+
+Where robustness collapsed there is also ``last_good.pt``, the epoch before.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import InputError
 from ..models import build_model
 
-__all__ = ["RunDir", "load", "plainly"]
+__all__ = ["RunDir", "Which", "load", "plainly", "weights"]
+
+Which = Literal["best", "last", "last_good"]
+
+
+def weights(state: dict[str, Any]) -> dict[str, Tensor]:
+    """The weights to evaluate in a checkpoint: their moving average where there is one."""
+    kept: dict[str, Tensor] = state["average"] if "average" in state else state["model"]
+    return kept
 
 
 def plainly(value: Any) -> str:
@@ -59,6 +71,9 @@ class RunDir:
     def save(self, name: str, value: Any) -> None:
         self._replace(name, lambda path: torch.save(value, path))
 
+    def copy(self, name: str, to: str) -> None:
+        self._replace(to, lambda path: shutil.copyfile(self.path / name, path))
+
     def restore(self, name: str, device: torch.device | str = "cpu") -> Any:
         """Tensors and plain values from a checkpoint; a file that holds anything else is refused, not run."""
         file = self.path / name
@@ -92,14 +107,15 @@ class RunDir:
         return lines
 
 
-def load(run_dir: str | Path, which: Literal["best", "last"] = "best", model: nn.Module | None = None) -> nn.Module:
+def load(run_dir: str | Path, which: Which = "best", model: nn.Module | None = None) -> nn.Module:
     """The model of a run, in eval mode, taking images in [0, 1] to logits, as RobustBench and AutoAttack expect.
 
-    which: "best" (by held-out robust accuracy) or "last". model: the network to fill, needed only where the run's
-    problem file defined its own. Raises :class:`InputError` where the directory or the checkpoint is not usable.
+    which: "best" (by held-out robust accuracy), "last", or "last_good", the epoch before catastrophic overfitting where
+    that happened. model: the network to fill, needed only where the run's problem file defined its own. Raises
+    :class:`InputError` where the directory or the checkpoint is not usable.
     """
-    if which not in ("best", "last"):
-        raise InputError(f"which is {which!r}; choose 'best' or 'last'")
+    if which not in get_args(Which):
+        raise InputError(f"which is {which!r}; choose 'best', 'last' or 'last_good'")
     run = RunDir(run_dir)
     config = run.read_json("config.json")
     try:
@@ -114,7 +130,7 @@ def load(run_dir: str | Path, which: Literal["best", "last"] = "best", model: nn
         model = build_model(name, (channels, height, width), classes, activation=config.get("activation", "relu"))
     state = run.restore(f"{which}.pt")
     try:
-        model.load_state_dict(state["model"])
+        model.load_state_dict(weights(state))
     except (RuntimeError, KeyError) as error:
         raise InputError(f"{which}.pt does not fit the model {config['model']}: {str(error).splitlines()[0]}") from None
     return model.eval()

@@ -5,48 +5,26 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from ..batch import Batch
 from ..data import Images, Loader
-from ..errors import BilevelError
+from ..errors import BilevelError, InputError
 from ..evaluate import Attack, robust_correct
-from ..problem import BilevelProblem
+from ..modes import attack_mode
+from ..problem import BilevelProblem, Solution
 from ..solver import Solver
+from .metrics import Epoch
 from .recipe import Recipe
 
-__all__ = ["Epoch", "Trainer", "rank"]
+__all__ = ["Trainer"]
 
-
-@dataclass(frozen=True)
-class Epoch:
-    """What one epoch measured, a line of ``metrics.jsonl``.
-
-    loss: the mean upper loss over the epoch. clean, robust: accuracies on the held-out examples, under no attack and
-    under ``attack``. implicit_ratio: the norm of the implicit term over that of ∇_θ f, the mean over steps.
-    lr: at the epoch's last step.
-    """
-
-    epoch: int
-    loss: float
-    clean: float
-    robust: float
-    attack: str
-    implicit_ratio: float
-    lr: float
-    seconds: float
-
-    def asdict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-def rank(metrics: Mapping[str, Any]) -> tuple[float, float, int]:
-    """The best epoch has the largest of these: robust, then clean accuracy, then the later one."""
-    return metrics["robust"], metrics["clean"], metrics["epoch"]
+LOOK_EVERY = 15  # batches, for a fiftieth of a step; odd, so that each replay of a batch gets its turn
 
 
 class Trainer:
@@ -56,7 +34,8 @@ class Trainer:
             ...
 
     Randomness depends on ``(seed, epoch)`` alone, so a run resumed from :meth:`state_dict` gives the same weights as
-    an unbroken one.
+    an unbroken one. precision: "float32", or "bfloat16" for autocast; parameters, perturbations and what is remembered
+    are float32 either way. On a GPU the network's memory format is channels_last.
     """
 
     def __init__(
@@ -71,66 +50,144 @@ class Trainer:
         seed: int = 0,
         precision: str = "float32",
     ) -> None:
+        if problem.replays > 1 and recipe.accumulate > 1:
+            raise InputError(
+                f"--accumulate is {recipe.accumulate}, but this problem replays every batch {problem.replays} times, "
+                "one batch at a time; it must be 1"
+            )
         self.problem, self.solver, self.model = problem, solver, model
         self.held_out, self.recipe, self.attack, self.seed = held_out, recipe, attack, seed
-        self.precision = precision
+        self.precision, self.device = precision, held_out.device
+        if self.device.type == "cuda":
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs want more
         self.loader = Loader(train, recipe.batch_size, seed, recipe.augment)
         self.optimizer = torch.optim.SGD(
             model.parameters(), lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay
         )
+        self.average: AveragedModel | None = None
+        if recipe.ema:
+            self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema), use_buffers=True)
         self.done = 0
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Updates of θ."""
+        return math.ceil(len(self.loader) / self.recipe.accumulate) * self.problem.replays
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The network that is evaluated and kept: the averaged one where the recipe averages."""
+        return self.model if self.average is None else self.average.module
 
     def epochs(self) -> Iterator[Epoch]:
         """Train the epochs that are left, yielding each one's measurements."""
         while self.done < self.recipe.epochs:
             start = time.perf_counter()
-            loss, ratio = self.train_epoch(self.done)
-            clean = robust_correct(self.model, self.held_out, Attack("clean", 0.0)).float().mean().item()
-            robust = robust_correct(self.model, self.held_out, self.attack, seed=self.done).float().mean().item()
+            measured = self.train_epoch(self.done)
+            clean = robust_correct(self.evaluated, self.held_out, Attack("clean", 0.0)).float().mean().item()
+            robust = robust_correct(self.evaluated, self.held_out, self.attack, seed=self.done).float().mean().item()
             lr = self.optimizer.param_groups[0]["lr"]
             self.done += 1
-            seconds = time.perf_counter() - start
-            yield Epoch(self.done, loss, clean, robust, self.attack.name, ratio, lr, seconds)
+            yield Epoch(
+                epoch=self.done,
+                clean=clean,
+                robust=robust,
+                attack=self.attack.name,
+                lr=lr,
+                seconds=time.perf_counter() - start,
+                **measured,
+            )
 
-    def train_epoch(self, epoch: int) -> tuple[float, float]:
-        """One pass over the training set as epoch ``epoch`` (from 0): (mean loss, mean implicit ratio)."""
-        device = self.held_out.x.device
+    def train_epoch(self, epoch: int) -> dict[str, float]:
+        """One pass over the training set as epoch ``epoch`` (from 0).
+
+        What it measured, by the names of :class:`Epoch`: loss, implicit_ratio, train, perturbation, train_seconds.
+        """
+        start = time.perf_counter()
         torch.manual_seed(1_000_003 * self.seed + epoch)  # dropout and the like
-        generator = torch.Generator(device).manual_seed(2_000_003 * self.seed + epoch)
+        generator = torch.Generator(self.device).manual_seed(2_000_003 * self.seed + epoch)
         self.model.train()
         self.problem.set_epoch(epoch, self.recipe.epochs)
-        totals = torch.zeros(2, dtype=torch.float64, device=device)
-        for i, batch in enumerate(self.loader.epoch(epoch)):
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.recipe.lr_at(epoch * len(self.loader) + i, len(self.loader))
-            self.optimizer.zero_grad()
-            with self._autocast(device):
-                step = self.solver.backward(self.problem, self.model, batch, generator=generator)
-            self.optimizer.step()
-            share = len(batch) / len(self.loader.images)
-            ratio = step.implicit_norm / step.direct_norm.clamp(min=1e-30)
-            totals += share * torch.stack([step.loss.double(), ratio.double()])
-        loss, ratio_mean = totals.tolist()
+        means = torch.zeros(2, dtype=torch.float64, device=self.device)
+        looks = torch.zeros(3, dtype=torch.float64, device=self.device)
+        played, step_number = 0, epoch * self.steps_per_epoch
+        for group in _groups(self.loader.epoch(epoch), self.recipe.accumulate):
+            examples = sum(len(batch) for batch in group)
+            for _ in range(self.problem.replays):
+                self._set_rate(step_number)
+                self.optimizer.zero_grad()
+                for batch in group:
+                    with self._autocast():
+                        step = self.solver.backward(
+                            self.problem, self.model, batch, generator=generator, weight=len(batch) / examples
+                        )
+                    ratio = step.implicit_norm / step.direct_norm.clamp(min=1e-30)
+                    means += len(batch) * torch.stack([step.loss.double(), ratio.double()])
+                    if played % LOOK_EVERY == 0:
+                        looks += self._look(step.solution)
+                    played += 1
+                self.optimizer.step()
+                if self.average is not None:
+                    self.average.update_parameters(self.model)
+                step_number += 1
+        loss, ratio_mean = (means / (len(self.loader.images) * self.problem.replays)).tolist()
         if not math.isfinite(loss):
             raise BilevelError(f"the loss is {loss} in epoch {epoch + 1}; lower --lr (now {self.recipe.lr:g})")
-        return loss, ratio_mean
+        right, size, rows = looks.tolist()
+        return {
+            "loss": loss,
+            "implicit_ratio": ratio_mean,
+            "train": right / rows,
+            "perturbation": size / rows,
+            "train_seconds": time.perf_counter() - start,
+        }
 
-    def _autocast(self, device: torch.device) -> contextlib.AbstractContextManager[None]:
+    def _set_rate(self, step: int) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.recipe.lr_at(step, self.steps_per_epoch)
+
+    def _look(self, solution: Solution) -> Tensor:
+        """(correct on x + δ*, the sum of ‖δ*‖_∞, rows): what training saw, before the step is taken."""
+        batch, delta = solution.batch, solution.delta
+        with torch.no_grad(), attack_mode(self.model, "eval"), self._autocast():
+            right = self.model(batch.x + delta).argmax(1) == batch.y
+        sizes = delta.flatten(1).abs().amax(1)
+        return torch.stack([right.sum().double(), sizes.sum().double(), sizes.new_tensor(len(sizes)).double()])
+
+    def _autocast(self) -> contextlib.AbstractContextManager[None]:
         if self.precision == "float32":
             return contextlib.nullcontext()
-        return torch.autocast(device.type, dtype=torch.bfloat16)
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
     def state_dict(self) -> dict[str, Any]:
-        """Weights, optimiser, what the problem remembers, and the number of epochs done."""
-        return {
+        """Weights, their average where there is one, optimiser, what the problem remembers, and the epochs done."""
+        state = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "problem": self.problem.state_dict(),
             "epochs": self.done,
         }
+        if self.average is not None:
+            state |= {"average": self.average.module.state_dict(), "averaged": self.average.n_averaged}
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.problem.load_state_dict(state["problem"])
         self.done = state["epochs"]
+        if self.average is not None:
+            self.average.module.load_state_dict(state["average"])
+            self.average.n_averaged.copy_(state["averaged"])
+
+
+def _groups(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
+    """``size`` batches at a time; what is left at the end makes a smaller group."""
+    group: list[Batch] = []
+    for batch in batches:
+        group.append(batch)
+        if len(group) == size:
+            yield group
+            group = []
+    if group:
+        yield group

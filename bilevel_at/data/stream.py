@@ -1,0 +1,203 @@
+"""Image sets too large for memory: files, decoded when they are needed."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import os
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ..errors import InputError
+from .sets import ImageSet
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["Files", "Streamed", "default_workers", "evaluation_view", "names_of"]
+
+SIZE = 224
+
+View = Callable[["Image", int], Tensor]
+"""(an RGB image, its position in the set) ↦ uint8 ``[3, H, W]``."""
+
+
+def default_workers() -> int:
+    """As many as this process has CPUs, at most 8."""
+    has = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(8, has or 1)
+
+
+@functools.cache
+def _transform(kind: str) -> Callable[[Image], Tensor]:
+    from torchvision import transforms as t  # here: importing torchvision takes a second
+
+    crop = {
+        "evaluation": [t.Resize(256), t.CenterCrop(SIZE)],
+        "training": [t.RandomResizedCrop(SIZE), t.RandomHorizontalFlip()],
+    }
+    transform: Callable[[Image], Tensor] = t.Compose([*crop[kind], t.PILToTensor()])
+    return transform
+
+
+def evaluation_view(image: Image, position: int = 0) -> Tensor:
+    """The shorter side resized to 256, then the 224×224 in the middle; the same wherever the image stands."""
+    return _transform("evaluation")(image)
+
+
+@dataclass(frozen=True)
+class ResizedCropFlip:
+    """torchvision's RandomResizedCrop(224) and a fair flip, drawn from (seed, epoch, position) alone."""
+
+    seed: int
+    epoch: int
+
+    def __call__(self, image: Image, position: int) -> Tensor:
+        words = np.random.SeedSequence((self.seed % 2**64, self.epoch, position)).generate_state(1, np.uint64)
+        with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
+            torch.default_generator.manual_seed(int(words[0]))
+            return _transform("training")(image)
+
+
+class Files(Dataset[Any]):
+    """The files ``root / name``, decoded to RGB and seen through ``view``.
+
+    names: ``[N]`` bytes with forward slashes, one array: a million strings would be copied into every worker as it
+    looks at them.
+    """
+
+    def __init__(self, root: Path, names: np.ndarray, view: View) -> None:
+        self.root, self.names, self.view = root, names, view
+
+    def path(self, position: int) -> str:
+        return os.path.join(self.root, os.fsdecode(self.names[position]))
+
+    def image(self, position: int) -> np.ndarray:
+        """uint8 ``[3, H, W]``. Raises :class:`InputError`, naming the file, where there is no image."""
+        from torchvision.datasets.folder import pil_loader
+
+        path = self.path(position)
+        try:
+            return self.view(pil_loader(path), position).numpy()
+        except (OSError, ValueError, SyntaxError) as error:  # Pillow's, for what is not an image or not a whole one
+            said = getattr(error, "strerror", None) or " ".join(str(error).split())
+            raise InputError(f"{path} cannot be read as an image: {said[:200]}") from None
+
+    def __getitem__(self, positions: Sequence[int]) -> Tensor | InputError:
+        """uint8 ``[B, 3, H, W]``; a mistake is returned, as one raised in a worker would come with its traceback."""
+        try:
+            return torch.from_numpy(np.stack([self.image(i) for i in positions]))
+        except InputError as error:
+            return error
+
+    def batches(self, positions: Sequence[list[int]], workers: int, pin: bool = False) -> Iterator[Tensor]:
+        """The batches at ``positions``, in order, decoded by ``workers`` processes (0: by this one).
+
+        Raises :class:`InputError` as :meth:`image` does.
+        """
+        loader = DataLoader(
+            self,
+            batch_size=None,  # a sample is a whole batch
+            sampler=positions,
+            num_workers=min(workers, len(positions)),
+            pin_memory=pin,
+            worker_init_fn=_settle,
+            generator=torch.Generator(),  # or it would draw from the global one
+        )
+        with _interrupts_wait():
+            batches = iter(loader)
+        for x in batches:
+            if isinstance(x, InputError):
+                raise x
+            yield x
+
+
+@contextlib.contextmanager
+def _interrupts_wait() -> Iterator[None]:
+    """Ctrl-C is acted on when the block is over: Python would lose it as a process forks, or end the new one."""
+    handler = signal.getsignal(signal.SIGINT)
+    if not callable(handler) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if came:
+            signal.raise_signal(signal.SIGINT)
+
+
+def _settle(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of the terminal; the parent acts on it
+    sys.excepthook = lambda *error: None  # of the thread that was handing over a batch when the parent was interrupted
+    warnings.filterwarnings("ignore", module="PIL")  # of a few ImageNet files' odd EXIF, once in every worker
+
+
+@dataclass(frozen=True, eq=False)
+class Streamed(ImageSet):
+    """An image set that stays in its files.
+
+    root, names: file i is ``root / names[i]``; names are bytes, ``[N]``, with forward slashes.
+    y: labels ``[N]``, int64. workers: how many files are decoded at a time; 0 is none beside this process.
+
+    :meth:`pixels` is the view for evaluation (shorter side to 256, 224×224 in the middle), decoded by threads;
+    :class:`~bilevel_at.data.Loader` has the one for training. Both raise :class:`InputError` for a file that is no
+    image. What is not RGB becomes so.
+    """
+
+    root: Path
+    names: np.ndarray
+    y: Tensor
+    classes: int
+    workers: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return 3, SIZE, SIZE
+
+    def files(self, view: View = evaluation_view) -> Files:
+        """The files as ``view`` sees them."""
+        return Files(self.root, self.names, view)
+
+    def __getitem__(self, rows: Tensor | slice) -> Streamed:
+        names = self.names[rows.cpu().numpy() if isinstance(rows, Tensor) else rows]
+        return Streamed(self.root, names, self.y[rows], self.classes, self.workers)
+
+    def pixels(self) -> Tensor:
+        files, x = self.files(), np.empty((len(self), *self.shape), dtype=np.uint8)
+        # Pillow lets other threads run as it decodes. Arrays: torch would copy each image with threads of its own.
+        with ThreadPoolExecutor(max(1, self.workers)) as pool:
+            for i, image in enumerate(pool.map(files.image, range(len(self)))):
+                x[i] = image
+        return torch.from_numpy(x).to(self.device).float() / 255
+
+    def to(self, device: torch.device | str) -> Streamed:
+        return Streamed(self.root, self.names, self.y.to(device), self.classes, self.workers)
+
+    def sha256(self) -> str:
+        """Of the files' names, sizes and labels: to read them all would take hours."""
+        digest, files = hashlib.sha256(), self.files()
+        for i, (name, label) in enumerate(zip(self.names.tolist(), self.y.tolist(), strict=True)):
+            digest.update(b"%s\0%d\0%d\n" % (name, os.stat(files.path(i)).st_size, label))
+        return digest.hexdigest()
+
+
+def names_of(root: Path, paths: Sequence[str]) -> np.ndarray:
+    """Paths under ``root`` as :class:`Files` has them."""
+    start = len(os.path.join(root, ""))
+    return np.array([os.fsencode(path[start:].replace(os.sep, "/")) for path in paths])

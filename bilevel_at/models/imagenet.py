@@ -1,0 +1,25 @@
+"""torchvision's residual networks, which begin with two halvings and suit images of 224×224."""
+
+from __future__ import annotations
+
+import torchvision
+from torch import nn
+
+from ..errors import InputError
+from .activations import Activation
+
+__all__ = ["imagenet_resnet"]
+
+
+def imagenet_resnet(
+    depth: int, shape: tuple[int, int, int], classes: int, activation: Activation = nn.ReLU
+) -> nn.Module:
+    """torchvision's ResNet-18, -34 or -50, untrained. Raises :class:`InputError` unless images have three channels."""
+    if shape[0] != 3:
+        raise InputError(f"imagenet_resnet{depth} takes images of 3 channels; these have {shape[0]}")
+    network: nn.Module = getattr(torchvision.models, f"resnet{depth}")(num_classes=classes)
+    for module in list(network.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.ReLU) and activation is not nn.ReLU:
+                setattr(module, name, activation())
+    return network

@@ -1,0 +1,78 @@
+"""What an epoch measured, which epoch is best, and when robustness collapsed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+__all__ = ["Collapse", "Epoch", "catastrophic_overfitting", "rank"]
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What one epoch measured, a line of ``metrics.jsonl``.
+
+    loss: the mean upper loss over the epoch.
+    train, perturbation: on the training examples as they were attacked (x + δ*), in one batch of 15: the accuracy, in
+        eval mode, and the mean of ‖δ*‖_∞.
+    clean, robust: accuracies on the held-out examples, under no attack and under ``attack``.
+    implicit_ratio: the norm of the implicit term over that of ∇_θ f, the mean over steps.
+    lr: at the epoch's last step. seconds: of all of it; train_seconds: without the held-out examples.
+    """
+
+    epoch: int
+    loss: float
+    train: float
+    clean: float
+    robust: float
+    attack: str
+    implicit_ratio: float
+    perturbation: float
+    lr: float
+    seconds: float
+    train_seconds: float
+
+    def asdict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def rank(metrics: Mapping[str, Any]) -> tuple[float, float, int]:
+    """The best epoch has the largest of these: robust, then clean accuracy, then the later one."""
+    return metrics["robust"], metrics["clean"], metrics["epoch"]
+
+
+@dataclass(frozen=True)
+class Collapse:
+    """Catastrophic overfitting: the epoch it happened in, and the best one before it."""
+
+    before: Mapping[str, Any]
+    after: Mapping[str, Any]
+
+    def __str__(self) -> str:
+        a, b = self.before, self.after
+        return (
+            f"catastrophic overfitting in epoch {b['epoch']}: held-out {b['attack']} accuracy is {b['robust']:.1%} "
+            f"after {a['robust']:.1%} in epoch {a['epoch']}, while accuracy on attacked training examples went from "
+            f"{a['train']:.1%} to {b['train']:.1%}"
+        )
+
+
+def catastrophic_overfitting(
+    metrics: Iterable[Mapping[str, Any]], fall: float = 0.5, least: float = 0.1
+) -> Collapse | None:
+    """The first epoch whose held-out robust accuracy has collapsed while training accuracy under attack rose, or None.
+
+    Collapsed: below ``fall`` times the best so far, and by at least ``least``. Training without an attack, which has no
+    robustness to lose, is not looked at. Source: Wong et al. (2020), section 5.4; Andriushchenko and Flammarion (2020),
+    section 1.
+    """
+    best: Mapping[str, Any] | None = None
+    for line in metrics:
+        if best is not None and line["perturbation"] > 0:
+            lost = best["robust"] - line["robust"]
+            if line["robust"] < fall * best["robust"] and lost >= least and line["train"] > best["train"]:
+                return Collapse(best, line)
+        if best is None or line["robust"] > best["robust"]:
+            best = line
+    return None

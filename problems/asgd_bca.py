@@ -1,0 +1,61 @@
+"""A-SGD_BCA (ATAS paper, section IV): SGD_BCA with a preconditioner for every example that never decreases.
+
+    v_i ← β v_i + (1 − β) ‖∇_δ ℓ(θ, z_i)‖²            v̂_i ← max(v̂_i, v_i)
+    δ*_i = P_C(z_i + η_x / √v̂_i · ∇_δ ℓ(θ, z_i)),     z_i = δ*_i of the last time example i was drawn
+    θ ← θ − η_θ ∇_θ ℓ(θ, δ*_i)
+
+The form of ATAS for which the paper proves a regret bound (Theorem IV.1): no sign, no clipping, and v̂ where ATAS has
+v, without which the proof does not go through. (The displayed update divides by √v; the text and the theorem mean v̂.)
+
+There are no published settings: this is theory. Training is ATTA's (atta.py) and β ATAS'. An update is η_x √(1/(1−β))
+long the first time, in ℓ2; η_x is ε√d, the length of a sign step of ε, for the d = 3072 values of a CIFAR image, and
+64 on the digits.
+"""
+
+from __future__ import annotations
+
+import math
+
+import bilevel_at as ba
+from bilevel_at.modes import Mode
+from bilevel_at.problems import atta
+from bilevel_at.solvers import ZeroIG
+from bilevel_at.train import DIGITS, Recipe
+
+TINY = 1e-12  # keeps the step finite where a gradient is zero
+
+
+def problem(
+    epsilon: float = 8 / 255,
+    eta: float | None = None,
+    beta: float = 0.5,
+    size: int | None = None,
+    mode: Mode = "eval",
+) -> ba.BilevelProblem:
+    """Gradient steps of adaptive length from remembered perturbations in an ℓ∞ ball.
+
+    Args:
+        epsilon: radius ε of the ball.
+        eta: η_x, an ℓ2 length; ε√3072 if not given.
+        beta: momentum of v.
+        size: keep perturbations resized to size × size; at full size if not given.
+        mode: train or eval batch statistics in attack passes.
+    """
+    length = epsilon * math.sqrt(3072) if eta is None else eta
+    policy = ba.Adaptive(gamma=length, c=TINY, beta=beta, monotone=True)
+    anchor = ba.Remembered(size=size)
+    lower = ba.Linearized(ba.minus(ba.cross_entropy), ba.LinfBall(epsilon), anchor, "taylor", policy, mode)
+    return ba.BilevelProblem(ba.UpperProblem(), lower)
+
+
+def solver() -> ZeroIG:
+    return ZeroIG()
+
+
+def recipe() -> dict[str, Recipe]:
+    training = atta.recipe()
+    return {
+        "digits": DIGITS.playing(eta=0.2 * 8),
+        "cifar10": training["cifar10"],
+        "imagenet": training["imagenet"].playing(eta=2 / 255 * 388),  # √(3 · 224²) = 388
+    }

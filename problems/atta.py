@@ -1,0 +1,58 @@
+"""ATTA (Zheng et al., 2020): sign steps of constant length from remembered perturbations.
+
+    δ*_i = P_C(z_i + step · sign ∇_δ ℓ(θ, z_i)),    z_i = δ*_i of the last epoch
+
+ATAS without its adaptive step (ATAS paper, section IV-B). Perturbations live on the padded canvas and move through the
+same crop and flip as their image; on ImageNet they are kept at 32×32.
+
+Published settings (ATAS paper, appendix B, and the authors' code): step 4/255; perturbations redrawn every 10 epochs;
+attacks in eval mode; ResNet-18, 30 epochs of batch 128, rate 0.1, divided by 10 after epochs 24 and 28. ImageNet: ε =
+2/255, 90 epochs, weight decay 1e-4, divided after 50 and 75. On the digits step ε/2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import bilevel_at as ba
+from bilevel_at.modes import Mode
+from bilevel_at.solvers import ZeroIG
+from bilevel_at.train import CIFAR, DIGITS, IMAGENET, Recipe
+
+
+def problem(
+    epsilon: float = 8 / 255,
+    step: float = 4 / 255,
+    reset_every: int = 10,
+    size: int | None = None,
+    mode: Mode = "eval",
+) -> ba.BilevelProblem:
+    """Sign steps of constant length from remembered perturbations in an ℓ∞ ball.
+
+    Args:
+        epsilon: radius ε of the ball.
+        step: length of the sign step.
+        reset_every: epochs after which perturbations are drawn anew; 0 for never.
+        size: keep perturbations resized to size × size; at full size if not given.
+        mode: train or eval batch statistics in attack passes.
+    """
+    anchor = ba.Remembered(reset_every, size)
+    lower = ba.Linearized(ba.minus(ba.cross_entropy), ba.LinfBall(epsilon), anchor, "sign", step, mode)
+    return ba.BilevelProblem(ba.UpperProblem(), lower)
+
+
+def solver() -> ZeroIG:
+    return ZeroIG()
+
+
+def recipe() -> dict[str, Recipe]:
+    remembering = {"lr": 0.1, "schedule": "multistep"}
+    cifar = replace(CIFAR, model="resnet18", epochs=30, milestones=(24, 28), **remembering)
+    imagenet = replace(
+        IMAGENET, model="imagenet_resnet18", epochs=90, batch_size=128, milestones=(50, 75), **remembering
+    )
+    return {
+        "digits": DIGITS.playing(step=0.1),
+        "cifar10": cifar,
+        "imagenet": imagenet.playing(size=32),
+    }

@@ -1,0 +1,47 @@
+"""FGSM training (Goodfellow et al., 2015): one sign step, from any start and of any length.
+
+    min_θ  mean_i ℓ_CE(θ, δ*_i)
+    δ* = argmin_{δ ∈ C} ⟨sign ∇_δ ℓ_atk(θ, z), δ − z⟩ + λ/2 ‖δ − z‖² = P_C(z − step · sign ∇_δ ℓ_atk(θ, z))
+
+with ℓ_atk = −ℓ_CE and λ = 1/step (Fast-BAT paper, equations 5 and 6). The implicit gradient is zero almost everywhere
+(equation 7). From z = 0 with step ε it is FGSM; fastat.py is the same from a uniform draw.
+
+Published settings: z = 0, step ε; training as for Fast-AT (GradAlign paper, section 5, trains it for 30 epochs). At
+large ε it overfits catastrophically (GradAlign paper, Figure 1).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import bilevel_at as ba
+from bilevel_at.modes import Mode
+from bilevel_at.solvers import ZeroIG
+from bilevel_at.train import CIFAR, DIGITS, Recipe
+
+
+def problem(
+    epsilon: float = 8 / 255,
+    start: Literal["zero", "uniform", "corner"] = "zero",
+    step: float | None = None,
+    mode: Mode = "train",
+) -> ba.BilevelProblem:
+    """One sign step in an ℓ∞ ball.
+
+    Args:
+        epsilon: radius ε of the ball.
+        start: the anchor z.
+        step: length of the sign step, ε if not given.
+        mode: train or eval batch statistics in attack passes.
+    """
+    step = epsilon if step is None else step
+    lower = ba.Linearized(ba.minus(ba.cross_entropy), ba.LinfBall(epsilon), start, "sign", step, mode)
+    return ba.BilevelProblem(ba.UpperProblem(), lower)
+
+
+def solver() -> ZeroIG:
+    return ZeroIG()
+
+
+def recipe() -> dict[str, Recipe]:
+    return {"digits": DIGITS, "cifar10": CIFAR}

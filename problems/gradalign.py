@@ -1,0 +1,126 @@
+"""GradAlign (Andriushchenko and Flammarion, 2020): FGSM training with aligned input gradients.
+
+    min_θ  mean_i ℓ_CE(θ, δ*_i) + coefficient · Ω(θ)
+    Ω(θ) = mean_i 1 − cos(∇_x ℓ(x_i), ∇_x ℓ(x_i + η_i)),   η ~ U[−ε, ε]^d                                   (equation 7)
+    δ* = P_C(z + step · sign ∇_x ℓ(x + z)),   z = 0
+
+A regulariser of the upper level; the lower level is FGSM's, whose gradient at 0 the regulariser takes over. As
+published, that gradient is a constant of Ω and θ moves only the other one; examples where either gradient is zero are
+left out of the mean. ``--steps 2 --start uniform`` is GradAlign on PGD-2.
+
+Published settings (the authors' code and section 5): step 1.25 ε, which is ε after projection; coefficient 0.036,
+0.063, 0.112, 0.200, 0.356, 0.632, 1.124, 2.000 at ε = 2, 4, …, 16 (/255); 30 epochs, model in train mode throughout.
+PGD-2: step ε/2. Here 20 epochs, as the Fast-BAT paper trains it (section 5.1). On the digits, where ε is far beyond
+that list, coefficient 0.2 (at 2 the network learns nothing).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+import bilevel_at as ba
+from bilevel_at.modes import Mode
+from bilevel_at.solvers import ZeroIG
+from bilevel_at.train import CIFAR, DIGITS, Recipe
+
+
+class GradAlign(ba.UpperProblem):
+    """f_i = ℓ_CE(θ, δ_i) + coefficient · (B / |S|) · [i ∈ S] · (1 − cos(∇ℓ(θ, 0), ∇ℓ(θ, η_i))), ``[B]``.
+
+    S: the examples of the batch whose two gradients are not zero, so that mean_i f_i is the mean over the batch plus
+    coefficient times the mean over S.
+
+    attack_loss: ℓ up to its sign; the lower level's, if its gradient at 0 is to be used. constraint: η is uniform in
+    it, the input range apart. coefficient: at least 0. detach: hold ∇ℓ(θ, 0) constant, as published. mode: in which
+    both gradients see the model; the lower level's, for the same reason.
+    """
+
+    def __init__(
+        self,
+        attack_loss: ba.Loss,
+        constraint: ba.Constraint,
+        coefficient: float,
+        detach: bool = True,
+        mode: Mode = "train",
+    ) -> None:
+        super().__init__()
+        if not 0 <= coefficient < math.inf:
+            raise ba.InputError(f"coefficient is {coefficient:g}; it must be a finite number, at least 0")
+        self.attack_loss, self.constraint = attack_loss, constraint.unbounded()
+        self.coefficient, self.detach, self.mode = coefficient, detach, mode
+
+    def loss_at(
+        self, model: nn.Module, batch: ba.Batch, solution: ba.Solution, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """f ``[B]``; η is drawn from ``generator``."""
+        losses = self.loss(model, batch, solution.delta)
+        if self.coefficient == 0:
+            return losses
+        clean = solution.clean_gradient if self.detach else None
+        if clean is None:
+            clean = self._gradient(model, batch, torch.zeros_like(batch.x), create_graph=not self.detach)
+        eta = self.constraint.sample(batch.x, generator)
+        moved = self._gradient(model, batch, eta, create_graph=True)
+        defined = (clean.flatten(1) != 0).any(1) & (moved.flatten(1) != 0).any(1)
+        # Where the cosine is undefined its own gradient is NaN, which no mask removes afterwards.
+        clean, moved = (torch.where(defined[:, None], g.flatten(1), 1.0) for g in (clean, moved))
+        distance = (1 - nn.functional.cosine_similarity(clean, moved)) * defined
+        return losses + self.coefficient * distance * len(batch) / defined.sum().clamp(min=1)
+
+    def _gradient(self, model: nn.Module, batch: ba.Batch, delta: Tensor, create_graph: bool) -> Tensor:
+        delta = delta.requires_grad_()
+        with torch.enable_grad(), ba.attack_mode(model, self.mode):
+            total = self.attack_loss(model, batch, delta).sum()
+            (gradient,) = torch.autograd.grad(total, delta, create_graph=create_graph)
+        return gradient
+
+
+def published_coefficient(epsilon: float) -> float:
+    """The authors' values for ε = 2, 4, …, 16 (/255), interpolated geometrically and held at the ends."""
+    values = (0.036, 0.063, 0.112, 0.200, 0.356, 0.632, 1.124, 2.000)
+    place = min(max(epsilon * 255 / 2 - 1, 0.0), len(values) - 1.0)
+    below = min(int(place), len(values) - 2)
+    return math.exp(math.log(values[below]) + (place - below) * math.log(values[below + 1] / values[below]))
+
+
+def problem(
+    epsilon: float = 8 / 255,
+    coefficient: float | None = None,
+    steps: int = 1,
+    start: Literal["zero", "uniform"] = "zero",
+    step: float | None = None,
+    detach: bool = True,
+    mode: Mode = "train",
+) -> ba.BilevelProblem:
+    """FGSM, or PGD, with the alignment regulariser, in an ℓ∞ ball.
+
+    Args:
+        epsilon: radius ε of the ball.
+        coefficient: weight of the regulariser; the published one for ε if not given.
+        steps: sign steps of the attack.
+        start: where they begin.
+        step: length of a sign step; 1.25 ε for one step and ε/2 for more if not given.
+        detach: hold the gradient at x constant in the regulariser.
+        mode: train or eval batch statistics in attack passes.
+    """
+    if steps < 1:
+        raise ba.InputError(f"steps is {steps}; the attack takes at least 1")
+    ball, loss = ba.LinfBall(epsilon), ba.minus(ba.cross_entropy)
+    anchor = start if steps == 1 else ba.Steps(start, "sign", count=steps - 1)
+    if step is None:
+        step = 1.25 * epsilon if steps == 1 else epsilon / 2
+    lower = ba.Linearized(loss, ball, anchor, "sign", step, mode)
+    weight = published_coefficient(epsilon) if coefficient is None else coefficient
+    return ba.BilevelProblem(GradAlign(loss, ball, weight, detach, mode), lower)
+
+
+def solver() -> ZeroIG:
+    return ZeroIG()
+
+
+def recipe() -> dict[str, Recipe]:
+    return {"digits": DIGITS.playing(coefficient=0.2), "cifar10": CIFAR}

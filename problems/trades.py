@@ -1,0 +1,86 @@
+"""TRADES (Zhang et al., 2019): natural loss, plus the divergence that an attacker can cause.
+
+    min_θ  mean_i ℓ_CE(f_θ(x_i)) + weight · KL(f_θ(x_i) ‖ f_θ(x_i + δ*_i))                                  (equation 5)
+    δ* ≈ argmax_{δ ∈ C} KL(f_θ(x) ‖ f_θ(x + δ)),   K sign steps from N(0, 0.001² I)                        (Algorithm 1)
+
+weight is the paper's 1/λ. Gradients in θ go through both arguments of the divergence. Attack passes see f_θ(x) as it
+was when the attack began, and compute it once.
+
+Published settings (section 5 and the authors' code): ε = 0.031, step 0.007, K = 10, weight 6 (1 trades robustness for
+accuracy), attacks in eval mode; WideResNet-34-10, batch 128, rate 0.1 divided by 10 after epoch 75, weight decay 2e-4,
+76 epochs. Here ε = 8/255 and step 2/255, which are those numbers in their usual units. On the digits K = 7 and step
+ε/4, as for min-max training.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import bilevel_at as ba
+from bilevel_at.modes import Mode
+from bilevel_at.solvers import ZeroIG
+from bilevel_at.train import CIFAR, DIGITS, Recipe
+
+
+class Tradeoff(ba.UpperProblem):
+    """f = ℓ_CE(f_θ(x)) + weight · KL(f_θ(x) ‖ f_θ(x + δ)), ``[B]``. weight: at least 0."""
+
+    def __init__(self, weight: float) -> None:
+        super().__init__()
+        if not 0 <= weight < math.inf:
+            raise ba.InputError(f"weight is {weight:g}; it must be a finite number, at least 0")
+        self.weight = weight
+
+    def loss(self, model: nn.Module, batch: ba.Batch, delta: Tensor) -> Tensor:
+        clean = ba.logits(model, batch, torch.zeros_like(batch.x))
+        losses = F.cross_entropy(clean, batch.y, reduction="none")
+        if self.weight == 0:
+            return losses
+        log_clean, log_moved = F.log_softmax(clean, 1), F.log_softmax(ba.logits(model, batch, delta), 1)
+        return losses + self.weight * F.kl_div(log_moved, log_clean, reduction="none", log_target=True).sum(1)
+
+
+def problem(
+    epsilon: float = 8 / 255,
+    weight: float = 6.0,
+    steps: int = 10,
+    step: float | None = None,
+    mode: Mode = "eval",
+) -> ba.BilevelProblem:
+    """K sign steps up the divergence in an ℓ∞ ball.
+
+    Args:
+        epsilon: radius ε of the ball.
+        weight: of the divergence, 1/λ in the paper.
+        steps: K, the number of sign steps.
+        step: length of a sign step, ε/4 if not given.
+        mode: train or eval batch statistics in attack passes.
+    """
+    if steps < 1:
+        raise ba.InputError(f"steps is {steps}; the attack takes at least 1")
+    anchor = ba.Steps(ba.Gaussian(1e-3), "sign", count=steps - 1)
+    step = epsilon / 4 if step is None else step
+    lower = ba.Linearized(ba.minus(ba.kl_divergence), ba.LinfBall(epsilon), anchor, "sign", step, mode)
+    return ba.BilevelProblem(Tradeoff(weight), lower)
+
+
+def solver() -> ZeroIG:
+    return ZeroIG()
+
+
+def recipe() -> dict[str, Recipe]:
+    cifar = replace(
+        CIFAR,
+        model="wide_resnet34_10",
+        epochs=76,
+        lr=0.1,
+        weight_decay=2e-4,
+        schedule="multistep",
+        milestones=(75,),
+    )
+    return {"digits": DIGITS.playing(steps=7), "cifar10": cifar}
