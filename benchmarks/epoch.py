@@ -2,9 +2,10 @@
 
     python benchmarks/epoch.py --data cifar10 --data-dir D --write docs/results
 
-Each method trains one epoch with its recipe for the data set (a few steps before it warm the machine up); evaluation is
-not timed. The record is the ratio to standard training in the same precision and process; seconds are of the named
-device. On a CPU, ``--examples 256 --batch-size 64 --methods fastat fastbat`` shows that it works.
+Each method trains one epoch with its recipe for the data set, on one network for all (a few steps before it warm the
+machine up); evaluation is not timed, and an epoch of Free-AT is its m replays. The record is the ratio to standard
+training in the same precision and process; seconds are of the named device. On a CPU, ``--examples 256 --batch-size 64
+--methods fastat fastbat`` shows that it works.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ from bilevel_at.errors import InputError
 from bilevel_at.evaluate import Attack
 from bilevel_at.models import build_model
 from bilevel_at.plan import resolve_device
-from bilevel_at.problem_file import ProblemFile
+from bilevel_at.problem_file import ProblemFile, packaged_problems
 from bilevel_at.train import Trainer
 
-METHODS = ("standard", "fastat", "atas", "fastbat", "minmax", "beta")
+METHODS = tuple(path.stem for path, _ in packaged_problems())
 WARM_UP_STEPS = 5
 
 
@@ -54,7 +55,7 @@ def epoch_of(
     recipe = dataclasses.replace(file.recipe(data), epochs=1)
     if batch_size is not None:
         recipe = dataclasses.replace(recipe, batch_size=batch_size)
-    device = train.x.device
+    device = train.device
     torch.manual_seed(0)
     model = build_model(model_name, train.shape, train.classes, train).to(device)
     problem = file.problem(**recipe.problem)
@@ -112,7 +113,7 @@ def benchmark(
             base = base or seconds
             row = {"method": method, "precision": precision, "seconds": seconds, "ratio": seconds / base, "GiB": memory}
             rows.append(row)
-            console.print(f"{method:<10} {precision:<9} {seconds:8.2f} s  {seconds / base:5.2f} ×  {memory:6.2f} GiB")
+            console.print(f"{method:<18} {precision:<9} {seconds:8.2f} s  {seconds / base:5.2f} ×  {memory:6.2f} GiB")
     table = Table(
         "method", "precision", "seconds", "× standard", "GiB", title=f"{model}, {len(train)} examples, {name}"
     )
