@@ -139,9 +139,9 @@ class Remembered(Anchor):
     """z = the example's δ* of the last time it was seen, moved through the same crop and flip as its image.
 
     Perturbations live on the padded canvas of ``batch.view`` (or, without one, on the image itself), start uniform,
-    and are forgotten every ``reset_every`` epochs (0: never), though not at the start of the last epoch.
+    and are forgotten as every ``reset_every``-th epoch begins (0: never), except the last one.
     size: keep them resized to ``size × size``, for images too many and too large to remember at full size; bilinear,
-        antialiased on the way down. The view is not followed then, as published.
+        antialiased on the way down. The view is not followed then, as in Algorithm 2.
     Raises :class:`InputError` where a batch has no index. Source: ATAS (Huang et al., 2023), Algorithms 1 and 2, and
     ATTA before it; the schedule is that of their published code.
     """
@@ -178,7 +178,7 @@ class Remembered(Anchor):
         self.memory.write(batch, delta)
 
     def set_epoch(self, epoch: int, epochs: int) -> None:
-        if self.reset_every and epoch and epoch % self.reset_every == 0 and epoch != epochs - 1:
+        if self.reset_every and (epoch + 1) % self.reset_every == 0 and epoch != epochs - 1:
             self.memory.clear()
 
     def state_dict(self) -> dict[str, Any]:

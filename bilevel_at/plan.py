@@ -176,9 +176,10 @@ def known_names() -> str:
         "models": {name: architecture.about for name, architecture in MODELS.items()},
         "data": {**DATA_NAMES, "FILE.npz": "your own: x_train, y_train, x_test, y_test"},
     }
+    width = max(len(name) for names in groups.values() for name in names)
     lines = []
     for group, names in groups.items():
-        lines += [group, *(f"  {name:<17} {about}" for name, about in names.items())]
+        lines += [group, *(f"  {name:<{width}}  {about}" for name, about in names.items())]
     return "\n".join(lines)
 
 

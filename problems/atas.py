@@ -9,9 +9,9 @@ kept at 32×32 (Algorithm 2).
 Published settings (experiments, appendix B and the authors' code): γ/c = 16/255, β = 0.5, and c = 0.01 for gradients
 of the mean over 128 samples, so c = 1.28 for the per-sample gradients used here; steps clipped to 4/255 … 14/255; a
 constant step ε in the first 5 epochs; perturbations redrawn every 10 epochs; attacks in eval mode; training as for
-ATTA (atta.py). ImageNet: ε = 2/255, c = 0.1, so 12.8 here, γ/c = 16/255 as everywhere; the clipping and the warm-up,
-which only the code for CIFAR has, are in proportion to ε. On the digits γ/c = 2ε and c = 1.28, which is not tuned
-there.
+ATTA (atta.py). ImageNet: ε = 2/255, c = 0.1, so 12.8 here, and steps clipped to 4/255 … 8/255. During the warm-up v is
+followed here, from Algorithm 1; in the authors' code it begins after it. On the digits γ/c = 2ε and c = 1.28, which is
+not tuned there.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ def problem(
     max_step: float = 16 / 255,
     c: float = 1.28,
     beta: float = 0.5,
+    shortest: float | None = None,
+    longest: float | None = None,
     warmup_epochs: int = 5,
     reset_every: int = 10,
     size: int | None = None,
@@ -40,6 +42,8 @@ def problem(
         max_step: γ/c, the step where gradients vanish.
         c: added to √v, on the scale of per-sample gradient norms.
         beta: momentum of v.
+        shortest: least step, ε/2 if not given.
+        longest: greatest step, 1.75 ε if not given.
         warmup_epochs: epochs with the constant step ε.
         reset_every: epochs after which perturbations are drawn anew; 0 for never.
         size: keep perturbations resized to size × size; at full size if not given.
@@ -49,8 +53,8 @@ def problem(
         gamma=max_step * c,
         c=c,
         beta=beta,
-        low=0.5 * epsilon,
-        high=1.75 * epsilon,
+        low=0.5 * epsilon if shortest is None else shortest,
+        high=1.75 * epsilon if longest is None else longest,
         warmup_step=epsilon,
         warmup_epochs=warmup_epochs,
     )
@@ -68,5 +72,5 @@ def recipe() -> dict[str, Recipe]:
     return {
         "digits": DIGITS.playing(max_step=0.4),
         "cifar10": training["cifar10"],
-        "imagenet": training["imagenet"].playing(c=12.8),
+        "imagenet": training["imagenet"].playing(c=12.8, shortest=4 / 255, longest=8 / 255),
     }

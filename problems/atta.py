@@ -2,7 +2,7 @@
 
     δ*_i = P_C(z_i + step · sign ∇_δ ℓ(θ, z_i)),    z_i = δ*_i of the last epoch
 
-ATAS without its adaptive step (ATAS paper, section IV-B). Perturbations live on the padded canvas and move through the
+ATAS without its adaptive step (ATAS paper, section IV). Perturbations live on the padded canvas and move through the
 same crop and flip as their image; on ImageNet they are kept at 32×32.
 
 Published settings (ATAS paper, appendix B, and the authors' code): step 4/255; perturbations redrawn every 10 epochs;

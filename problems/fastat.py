@@ -6,8 +6,8 @@
 with ℓ_atk = −ℓ_CE and λ = 1/step (Fast-BAT paper, equations 5 and 6). The implicit gradient is zero almost
 everywhere (equation 7).
 
-Published settings (Fast-BAT paper, section 5.1): step 1.25 ε; 20 epochs of batch 128, SGD with momentum 0.9 and
-weight decay 5e-4, rate 0 → 0.2 → 0 linearly, model in train mode throughout.
+Published settings (Fast-BAT paper, section 5.1 and appendix C): step 1.25 ε; 20 epochs of batch 128, SGD with momentum
+0.9 and weight decay 5e-4, rate 0 → 0.2 → 0 linearly; in the authors' code the model is in train mode throughout.
 """
 
 from __future__ import annotations

@@ -1,13 +1,14 @@
 """MART (Wang et al., 2020): boosted cross-entropy, and a divergence weighted by how unsure the network is of x.
 
-    f = BCE(p(x + δ*), y) + weight · KL(p(x) ‖ p(x + δ*)) · (1 − p_y(x))                                    (equation 9)
-    BCE(p, y) = −log p_y − log(1 − max_{k≠y} p_k)                                                           (equation 6)
+    f = BCE(p(x + δ*), y) + weight · KL(p(x) ‖ p(x + δ*)) · (1 − p_y(x))
+    BCE(p, y) = −log p_y − log(1 − max_{k≠y} p_k)
     δ* ≈ argmax_{δ ∈ C} ℓ_CE(θ, δ),   K sign steps from N(0, 0.001² I)
 
-with p = softmax(f_θ). Gradients in θ go through every p. The attack is min-max training's.
+with p = softmax(f_θ) (section 3). Gradients in θ go through every p. The attack is min-max training's, from a start
+that is projected onto C.
 
 Published settings (section 4 and the authors' code): ε = 0.031, step 0.007, K = 10, weight 5, attacks in eval mode;
-ResNet-18, 120 epochs of batch 128, rate 0.01 divided by 10 after epochs 75, 90 and 100, weight decay 3.5e-3. Here ε =
+ResNet-18, 120 epochs of batch 128, rate 0.01 divided by 10 from epochs 75, 90 and 100 on, weight decay 3.5e-3. Here ε =
 8/255 and step 2/255, which are those numbers in their usual units. On the digits K = 7 and step ε/4, as for min-max
 training.
 """
@@ -95,6 +96,6 @@ def recipe() -> dict[str, Recipe]:
         lr=0.01,
         weight_decay=3.5e-3,
         schedule="multistep",
-        milestones=(75, 90, 100),
+        milestones=(74, 89, 99),
     )
     return {"digits": DIGITS.playing(steps=7), "cifar10": cifar}

@@ -6,8 +6,9 @@
 The last step is the sign-linearised lower level (Fast-BAT paper, equations 5 and 6) around the anchor that the
 K − 1 steps before it reach. Its implicit gradient is zero almost everywhere, so every solver gives Madry's update.
 
-Published settings: ε = 8/255, step 2/255, K = 10 on CIFAR-10. PGD-2 as the Fast-BAT paper trains it (appendix C):
-``--steps 2 --step 4/255``, that is 0.5 ε, with Fast-AT's training. On the digits: K = 7.
+Published settings: ε = 8/255, step 2/255, K = 10 on CIFAR-10 (ATAS and BETA papers; Madry et al. took 7). PGD-2 as the
+Fast-BAT paper trains it (appendix C): ``--steps 2 --step 4/255``, that is 0.5 ε, with Fast-AT's training. On the
+digits: K = 7.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
     dF/dθ = ∇_θ ℓ_CE − ig_weight · ∇_θ ⟨∇_δ ℓ_atk(θ, z), 1_F ⊙ ∇_δ ℓ_CE / λ⟩
 
 Nothing here is new but the choice of anchor and step: the example of how published parts go together. The anchor costs
-no pass, so a step costs 3 passes less than Fast-BAT's. γ/c is Fast-BAT's 1/λ, c and β are ATAS', attacks see the model
+no pass, so a step costs 2 passes less than Fast-BAT's. γ/c is Fast-BAT's 1/λ, c and β are ATAS', attacks see the model
 in eval mode as ATAS' do, and ig_weight is Fast-BAT's 0.1 λ at γ/c. Settings are a first guess, not tuned.
 """
 

@@ -83,8 +83,8 @@ PUBLISHED = {
     "remembered_fastbat": ("resnet18", 30, 128, 0.1, "multistep", (24, 28), 5e-4),
     "beta": ("resnet18", 110, 128, 0.1, "multistep", (100,), 5e-4),
     "smooth_beta": ("resnet18", 110, 128, 0.1, "multistep", (100,), 5e-4),
-    "trades": ("wide_resnet34_10", 76, 128, 0.1, "multistep", (75,), 2e-4),
-    "mart": ("resnet18", 120, 128, 0.01, "multistep", (75, 90, 100), 3.5e-3),
+    "trades": ("wide_resnet34_10", 76, 128, 0.1, "multistep", (74,), 2e-4),
+    "mart": ("resnet18", 120, 128, 0.01, "multistep", (74, 89, 99), 3.5e-3),
 }
 EVAL_MODE_ATTACKS = {"atta", "atas", "sgd_bca", "asgd_bca", "remembered_fastbat", "trades", "mart"}
 
