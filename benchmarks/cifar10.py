@@ -28,7 +28,7 @@ from rich.console import Console
 import bilevel_at
 from bilevel_at import flags
 from bilevel_at import run as main_job
-from bilevel_at.data import Images, load_data
+from bilevel_at.data import ImageSet, load_data
 from bilevel_at.errors import InputError
 from bilevel_at.plan import resolve_device
 
@@ -57,7 +57,7 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
 
 
-def autoattack(model: torch.nn.Module, images: Images, epsilon: float, state: Path) -> dict[str, Any]:
+def autoattack(model: torch.nn.Module, images: ImageSet, epsilon: float, state: Path) -> dict[str, Any]:
     """AutoAttack's accuracy on ``images``; it keeps its own state, and goes on where it was stopped."""
     start = time.perf_counter()
     attack = AutoAttack(model, norm="Linf", eps=epsilon, version="standard", seed=0, device=images.device)
@@ -70,7 +70,7 @@ def autoattack(model: torch.nn.Module, images: Images, epsilon: float, state: Pa
 
 
 def one(
-    method: str, epsilon: float, seed: int, settings: Sequence[str], folder: Path, test: Images, strongest: int
+    method: str, epsilon: float, seed: int, settings: Sequence[str], folder: Path, test: ImageSet, strongest: int
 ) -> dict[str, Any]:
     """Train and evaluate; the record of the run."""
     device = test.device

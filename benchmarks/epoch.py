@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bilevel_at import flags
-from bilevel_at.data import Images, load_data
+from bilevel_at.data import ImageSet, load_data
 from bilevel_at.errors import InputError
 from bilevel_at.evaluate import Attack
 from bilevel_at.models import build_model
@@ -48,7 +48,7 @@ def seconds_of(work: Any, device: torch.device) -> float:
 
 
 def epoch_of(
-    method: str, precision: str, data: str, train: Images, model_name: str, batch_size: int | None
+    method: str, precision: str, data: str, train: ImageSet, model_name: str, batch_size: int | None
 ) -> tuple[float, float]:
     """(seconds of one training epoch, peak memory in GiB on a GPU, else 0)."""
     file = ProblemFile(method)
@@ -63,7 +63,7 @@ def epoch_of(
     if solver is None:
         raise InputError(f"{method} has no solver(); this benchmark needs one")
 
-    def trainer(images: Images) -> Trainer:
+    def trainer(images: ImageSet) -> Trainer:
         return Trainer(problem, solver, model, images, images, recipe, Attack("clean", 0.0), precision=precision)
 
     trainer(train[slice(0, WARM_UP_STEPS * recipe.batch_size)]).train_epoch(0)

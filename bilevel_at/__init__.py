@@ -12,7 +12,7 @@ from .batch import Batch, CropFlip
 from .constraints import ActiveSet, Constraint, L2Ball, LinfBall, Polyhedron
 from .directions import Direction
 from .errors import BilevelError, ConvergenceError, CurvatureError, InputError
-from .losses import cross_entropy, kl_divergence, logits, margins, minus, negative_margin
+from .losses import Loss, cross_entropy, kl_divergence, logits, margins, minus, negative_margin
 from .lower import Linearized, Proximal
 from .memory import SampleMemory
 from .modes import attack_mode
@@ -45,6 +45,7 @@ __all__ = [
     "L2Ball",
     "Linearized",
     "LinfBall",
+    "Loss",
     "LowerProblem",
     "Polyhedron",
     "Proximal",

@@ -14,7 +14,7 @@ from matplotlib import pyplot as plt
 from torch import nn
 
 from .batch import Batch
-from .data import Images
+from .data import ImageSet
 from .evaluate import Attack
 from .modes import attack_mode
 from .train import rank
@@ -46,7 +46,7 @@ def curves(metrics: list[dict[str, Any]], path: Path, title: str) -> None:
     plt.close(figure)
 
 
-def examples(model: nn.Module, images: Images, attack: Attack, path: Path, count: int = 8) -> None:
+def examples(model: nn.Module, images: ImageSet, attack: Attack, path: Path, count: int = 8) -> None:
     """Test images, their perturbations and the sums, with what the model says of each."""
     if attack.lower is None:
         return

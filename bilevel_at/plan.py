@@ -16,7 +16,7 @@ from torch import nn
 
 from . import flags
 from .batch import Batch
-from .data import DATA_NAMES, Images
+from .data import DATA_NAMES, ImageSet
 from .errors import InputError
 from .models import MODELS, ActivationName, build_model
 from .problem import BilevelProblem
@@ -99,7 +99,7 @@ class Plan:
     problem_arguments: dict[str, Any]
     command: list[str]
 
-    def config(self, model: nn.Module, train: Images) -> dict[str, Any]:
+    def config(self, model: nn.Module, train: ImageSet) -> dict[str, Any]:
         """``config.json``: what is needed to repeat the run."""
         packages = ("bilevel-at", "torchvision", "numpy", "scikit-learn")
         return {
@@ -223,7 +223,7 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def build(plan: Plan, train: Images) -> nn.Module:
+def build(plan: Plan, train: ImageSet) -> nn.Module:
     """The network on the data's device, after a look at what it gives for two images."""
     options = plan.options
     torch.manual_seed(options.seed)
@@ -243,7 +243,7 @@ def build(plan: Plan, train: Images) -> nn.Module:
     return model
 
 
-def probe(plan: Plan, model: nn.Module, train: Images) -> None:
+def probe(plan: Plan, model: nn.Module, train: ImageSet) -> None:
     """One hypergradient on copies, so that what cannot work is said before anything is written."""
     few = train[slice(0, 4)]
     batch = Batch(few.pixels(), few.y, torch.arange(len(few), device=few.device))

@@ -21,7 +21,7 @@ from rich.status import Status
 from rich.table import Table
 
 from . import figures, flags
-from .data import Images, load_data
+from .data import ImageSet, load_data
 from .errors import BilevelError, InputError
 from .evaluate import Attack, Score, attack_from_name, evaluate
 from .plan import PROG, Plan, build, probe, resolve_device, understand
@@ -127,7 +127,7 @@ def _announce(status: Status, which: str, attack: str) -> None:
 
 
 def _evaluate(
-    trainer: Trainer, run: RunDir, test: Images, attacks: Sequence[Attack], console: Console
+    trainer: Trainer, run: RunDir, test: ImageSet, attacks: Sequence[Attack], console: Console
 ) -> dict[str, dict[str, Score]]:
     """Best and last epoch (and the last good one) on the test set, into ``results.json``, which grows with each attack.
 
@@ -153,7 +153,7 @@ def _evaluate(
     return scores
 
 
-def _table(scores: dict[str, dict[str, Score]], epochs: dict[str, int], test: Images, epsilon: float) -> Table:
+def _table(scores: dict[str, dict[str, Score]], epochs: dict[str, int], test: ImageSet, epsilon: float) -> Table:
     title = f"test accuracy at ε = {epsilon:.4g} ({len(test)} images)"
     table = Table(title=title, min_width=len(title) + 2)
     table.add_column("epoch")

@@ -46,10 +46,15 @@ def solver() -> ZeroIG:
 
 
 def recipe() -> dict[str, Recipe]:
-    remembering = {"lr": 0.1, "schedule": "multistep"}
-    cifar = replace(CIFAR, model="resnet18", epochs=30, milestones=(24, 28), **remembering)
+    cifar = replace(CIFAR, model="resnet18", epochs=30, lr=0.1, schedule="multistep", milestones=(24, 28))
     imagenet = replace(
-        IMAGENET, model="imagenet_resnet18", epochs=90, batch_size=128, milestones=(50, 75), **remembering
+        IMAGENET,
+        model="imagenet_resnet18",
+        epochs=90,
+        batch_size=128,
+        lr=0.1,
+        schedule="multistep",
+        milestones=(50, 75),
     )
     return {
         "digits": DIGITS.playing(step=0.1),

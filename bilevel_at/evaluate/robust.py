@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..batch import Batch
-from ..data import Images
+from ..data import ImageSet
 from ..modes import attack_mode
 from .attacks import Attack
 
@@ -30,7 +30,9 @@ class Score:
         return asdict(self)
 
 
-def robust_correct(model: nn.Module, images: Images, attack: Attack, *, seed: int = 0, batch_size: int = 512) -> Tensor:
+def robust_correct(
+    model: nn.Module, images: ImageSet, attack: Attack, *, seed: int = 0, batch_size: int = 512
+) -> Tensor:
     """Whether each example is still classified correctly under the worst of the attack's restarts, ``[N]`` bool.
 
     Examples already broken are not attacked again. The model is seen in eval mode and left as it was.
@@ -59,7 +61,7 @@ def robust_correct(model: nn.Module, images: Images, attack: Attack, *, seed: in
 
 def evaluate(
     model: nn.Module,
-    images: Images,
+    images: ImageSet,
     attacks: Sequence[Attack],
     *,
     seed: int = 0,

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ..data import Images
+from ..data import ImageSet
 from ..errors import InputError
 from .activations import ACTIVATIONS, ActivationName
 from .imagenet import imagenet_resnet
@@ -80,7 +80,7 @@ def build_model(
     name: str,
     shape: tuple[int, int, int],
     classes: int,
-    train: Images | None = None,
+    train: ImageSet | None = None,
     activation: ActivationName = "relu",
     dropout: float = 0.0,
 ) -> nn.Module:

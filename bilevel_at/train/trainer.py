@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..batch import Batch
-from ..data import Images, Loader
+from ..data import ImageSet, Loader
 from ..errors import BilevelError, InputError
 from ..evaluate import Attack, robust_correct
 from ..modes import attack_mode
@@ -43,8 +43,8 @@ class Trainer:
         problem: BilevelProblem,
         solver: Solver,
         model: nn.Module,
-        train: Images,
-        held_out: Images,
+        train: ImageSet,
+        held_out: ImageSet,
         recipe: Recipe,
         attack: Attack,
         seed: int = 0,
@@ -59,7 +59,7 @@ class Trainer:
         self.held_out, self.recipe, self.attack, self.seed = held_out, recipe, attack, seed
         self.precision, self.device = precision, held_out.device
         if self.device.type == "cuda":
-            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs want more
+            model.to(memory_format=torch.channels_last)
         self.loader = Loader(train, recipe.batch_size, seed, recipe.augment)
         self.optimizer = torch.optim.SGD(
             model.parameters(), lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay
