@@ -433,7 +433,7 @@ def test_ctrl_c_in_a_real_process():
         (["--model", "resnet"], "model 'resnet' is not known; choose from small_cnn, one_layer_cnn, preact_resnet18"),
         (["--model", "file"], "defines no model(shape, classes)"),
         (["--data", "mnist"], "data 'mnist' is not known; choose from digits"),
-        (["--data", "cifar10"], "put cifar10.npz (arrays x_train, y_train, x_test, y_test) into data/"),
+        (["--data", "cifar10", "--no-download"], "put cifar10.npz (arrays x_train, y_train, x_test, y_test) into data/"),
         (["--data", "none.npz"], "data file none.npz does not exist"),
         (["--attacks", "clean", "pgd-0-1"], "attack 'pgd-0-1' is not known"),
         (["--device", "tpu9"], "--device tpu9 cannot be used here"),

@@ -19,7 +19,7 @@ from .wide import wide_resnet
 
 __all__ = ["MODELS", "ActivationName", "Architecture", "Normalized", "build_model"]
 
-STATISTICS_FROM = 5_000  # images; more change the third digit at most
+STATISTICS_FROM = 2_000  # images; more change the third digit at most
 
 
 class Normalized(nn.Module):
