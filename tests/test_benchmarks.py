@@ -1,0 +1,95 @@
+"""The benchmark scripts run, at the smallest size, and record what they say they record."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import bilevel_at as ba
+
+FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    g = np.random.default_rng(0)
+    Path("data").mkdir()
+    np.savez(
+        "data/cifar10.npz",
+        x_train=g.integers(0, 256, (60, 8, 8, 3), dtype=np.uint8),
+        y_train=np.arange(60) % 5,
+        x_test=g.integers(0, 256, (12, 8, 8, 3), dtype=np.uint8),
+        y_test=np.arange(12) % 5,
+    )
+
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_epoch_times_every_method_beside_a_plain_epoch():
+    flags = ["--data", "cifar10", "--model", "one_layer_cnn", "--examples", "24", "--batch-size", "12"]
+    script("epoch").command([*flags, "--methods", "fastat", "free", "atas", "--device", "cpu", "--write", "results"])
+    (path,) = Path("results").glob("*.json")
+    record = json.loads(path.read_text())
+    assert [(r["method"], r["precision"]) for r in record["rows"]] == [
+        (m, p) for p in ("float32", "bfloat16") for m in ("standard", "fastat", "free", "atas")
+    ]
+    assert all(r["seconds"] > 0 and r["ratio"] > 0 for r in record["rows"]) and record["rows"][0]["ratio"] == 1
+    assert record["device"].endswith("CPU") and record["examples"] == 24
+    assert set(script("epoch").METHODS) >= {"fastbat", "gradalign", "trades", "mart", "beta", "standard"}
+
+
+def test_cifar10_trains_evaluates_and_records(capsys):
+    flags = [
+        "--epochs",
+        "1",
+        "--model",
+        "one_layer_cnn",
+        "--test-examples",
+        "6",
+        "--autoattack",
+        "2",
+        "--device",
+        "cpu",
+    ]
+    args = ["--methods", "fastat", "pgd-2", "--epsilons", "8/255", *flags, "--folder", "runs"]
+    script("cifar10").command(args)
+    first = {p.name: json.loads(p.read_text()) for p in Path("runs").glob("*.json")}
+    assert len(first) == 2
+    for record in first.values():
+        assert {"clean", "pgd-50-10", "autoattack"} == set(record["results"]["last"])
+        assert record["results"]["last"]["autoattack"]["n"] == 2
+        assert record["results"]["last"]["autoattack"]["accuracy"] <= 1
+        assert record["recipe"]["augment"] == "crop-flip" and record["recipe"]["model"] == "one_layer_cnn"
+        assert record["recipe"]["problem"]["epsilon"] == pytest.approx(8 / 255)
+        assert record["training_seconds_per_epoch"] > 0 and record["versions"]["torch"]
+    (pgd,) = (r for r in first.values() if r["method"] == "pgd-2")
+    assert pgd["recipe"]["problem"] == {"epsilon": 8 / 255, "steps": 2, "step": 4 / 255, "mode": "train"}
+    table = Path("runs/cifar10.md").read_text()
+    assert "| fastat | 8/255 | 0 |" in table and "[45.49 ± 0.21]" in table and "(n = 2)" in table
+
+    script("cifar10").command(args)  # everything is there: nothing is trained or attacked again
+    again = {p.name: json.loads(p.read_text()) for p in Path("runs").glob("*.json")}
+    assert again == first
+    with pytest.raises(ba.InputError, match="--methods fast is not known; choose from fastbat"):
+        script("cifar10").command(["--methods", "fast"])
+
+
+def test_digits_makes_a_table_and_a_figure():
+    script("digits").command(["--seeds", "1", "--methods", "standard", "fgsm", "--write", "docs/digits.md"])
+    page = Path("docs/digits.md").read_text()
+    assert "| standard | " in page and "| fgsm | " in page and "(digits.png)" in page
+    assert Path("docs/digits.png").read_bytes()[:4] == b"\x89PNG"
+    with pytest.raises(ba.InputError, match="--methods fast is not known"):
+        script("digits").command(["--methods", "fast"])
