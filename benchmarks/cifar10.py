@@ -11,9 +11,7 @@ may be given until it says that it is done. On a CPU, ``--methods fastat --epsil
 
 from __future__ import annotations
 
-import datetime
 import json
-import platform
 import statistics
 import sys
 import time
@@ -31,6 +29,7 @@ from bilevel_at import run as main_job
 from bilevel_at.data import ImageSet, load_data
 from bilevel_at.errors import InputError
 from bilevel_at.plan import resolve_device
+from bilevel_at.train import RunDir
 
 METHODS = {
     "fastbat": ["problems/fastbat.py"],
@@ -39,7 +38,6 @@ METHODS = {
     "pgd-2": ["problems/minmax.py", "--steps", "2"],  # and its step is half of ε
     "atas": ["problems/atas.py"],
 }
-ROOT = Path(__file__).resolve().parent.parent
 # Clean, PGD-50-10 and AutoAttack accuracy in %, with the standard deviation where there is one, and the source.
 PUBLISHED = {
     ("fastbat", 8): ("79.97 ± 0.12", "48.83 ± 0.17", "45.19 ± 0.12", "Fast-BAT poster"),
@@ -51,10 +49,6 @@ PUBLISHED = {
     ("fastat", 16): ("44.15 ± 7.27", "21.83 ± 1.32", "12.49 ± 0.33", "Fast-BAT poster"),
     ("gradalign", 16): ("58.29 ± 1.32", "26.01 ± 0.16", "17.97 ± 0.33", "Fast-BAT poster"),
 }
-
-
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
 
 
 def autoattack(model: torch.nn.Module, images: ImageSet, epsilon: float) -> dict[str, Any]:
@@ -73,36 +67,32 @@ def one(
     method: str, epsilon: float, seed: int, settings: Sequence[str], folder: Path, test: ImageSet, strongest: int
 ) -> dict[str, Any]:
     """Train and evaluate; the record of the run."""
-    device = test.device
     out = folder / f"{method}-eps{round(255 * epsilon)}-seed{seed}"
     command = [*METHODS[method], "--data", "cifar10", "--epsilon", f"{epsilon!r}", "--seed", str(seed), *settings]
     if method == "pgd-2":
         command += ["--step", f"{epsilon / 2!r}"]
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
     resume = ["--resume"] if (out / "config.json").exists() else []
     main_job.run([*command, "--attacks", "clean", "pgd-50-10", "--out", str(out), *resume])
-    memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
-    results = json.loads((out / "results.json").read_text())
-    if strongest and "autoattack" not in results["last"]:
-        model = bilevel_at.load(out, "last").to(device)
+    run = RunDir(out)
+    results = run.read_json("results.json")
+    if strongest and results["last"].get("autoattack", {}).get("n") != strongest:
+        model = bilevel_at.load(out, "last").to(test.device)
         results["last"]["autoattack"] = autoattack(model, test[slice(0, strongest)], epsilon)
-        (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    config = json.loads((out / "config.json").read_text())
-    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        run.write_json("results.json", results)
+    config, metrics = run.read_json("config.json"), run.metrics()
     return {
         "method": method,
         "epsilon": epsilon,
         "seed": seed,
         "command": config["command"],
-        "date": datetime.date.today().isoformat(),
-        "device": device_name(device),
+        "date": config["date"],
+        "device": config["machine"]["device"],
         "versions": config["versions"],
         "recipe": {**config["options"], "problem": config["problem"], "solver": config["solver"]},
         "results": results,
         "training_seconds_per_epoch": statistics.median(m["train_seconds"] for m in metrics),
         "seconds_per_epoch_with_held_out": statistics.median(m["seconds"] for m in metrics),
-        "peak_memory_GiB": memory,
+        "training_peak_memory_GiB": max(m["memory"] for m in metrics),
         "held_out": [{k: m[k] for k in ("epoch", "train", "clean", "robust", "loss")} for m in metrics],
     }
 
@@ -126,7 +116,7 @@ def table(records: Sequence[dict[str, Any]]) -> str:
         "| method | ε | seed | clean | PGD-50-10 | AutoAttack | s/epoch | device, date | published in |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for r in records:
+    for r in sorted(records, key=lambda r: (r["epsilon"], list(METHODS).index(r["method"]), r["seed"], r["device"])):
         radius, last = round(255 * r["epsilon"]), r["results"]["last"]
         known = PUBLISHED.get((r["method"], radius), ("–", "–", "–", "–"))
         names = ("clean", "pgd-50-10", "autoattack")
@@ -172,6 +162,9 @@ def benchmark(
         folder: where the runs go.
         write: a folder for the results files and the table; the runs' folder if not given.
     """
+    for flag, value, least in (("seeds", seeds, 1), ("autoattack", autoattack, 0), ("test-examples", test_examples, 1)):
+        if value is not None and value < least:
+            raise InputError(f"--{flag} is {value}; it must be at least {least}")
     unknown = [method for method in methods if method not in METHODS]
     if unknown:
         raise InputError(f"--methods {unknown[0]} is not known; choose from {', '.join(METHODS)}")
@@ -191,7 +184,7 @@ def benchmark(
         "device": device,
     }
     settings = [text for k, v in given.items() if v is not None for text in (f"--{k}", str(v))]
-    target, console, records = Path(write or folder), Console(), []
+    target, console = Path(write or folder), Console()
     target.mkdir(parents=True, exist_ok=True)
     for epsilon in epsilons:
         for method in methods:
@@ -200,8 +193,8 @@ def benchmark(
                 where = record["device"].replace(" ", "-")
                 path = target / f"cifar10-{method}-eps{round(255 * epsilon)}-seed{seed}-{where}.json"
                 path.write_text(json.dumps(record, indent=2) + "\n")
-                records.append(record)
                 console.print(f"written to {path}", highlight=False)
+                records = [json.loads(file.read_text()) for file in target.glob("cifar10-*.json")]
                 (target / "cifar10.md").write_text(table(records))
     console.print(f"done: {target / 'cifar10.md'}", highlight=False)
 

@@ -9,10 +9,8 @@ About half an hour on two cores, most of it BETA. Runs already in ``runs/bench-d
 
 from __future__ import annotations
 
-import datetime
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -24,7 +22,6 @@ import matplotlib
 
 matplotlib.use("Agg")
 
-import torch
 from matplotlib import pyplot as plt
 from rich.console import Console
 from rich.progress import Progress
@@ -72,6 +69,20 @@ def read(method: str, seed: int, folder: Path) -> dict[str, float]:
     return row
 
 
+def machines(methods: Sequence[str], seeds: int, folder: Path) -> str:
+    """When, on what and with what the runs were made, from what each of them has recorded."""
+    said = set()
+    for method in methods:
+        for seed in range(seeds):
+            config = json.loads((folder / f"{method}-{seed}" / "config.json").read_text())
+            machine, versions = config["machine"], config["versions"]
+            said.add(
+                f"{config['date']}, {machine['device']}, {machine['threads']} thread a run, torch {versions['torch']}, "
+                f"Python {versions['python']}"
+            )
+    return "; ".join(sorted(said))
+
+
 def spread(values: Sequence[float]) -> str:
     return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}" if len(values) > 1 else f"{values[0]:.1f}"
 
@@ -108,16 +119,12 @@ def draw(rows: Rows, path: Path, seeds: int) -> None:
     plt.close(figure)
 
 
-def document(rows: Rows, cells: dict[str, list[str]], header: list[str], seeds: int, threads: int, figure: str) -> str:
+def document(rows: Rows, cells: dict[str, list[str]], header: list[str], seeds: int, made: str, figure: str) -> str:
     """The page that records these figures."""
-    machine = (
-        f"{platform.machine()} CPU, {os.cpu_count()} cores, {threads} thread a run, "
-        f"torch {torch.__version__}, Python {platform.python_version()}"
-    )
     lines = [
         "# The methods on the embedded digits",
         "",
-        f"`python benchmarks/digits.py --seeds {seeds}`, {datetime.date.today().isoformat()}, {machine}.",
+        f"`python benchmarks/digits.py --seeds {seeds}`; {made}.",
         "",
         "ε = 0.2 in ℓ∞; 1,293 training digits, 144 held out to pick the best epoch (by PGD-20-1), 360 test digits; "
         f"30 epochs; accuracy in %, mean ± standard deviation over seeds 0–{seeds - 1}.",
@@ -194,7 +201,7 @@ def benchmark(
     page.parent.mkdir(parents=True, exist_ok=True)
     picture = page.with_suffix(".png")
     draw(rows, picture, seeds)
-    page.write_text(document(rows, cells, header, seeds, threads, picture.name))
+    page.write_text(document(rows, cells, header, seeds, machines(methods, seeds, place), picture.name))
     console.print(f"{page} and {picture}")
 
 

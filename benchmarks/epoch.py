@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
-import platform
 import sys
 import time
 from collections.abc import Sequence
@@ -29,7 +28,7 @@ from bilevel_at.data import ImageSet, load_data
 from bilevel_at.errors import InputError
 from bilevel_at.evaluate import Attack
 from bilevel_at.models import build_model
-from bilevel_at.plan import resolve_device
+from bilevel_at.plan import device_name, resolve_device
 from bilevel_at.problem_file import ProblemFile, packaged_problems
 from bilevel_at.train import Trainer
 
@@ -75,6 +74,32 @@ def epoch_of(
     return seconds, memory
 
 
+def save(
+    folder: Path,
+    device: str,
+    data: str,
+    train: ImageSet,
+    model: str,
+    batch_size: int | None,
+    rows: Sequence[dict[str, Any]],
+) -> None:
+    """Write the record so far, one file for each device, data set and network."""
+    record = {
+        "command": ["benchmarks/epoch.py", *sys.argv[1:]],
+        "date": datetime.date.today().isoformat(),
+        "device": device,
+        "torch": str(torch.__version__),
+        "data": data,
+        "examples": len(train),
+        "batch_size": batch_size or "the recipes'",
+        "model": model,
+        "rows": rows,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"epoch-{device.replace(' ', '-')}-{Path(data).stem}-{model}.json"
+    path.write_text(json.dumps(record, indent=2) + "\n")
+
+
 def benchmark(
     data: str = "cifar10",
     data_dir: str = "data",
@@ -99,10 +124,13 @@ def benchmark(
         device: cpu, cuda, or auto.
         write: a folder for epoch-DEVICE-MODEL.json.
     """
+    for flag, value in (("examples", examples), ("batch-size", batch_size)):
+        if value is not None and value < 1:
+            raise InputError(f"--{flag} is {value}; it must be at least 1")
     place = resolve_device(device)
     train, _ = load_data(data, data_dir)
     train = (train if examples is None else train.sample(examples)).to(place)
-    name = torch.cuda.get_device_name(place) if place.type == "cuda" else f"{platform.machine()} CPU"
+    name = device_name(place)
     rows: list[dict[str, Any]] = []
     console = Console()
     for precision in precisions:
@@ -113,6 +141,8 @@ def benchmark(
             base = base or seconds
             row = {"method": method, "precision": precision, "seconds": seconds, "ratio": seconds / base, "GiB": memory}
             rows.append(row)
+            if write is not None:  # a run that is cut off keeps what it has timed
+                save(Path(write), name, data, train, model, batch_size, rows)
             console.print(f"{method:<18} {precision:<9} {seconds:8.2f} s  {seconds / base:5.2f} ×  {memory:6.2f} GiB")
     table = Table(
         "method", "precision", "seconds", "× standard", "GiB", title=f"{model}, {len(train)} examples, {name}"
@@ -122,21 +152,6 @@ def benchmark(
             row["method"], row["precision"], f"{row['seconds']:.2f}", f"{row['ratio']:.2f}", f"{row['GiB']:.2f}"
         )
     console.print(table)
-    if write is not None:
-        record = {
-            "command": ["benchmarks/epoch.py", *sys.argv[1:]],
-            "date": datetime.date.today().isoformat(),
-            "device": name,
-            "torch": torch.__version__,
-            "data": data,
-            "examples": len(train),
-            "model": model,
-            "rows": rows,
-        }
-        path = Path(write) / f"epoch-{name.replace(' ', '-')}-{model}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(record, indent=2) + "\n")
-        console.print(f"written to {path}")
 
 
 def command(args: Sequence[str]) -> int:

@@ -17,7 +17,7 @@ from .batch import Batch
 from .directions import Direction, direction_of
 from .errors import InputError
 from .memory import SampleMemory
-from .steps import positive
+from .steps import positive, whole_number
 
 if TYPE_CHECKING:
     from .problem import LowerProblem
@@ -106,8 +106,7 @@ class Steps(Anchor):
         self.direction = direction_of(self.direction)
         if self.step is not None:
             positive("step", self.step)
-        if self.count < 0:
-            raise InputError(f"count is {self.count}; a number of steps is at least 0")
+        whole_number("count", self.count, 0)
 
     def draw(self, lower: LowerProblem, model: nn.Module, batch: Batch, generator: torch.Generator | None) -> Tensor:
         """z ``[B, ...]`` after ``count`` steps; each is one forward and one backward pass."""
@@ -151,8 +150,9 @@ class Remembered(Anchor):
     memory: SampleMemory = field(default_factory=SampleMemory, repr=False)
 
     def __post_init__(self) -> None:
-        if self.size is not None and self.size < 1:
-            raise InputError(f"size is {self.size}; perturbations are kept at least 1 × 1")
+        whole_number("reset_every", self.reset_every, 0)
+        if self.size is not None:
+            whole_number("size", self.size, 1)
 
     def draw(self, lower: LowerProblem, model: nn.Module, batch: Batch, generator: torch.Generator | None) -> Tensor:
         """The kept perturbations ``[B, ...]`` in the batch's view, or a uniform draw, projected onto C(x)."""

@@ -89,8 +89,8 @@ class Batch:
     index: ``[B]`` positions in the training set, needed by whatever is remembered per example (ATTA, ATAS).
     view: the crop and flip that produced ``x``, so that what is remembered follows the image.
     target: ``[B]`` classes a targeted attack aims at; set by targeted lower levels, not by users.
-    reference: ``[B, K]`` log-probabilities at x that a divergence is measured from; set by attack losses that would
-        otherwise compute them in every pass (:meth:`LowerProblem.prepare`), not by users.
+    reference: ``[B, ...]`` what an attack loss would otherwise compute anew in every pass, such as the prediction at x
+        that a divergence is measured from; set by its ``prepare`` (:meth:`LowerProblem.prepare`), not by users.
 
     Raises :class:`InputError` where the lengths do not agree.
     """

@@ -6,13 +6,27 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal, get_args
 
+import torch
 from torch import nn
 
 from .errors import InputError
 
-__all__ = ["Mode", "attack_mode"]
+__all__ = ["Mode", "attack_mode", "no_graph"]
 
 Mode = Literal["train", "eval"]
+
+
+@contextmanager
+def no_graph() -> Iterator[None]:
+    """``torch.no_grad()`` for a pass whose network is differentiated afterwards, under the same autocast.
+
+    Autocast keeps the weights it has cast. In PyTorch up to 2.9 those cast without a graph were used again by passes
+    that need one, whose gradients were lost in silence (pytorch issue 158232).
+    """
+    with torch.no_grad():
+        yield
+    if torch.is_autocast_enabled() or torch.is_autocast_enabled("cpu"):
+        torch.clear_autocast_cache()
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import datetime
 import inspect
 import platform
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ from .solver import Solver
 from .solvers import SOLVERS, SolverName
 from .train import Recipe
 
-__all__ = ["PROG", "Plan", "RunOptions", "build", "probe", "resolve_device", "understand"]
+__all__ = ["PROG", "Plan", "RunOptions", "build", "device_name", "probe", "resolve_device", "understand"]
 
 PROG = "bilevel_at.run"
 USAGE = f"""usage: python -m {PROG} FILE [flags]
@@ -120,7 +121,12 @@ class Plan:
                 "torch": str(torch.__version__),
                 **{name: metadata.version(name) for name in packages},
             },
-            "machine": {"platform": platform.platform(), "threads": torch.get_num_threads()},
+            "date": datetime.date.today().isoformat(),
+            "machine": {
+                "platform": platform.platform(),
+                "threads": torch.get_num_threads(),
+                "device": device_name(train.device),
+            },
         }
 
 
@@ -211,6 +217,11 @@ def _make_solver(file: ProblemFile, values: dict[str, Any]) -> Any:
     return solver if name is None or isinstance(solver, SOLVERS[name]) else SOLVERS[name]()
 
 
+def device_name(device: torch.device) -> str:
+    """What a record says of a device: the GPU's name, or the processor's kind."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
+
+
 def resolve_device(name: str) -> torch.device:
     """cpu, cuda, cuda:N, mps; auto is a GPU where there is one."""
     if name == "auto":
@@ -245,7 +256,7 @@ def build(plan: Plan, train: ImageSet) -> nn.Module:
 
 def probe(plan: Plan, model: nn.Module, train: ImageSet) -> None:
     """One hypergradient on copies, so that what cannot work is said before anything is written."""
-    few = train[slice(0, 4)]
+    few = train[slice(0, min(4, plan.options.batch_size))]
     batch = Batch(few.pixels(), few.y, torch.arange(len(few), device=few.device))
     generator = torch.Generator(few.device).manual_seed(0)
     with plan.file.blame("its problem cannot be solved: "):

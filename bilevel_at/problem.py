@@ -21,7 +21,7 @@ from .batch import Batch
 from .constraints import ActiveSet, Constraint
 from .errors import InputError
 from .losses import Loss, cross_entropy
-from .modes import Mode, attack_mode
+from .modes import Mode, attack_mode, no_graph
 
 __all__ = ["BilevelProblem", "Curvature", "LowerProblem", "Solution", "UpperProblem"]
 
@@ -124,9 +124,10 @@ class LowerProblem:
         """
         lam = self.proximal_weight()
         with torch.enable_grad(), attack_mode(model, self.mode):
-            z = self.draw_anchor(model, batch, generator) if anchor is None else anchor.detach()
+            seen = self.prepare(model, batch)
+            z = self.draw_anchor(model, seen, generator) if anchor is None else anchor.detach()
             delta, residual = descent.projected_gradient(
-                lambda d: self.objective(model, batch, d, z),
+                lambda d: self.objective(model, seen, d, z),
                 self.constraint.project(z, batch.x),
                 lambda d: self.constraint.project(d, batch.x),
                 tol=self.tol,
@@ -161,20 +162,23 @@ class LowerProblem:
         """The batch as attack passes see it: with what the attack loss would otherwise compute anew in each of them.
 
         An attack loss that has a method ``prepare(model, batch) -> Batch`` is asked once per solve, in the mode of the
-        attack; its answer serves where no derivative in θ is taken.
+        attack, and returns the batch with ``reference`` set. Its answer serves where no derivative in θ is taken; where
+        one is, the loss sees ``reference=None`` and computes it. Raises :class:`InputError` where it is not a batch.
         """
         prepare = getattr(self.attack_loss, "prepare", None)
         if prepare is None:
             return batch
-        with torch.no_grad():
-            prepared: Batch = prepare(model, batch)
+        with no_graph():
+            prepared = prepare(model, batch)
+        if not isinstance(prepared, Batch):
+            raise InputError(f"prepare(model, batch) returns {type(prepared).__name__}; it must return the Batch")
         return prepared
 
     def learn(self, solution: Solution, gradient: Tensor) -> None:
         """Called after the upper pass with ∇_δ of the mean upper loss at δ*, where ``learns`` is set.
 
         The pass that differentiates f in θ gives this gradient for nothing; Free-AT attacks with it. Not called where
-        the anchor was given, as in a check.
+        the anchor was given, as in a check. What is kept here belongs in :meth:`state_dict`, or a resumed run differs.
         """
 
     def policy(self) -> Anchor:
@@ -195,6 +199,10 @@ class LowerProblem:
         delta = delta.detach().requires_grad_()
         with torch.enable_grad():
             values = self.attack_loss(model, batch, delta)
+            if values.shape != (len(batch),):
+                raise InputError(
+                    f"the attack loss has shape {tuple(values.shape)}; it must be one value per sample, [{len(batch)}]"
+                )
             (gradient,) = torch.autograd.grad(values.sum(), delta, create_graph=create_graph)
         return gradient
 
@@ -256,8 +264,8 @@ class BilevelProblem:
     replays: int = 1
 
     def __post_init__(self) -> None:
-        if self.replays < 1:
-            raise InputError(f"replays is {self.replays}; each batch is played at least once")
+        if not isinstance(self.replays, int) or self.replays < 1:
+            raise InputError(f"replays is {self.replays}; it must be a whole number, at least 1")
 
     def set_epoch(self, epoch: int, epochs: int) -> None:
         """Call at the start of each epoch where policies change over training (ATTA, ATAS)."""

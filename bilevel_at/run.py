@@ -7,6 +7,7 @@ The file's ``problem(...)``, and its ``solver(...)`` if there is one, give flags
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import sys
@@ -26,6 +27,7 @@ from .errors import BilevelError, InputError
 from .evaluate import Attack, Score, attack_from_name, evaluate
 from .plan import PROG, Plan, build, probe, resolve_device, understand
 from .train import Epoch, RunDir, Trainer, catastrophic_overfitting, rank
+from .train.metrics import last_is_first_to_fall
 from .train.rundir import plainly, weights
 
 __all__ = ["run"]
@@ -68,7 +70,7 @@ def _resume(run: RunDir, config: dict[str, Any], trainer: Trainer, device: torch
     for section in ("problem", "solver", "options"):
         for key in sorted({*settings[section], *now[section]}):
             old, new = settings[section].get(key), now[section].get(key)
-            if old != new and key not in ("device", "attacks", "data_dir", "test_examples"):
+            if old != new and key not in ("device", "attacks", "data_dir", "download", "test_examples"):
                 raise InputError(
                     f"{run} was started with {key} = {old}, and is resumed with {new}; give the same flags"
                 )
@@ -108,9 +110,11 @@ def _train(trainer: Trainer, run: RunDir, console: Console) -> None:
                 run.save("best.pt", {"model": weights(state), "epochs": epoch.epoch})
             lines.append(line)
             collapse = catastrophic_overfitting(lines)
-            if collapse is not None and collapse.after is line:
+            earlier = collapse is not None and collapse.after is not line
+            if not earlier and last_is_first_to_fall(lines):
                 run.copy("last.pt", "last_good.pt")  # last.pt is still the epoch before
-                console.print(f"{collapse}; last_good.pt keeps epoch {epoch.epoch - 1}", highlight=False)
+            if collapse is not None and collapse.after is line:
+                console.print(f"{collapse}; last_good.pt keeps epoch {collapse.last_good}", highlight=False)
             run.append_metrics(line)
             run.save("last.pt", state)
             progress.update(task, completed=epoch.epoch, said=_say(epoch))
@@ -131,26 +135,36 @@ def _evaluate(
 ) -> dict[str, dict[str, Score]]:
     """Best and last epoch (and the last good one) on the test set, into ``results.json``, which grows with each attack.
 
-    What is there already, for the same checkpoint and as many images, is not computed again.
+    What is there already, of the same attack on the same images, is not computed again.
     """
     results = run.read_json("results.json") if (run.path / "results.json").exists() else {}
+    data = test.sha256()[:16]
     scores: dict[str, dict[str, Score]] = {}
     with console.status("evaluating") as status:
         for which in ("best", "last", "last_good"):
-            if which == "last_good" and not (run.path / "last_good.pt").exists():
+            if which == "last_good" and catastrophic_overfitting(run.metrics()) is None:
+                (run.path / "last_good.pt").unlink(missing_ok=True)  # it was kept in case
                 continue
             trainer.model.load_state_dict(weights(run.restore(f"{which}.pt", test.device)))
             known, scores[which] = results.setdefault(which, {}), {}
             for attack in attacks:
-                found = known.get(attack.name)
-                if found is not None and found["n"] == len(test):
-                    scores[which][attack.name] = Score(**found)
+                found = _score(known.get(attack.name))
+                if found is not None and (found.data, found.epsilon) == (data, attack.epsilon):
+                    scores[which][attack.name] = found
                     continue
                 progress = functools.partial(_announce, status, which)
                 scores[which] |= evaluate(trainer.model, test, [attack], progress=progress)
                 known[attack.name] = scores[which][attack.name].asdict()
                 run.write_json("results.json", results)
     return scores
+
+
+def _score(found: Any) -> Score | None:
+    """An entry of ``results.json``, which may say more; None where it is not one."""
+    try:
+        return Score(**{field.name: found[field.name] for field in dataclasses.fields(Score)})
+    except (KeyError, TypeError):
+        return None
 
 
 def _table(scores: dict[str, dict[str, Score]], epochs: dict[str, int], test: ImageSet, epsilon: float) -> Table:
@@ -227,7 +241,7 @@ def run(args: Sequence[str]) -> int:
     model.load_state_dict(weights(run_dir.restore("best.pt", device)))
     figures.examples(model, test, strongest[0], run_dir.figures / "examples.png")
     collapse = catastrophic_overfitting(metrics)
-    epochs = {"best": best, "last": trainer.done, "last_good": collapse.after["epoch"] - 1 if collapse else 0}
+    epochs = {"best": best, "last": trainer.done, "last_good": collapse.last_good if collapse else 0}
     console.print(_table(scores, epochs, test, epsilon))
     if collapse:
         console.print(str(collapse), highlight=False)

@@ -83,6 +83,9 @@ class Adaptive(Step):
     def __post_init__(self) -> None:
         positive("gamma", self.gamma)
         positive("c", self.c)
+        whole_number("warmup_epochs", self.warmup_epochs, 0)
+        if self.warmup_step is not None:
+            positive("warmup_step", self.warmup_step)
         if not 0 <= self.beta < 1:
             raise InputError(f"beta is {self.beta:g}; it must be in [0, 1)")
         if not 0 <= self.low <= self.high:
@@ -124,6 +127,13 @@ def positive(name: str, value: Any) -> float:
     if not (math.isfinite(number) and number > 0):
         raise InputError(f"{name} is {number:g}; it must be a positive finite number")
     return number
+
+
+def whole_number(name: str, value: Any, least: int) -> int:
+    """``value`` where it is an int of at least ``least``, or an :class:`InputError` that names it."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise InputError(f"{name} is {value!r}; it must be a whole number, at least {least}")
+    return value
 
 
 def step_policy(step: Step | float) -> Step:

@@ -14,7 +14,7 @@ from .batch import Batch
 from .constraints import Constraint
 from .errors import InputError
 from .losses import Loss, minus, negative_margin
-from .modes import Mode, attack_mode
+from .modes import Mode, attack_mode, no_graph
 from .problem import LowerProblem, Solution
 from .steps import positive
 
@@ -69,7 +69,7 @@ class Targeted(LowerProblem):
             return self.attack_loss(model, batch, delta)
 
     def _classes(self, model: nn.Module, batch: Batch) -> int:
-        with attack_mode(model, "eval"), torch.no_grad():
+        with attack_mode(model, "eval"), no_graph():
             classes = int(model(batch.x).shape[-1])
         if classes < 2:
             raise InputError(f"the model has {classes} output; a targeted attack needs at least 2 classes")
@@ -97,8 +97,9 @@ class Targeted(LowerProblem):
         if wide.index is not None:  # what is remembered is remembered per example and class
             wide = replace(wide, index=wide.index * classes + targets.flatten())
         with torch.enable_grad(), attack_mode(model, self.mode):
+            seen = self.prepare(model, wide)
             if anchor is None:
-                z = self.draw_anchor(model, wide, generator)
+                z = self.draw_anchor(model, seen, generator)
             else:
                 z = anchor.detach()
                 z = z if len(z) == len(wide) else z.repeat_interleave(each, 0)
@@ -106,7 +107,7 @@ class Targeted(LowerProblem):
             optimizer = self.optimizer([eta], lr=self.step)
 
             def closure() -> Tensor:
-                total = self.attack_loss(model, wide, eta).sum()
+                total = self.attack_loss(model, seen, eta).sum()
                 (eta.grad,) = torch.autograd.grad(total, eta)
                 return total.detach()
 
@@ -118,8 +119,8 @@ class Targeted(LowerProblem):
                 self.policy().remember(wide, delta)
             if self.keep == "all":
                 return Solution(delta, z, wide)
-            with torch.no_grad():
-                values = self.attack_loss(model, wide, delta).reshape(-1, each)
+            with no_graph():
+                values = self.attack_loss(model, seen, delta).reshape(-1, each)
         best = values.argmin(1)
         rows = torch.arange(len(batch), device=best.device) * each + best
         return Solution(delta[rows], z[rows], batch.aimed_at(targets.flatten()[rows]))

@@ -20,6 +20,7 @@ import bilevel_at as ba
 from bilevel_at.modes import Mode
 from bilevel_at.problems import atta
 from bilevel_at.solvers import ZeroIG
+from bilevel_at.steps import positive
 from bilevel_at.train import DIGITS, Recipe
 
 
@@ -50,7 +51,7 @@ def problem(
         mode: train or eval batch statistics in attack passes.
     """
     policy = ba.Adaptive(
-        gamma=max_step * c,
+        gamma=positive("max_step", max_step) * positive("c", c),
         c=c,
         beta=beta,
         low=0.5 * epsilon if shortest is None else shortest,

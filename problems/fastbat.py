@@ -57,6 +57,9 @@ def solver(
 ) -> ZeroIG | HessianFreeKKT | FullKKT:
     """Hessian-free as published; full-kkt is the Hessian-aware variant.
 
+    With the published 1/λ, ∇²ℓ_atk + λI is seldom positive definite on a large network: full-kkt then says so, and
+    needs a ``damping``, which adds to λ.
+
     Args:
         ig_factor: the published α₂/(λα₁); the solver's ig_weight is this times λ.
     """

@@ -66,7 +66,7 @@ class Carried(ba.LowerProblem):
             old = batch.x[:0]
         missing = batch.x.new_zeros((max(0, len(batch) - len(old)), *batch.x.shape[1:]))
         self.carried = torch.cat([old, missing])
-        return self.carried[: len(batch)]
+        return self.carried[: len(batch)].clone()
 
     def learn(self, solution: ba.Solution, gradient: Tensor) -> None:
         """One sign step up the upper loss, kept in the ball. Rows that a short batch does not use stay."""

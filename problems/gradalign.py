@@ -34,8 +34,10 @@ class GradAlign(ba.UpperProblem):
     S: the examples of the batch whose two gradients are not zero, so that mean_i f_i is the mean over the batch plus
     coefficient times the mean over S.
 
-    attack_loss: ℓ up to its sign; the lower level's, if its gradient at 0 is to be used. constraint: η is uniform in
-    it, the input range apart. coefficient: at least 0. detach: hold ∇ℓ(θ, 0) constant, as published. mode: in which
+    attack_loss: ℓ up to its sign. It must be the lower level's, whose gradient at 0 is used where the solve began
+        there. constraint: η is uniform in it, the input range apart.
+    coefficient: at least 0. detach: hold ∇ℓ(θ, 0) constant, as published; the result is then not the gradient of f, and
+        ``hypergradcheck`` says so. mode: in which
     both gradients see the model; the lower level's, for the same reason.
     """
 

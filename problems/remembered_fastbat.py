@@ -15,6 +15,7 @@ import bilevel_at as ba
 from bilevel_at.modes import Mode
 from bilevel_at.problems import atta, fastbat
 from bilevel_at.solvers import FullKKT, HessianFreeKKT, SolverName, ZeroIG
+from bilevel_at.steps import positive
 from bilevel_at.train import DIGITS, Recipe
 
 
@@ -39,7 +40,8 @@ def problem(
         mode: train or eval batch statistics in attack passes.
     """
     top = fastbat.published_step(epsilon) if max_step is None else max_step
-    policy, anchor = ba.Adaptive(gamma=top * c, c=c, beta=beta), ba.Remembered(reset_every, size)
+    gamma = positive("max_step", top) * positive("c", c)
+    policy, anchor = ba.Adaptive(gamma, c, beta), ba.Remembered(reset_every, size)
     lower = ba.Linearized(ba.minus(ba.cross_entropy), ba.LinfBall(epsilon), anchor, "taylor", policy, mode)
     return ba.BilevelProblem(ba.UpperProblem(), lower)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -225,7 +227,32 @@ def test_policies_refuse_what_they_do_not_know():
     for lam in (0, -2.0, "x"):
         with pytest.raises(ba.InputError, match="lam is"):
             ba.Proximal(atk, ball, lam=lam)
+    for wrong, says in (
+        (lambda: ba.Remembered(-1), "reset_every is -1; it must be a whole number, at least 0"),
+        (lambda: ba.Remembered(size=2.5), "size is 2.5; it must be a whole number, at least 1"),
+        (lambda: ba.Steps(count=1.5), "count is 1.5; it must be a whole number, at least 0"),
+        (lambda: ba.Gaussian(0.0), "scale is 0; it must be a positive finite number"),
+        (lambda: ba.Adaptive(1.0, 1.0, warmup_epochs=-1), "warmup_epochs is -1"),
+        (lambda: ba.Adaptive(1.0, 1.0, warmup_step=float("nan")), "warmup_step is nan"),
+        (lambda: ba.Adaptive(1.0, 1.0, low=0.2, high=0.1), "steps are clipped to 0.2 … 0.1"),
+        (lambda: ba.BilevelProblem(ba.UpperProblem(), ba.LowerProblem(), 2.5), "replays is 2.5"),
+    ):
+        with pytest.raises(ba.InputError, match=re.escape(says)):
+            wrong()
     model, x, y = network()
+    mean = ba.Linearized(lambda *a: atk(*a).mean(), ball)
+    with pytest.raises(ba.InputError, match=r"the attack loss has shape \(\); it must be one value per sample, \[5\]"):
+        mean.solve(model, ba.Batch(x, y))
+
+    class Prepares:
+        def __call__(self, model, batch, delta):
+            return atk(model, batch, delta)
+
+        def prepare(self, model, batch):
+            return batch.x
+
+    with pytest.raises(ba.InputError, match="prepare\\(model, batch\\) returns Tensor; it must return the Batch"):
+        ba.Linearized(Prepares(), ball).solve(model, ba.Batch(x, y))
     with pytest.raises(ba.InputError, match="mode 'test' is not known"):
         ba.Linearized(atk, ball, mode="test").solve(model, ba.Batch(x, y))
     adaptive = ba.Linearized(atk, ball, "gradient-step", "taylor", ba.Adaptive(1.0, 1.0))

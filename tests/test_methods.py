@@ -38,10 +38,11 @@ from bilevel_at.problems import (
     standard,
     trades,
 )
-from bilevel_at.solvers import HessianFreeKKT, ZeroIG
+from bilevel_at.solvers import FullKKT, HessianFreeKKT, ZeroIG
 from bilevel_at.testing import hypergradcheck
 from bilevel_at.testing import strategies as bst
 from bilevel_at.train import Recipe, Trainer, catastrophic_overfitting
+from bilevel_at.train.metrics import last_is_first_to_fall
 
 F64 = torch.float64
 
@@ -1191,7 +1192,7 @@ def lines(robust, train, perturbation=0.03):
         ([0.30, 0.40, 0.45, 0.43], [0.40, 0.50, 0.55, 0.60], 0.03, None),  # robust overfitting is another thing
         ([0.30, 0.40, 0.45, 0.02], [0.40, 0.50, 0.55, 0.30], 0.03, None),  # everything got worse: divergence
         ([0.30, 0.40, 0.45, 0.02], [0.40, 0.50, 0.55, 0.90], 0.0, None),  # standard training has nothing to lose
-        ([0.08, 0.01], [0.3, 0.9], 0.03, None),  # never robust by as much as could be lost
+        ([0.05, 0.01], [0.3, 0.9], 0.03, None),  # never robust by as much as could be lost
         ([], [], 0.03, None),
         ([0.4], [0.5], 0.03, None),
     ],
@@ -1201,6 +1202,29 @@ def test_catastrophic_overfitting(robust, train, perturbation, found):
     assert (None if collapse is None else (collapse.before["epoch"], collapse.after["epoch"])) == found
     if collapse is not None:
         assert f"epoch {found[1]}" in str(collapse) and "pgd-10" in str(collapse)
+
+
+def test_the_last_good_epoch_is_the_one_before_the_fall():
+    """Training accuracy may rise an epoch or two after robustness is gone; the weights to keep are from before it."""
+    metrics = lines([0.40, 0.10, 0.02], [0.50, 0.45, 0.90])
+    collapse = catastrophic_overfitting(metrics)
+    assert (collapse.before["epoch"], collapse.after["epoch"], collapse.last_good) == (1, 3, 1)
+    assert [last_is_first_to_fall(metrics[:n]) for n in range(4)] == [False, False, True, False]
+    again = lines([0.40, 0.10, 0.38, 0.35, 0.02], [0.50, 0.45, 0.50, 0.55, 0.90])  # it recovers, and then is lost
+    assert catastrophic_overfitting(again).last_good == 4
+    assert [last_is_first_to_fall(again[:n]) for n in range(6)] == [False, False, True, False, False, True]
+
+
+def test_free_at_passes_the_check():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Flatten(), torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3)
+    ).double()
+    batch = ba.Batch(torch.rand(4, 6, dtype=torch.float64), torch.tensor([0, 1, 2, 0]))
+    problem = free.problem(epsilon=0.1)
+    ZeroIG().hypergradient(problem, model, batch)  # so that something is carried
+    for solver in (ZeroIG(), HessianFreeKKT(), FullKKT()):
+        assert hypergradcheck(problem, solver, model, batch)
 
 
 # --- mixed precision --------------------------------------------------------------------------------------------------

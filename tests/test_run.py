@@ -20,8 +20,10 @@ import torch
 import bilevel_at as ba
 from bilevel_at import run as run_module
 from bilevel_at.flags import number
+from bilevel_at.models import MODELS
 from bilevel_at.plan import understand
 from bilevel_at.problem_file import packaged_problems
+from bilevel_at.solvers import HessianFreeKKT, ZeroIG
 
 ROOT = Path(__file__).resolve().parent.parent
 SHORT = ["--epochs", "1", "--examples", "100", "--attacks", "clean", "pgd-2-1", "--select", "pgd-2-1"]
@@ -298,6 +300,29 @@ def test_the_readme_s_check_runs():
         exec(readme_block("import hypergradcheck").replace("FullKKT", "ZeroIG"), names)
 
 
+def test_the_methods_page_s_python_runs():
+    page = (ROOT / "docs/methods.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, re.S)
+    names = {}
+    for block in blocks:
+        exec(block, names)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 4))
+    batch = ba.Batch(torch.rand(5, 3, 2, 2), torch.randint(0, 4, (5,)), torch.arange(5))
+    step = names["solver"].backward(names["problem"], model, batch)
+    assert step.loss.isfinite()
+    lower = ba.Linearized(ba.minus(names["Drift"]()), ba.LinfBall(0.1), ba.Steps(ba.Gaussian(), "sign"), "taylor", 0.1)
+    for solver in (ZeroIG(), HessianFreeKKT()):  # the reference prepared, and the one that θ moves
+        assert solver.backward(ba.BilevelProblem(ba.UpperProblem(), lower), model, batch).loss.isfinite()
+
+
+def test_the_methods_page_names_every_method_and_model():
+    page = (ROOT / "docs/methods.md").read_text()
+    assert all(f"`{problem}.py`" in page for problem in PROBLEMS)
+    for name in MODELS:
+        family = re.sub(r"(18|34|50|16_8|28_10|34_10)$", "", name)
+        assert re.search(rf"`{family}", page), name
+
+
 def npz(path="data.npz", **changes):
     g = np.random.default_rng(0)
     arrays = {
@@ -333,6 +358,22 @@ def test_the_user_s_own_images(augment):
 def test_fewer_test_examples():
     run("problems/fastat.py", *SHORT, "--test-examples", 50, "--out", "out")
     assert json.loads(Path("out/results.json").read_text())["last"]["clean"]["n"] == 50
+
+
+def test_results_of_other_images_are_not_reused():
+    """The same training images, other test labels: --resume attacks again, and keeps what belongs to these images."""
+    run("problems/fastat.py", "--data", npz(), "--epochs", 1, "--attacks", "clean", "--out", "out")
+    before = json.loads(Path("out/results.json").read_text())["last"]["clean"]
+    run("problems/fastat.py", "--data", npz(), "--epochs", 1, "--attacks", "clean", "--out", "out", "--resume")
+    assert json.loads(Path("out/results.json").read_text())["last"]["clean"] == before  # seconds and all
+    npz(y_test=(np.arange(12) + 1) % 3)
+    run("problems/fastat.py", "--data", "data.npz", "--epochs", 1, "--attacks", "clean", "--out", "out", "--resume")
+    after = json.loads(Path("out/results.json").read_text())["last"]["clean"]
+    assert after["data"] != before["data"] and after["accuracy"] != before["accuracy"]
+    Path("out/results.json").write_text('{"last": {"clean": {"accuracy": 7}}}')  # from elsewhere, or damaged
+    run("problems/fastat.py", "--data", "data.npz", "--epochs", 1, "--attacks", "clean", "--out", "out", "--resume")
+    again = json.loads(Path("out/results.json").read_text())["last"]["clean"]
+    assert {**again, "seconds": 0} == {**after, "seconds": 0}
 
 
 def test_named_data_is_found_as_an_npz():
@@ -445,7 +486,9 @@ def test_ctrl_c_in_a_real_process():
         (["--accumulate", "0"], "--accumulate is 0; it must be at least 1"),
         (["--ema", "1"], "--ema is 1; the decay of an average is at least 0 and below 1"),
         (["--dropout", "0.3"], "model small_cnn has no dropout; the wide residual networks do"),
-        (["--augment", "resized-crop-flip"], "resized-crop-flip"),
+        (["--augment", "resized-crop-flip"], "augment 'resized-crop-flip' is not for images in memory"),
+        (["--schedule", "multistep"], "--schedule multistep needs --milestones"),
+        (["--milestones", "5", "3"], "--milestones are (5, 3); they must be epochs in order, from 1 on"),
         (["--lr", "0"], "--lr is 0; it must be a positive number"),
         (["--test-examples", "0"], "--test-examples is 0; it must be at least 1"),
         (["--examples", "3"], "--examples is 3; it must be at least 20"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +20,15 @@ __all__ = ["Score", "evaluate", "robust_correct"]
 
 @dataclass(frozen=True)
 class Score:
-    """An accuracy and what it was measured with."""
+    """An accuracy and what it was measured with. data: the fingerprint of the images, its first 16 digits."""
 
     accuracy: float
     n: int
     epsilon: float
     seconds: float
+    data: str = ""
 
-    def asdict(self) -> dict[str, float]:
+    def asdict(self) -> dict[str, Any]:
         return asdict(self)
 
 
@@ -69,10 +71,10 @@ def evaluate(
     progress: Callable[[str], None] = lambda name: None,
 ) -> dict[str, Score]:
     """The accuracy under each attack, by its name. ``progress`` is told each name before it starts."""
-    scores = {}
+    scores, data = {}, images.sha256()[:16]
     for attack in attacks:
         progress(attack.name)
         start = time.perf_counter()
         accuracy = robust_correct(model, images, attack, seed=seed, batch_size=batch_size).float().mean().item()
-        scores[attack.name] = Score(accuracy, len(images), attack.epsilon, time.perf_counter() - start)
+        scores[attack.name] = Score(accuracy, len(images), attack.epsilon, time.perf_counter() - start, data)
     return scores

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-__all__ = ["Collapse", "Epoch", "catastrophic_overfitting", "rank"]
+__all__ = ["Collapse", "Epoch", "catastrophic_overfitting", "last_is_first_to_fall", "rank"]
 
 
 @dataclass(frozen=True)
@@ -14,11 +14,12 @@ class Epoch:
     """What one epoch measured, a line of ``metrics.jsonl``.
 
     loss: the mean upper loss over the epoch.
-    train, perturbation: on the training examples as they were attacked (x + δ*), in one batch of 15: the accuracy, in
-        eval mode, and the mean of ‖δ*‖_∞.
+    train, perturbation: on the training examples as they were attacked (x + δ*), in one batch of 16: the accuracy, in
+        eval mode, of the network in training (not of its average), and the mean of ‖δ*‖_∞.
     clean, robust: accuracies on the held-out examples, under no attack and under ``attack``.
     implicit_ratio: the norm of the implicit term over that of ∇_θ f, the mean over steps.
-    lr: at the epoch's last step. seconds: of all of it; train_seconds: without the held-out examples.
+    lr: at the epoch's last step. seconds: of all of it; train_seconds: without the held-out examples. memory: the peak
+        that training took of a GPU's, in GiB; 0 on a CPU.
     """
 
     epoch: int
@@ -32,6 +33,7 @@ class Epoch:
     lr: float
     seconds: float
     train_seconds: float
+    memory: float = 0.0
 
     def asdict(self) -> dict[str, Any]:
         return asdict(self)
@@ -44,10 +46,11 @@ def rank(metrics: Mapping[str, Any]) -> tuple[float, float, int]:
 
 @dataclass(frozen=True)
 class Collapse:
-    """Catastrophic overfitting: the epoch it happened in, and the best one before it."""
+    """Catastrophic overfitting: the epoch it happened in, the best one before it, and the last that was still good."""
 
     before: Mapping[str, Any]
     after: Mapping[str, Any]
+    last_good: int
 
     def __str__(self) -> str:
         a, b = self.before, self.after
@@ -59,20 +62,35 @@ class Collapse:
 
 
 def catastrophic_overfitting(
-    metrics: Iterable[Mapping[str, Any]], fall: float = 0.5, least: float = 0.1
+    metrics: Iterable[Mapping[str, Any]], fall: float = 0.5, least: float = 0.05
 ) -> Collapse | None:
     """The first epoch whose held-out robust accuracy has collapsed while training accuracy under attack rose, or None.
 
-    Collapsed: below ``fall`` times the best so far, and by at least ``least``. Training without an attack, which has no
-    robustness to lose, is not looked at. Source: Wong et al. (2020), section 5.4; Andriushchenko and Flammarion (2020),
-    section 1.
+    Collapsed: below ``fall`` times the best so far, and by at least ``least``; an epoch is good while it is not.
+    Training without an attack, which has no robustness to lose, is not looked at. Source: Wong et al. (2020), section
+    5.4; Andriushchenko and Flammarion (2020), section 1.
     """
-    best: Mapping[str, Any] | None = None
+    best, good = None, 0
     for line in metrics:
-        if best is not None and line["perturbation"] > 0:
-            lost = best["robust"] - line["robust"]
-            if line["robust"] < fall * best["robust"] and lost >= least and line["train"] > best["train"]:
-                return Collapse(best, line)
+        if best is None or not _fallen(line, best, fall, least):
+            good = line["epoch"]
+        elif line["train"] > best["train"]:
+            return Collapse(best, line, good)
         if best is None or line["robust"] > best["robust"]:
             best = line
     return None
+
+
+def last_is_first_to_fall(metrics: Sequence[Mapping[str, Any]], fall: float = 0.5, least: float = 0.05) -> bool:
+    """Whether the last epoch has fallen and the one before it had not, so that its weights are the ones to keep."""
+    states, best = [False], None
+    for line in metrics:
+        states.append(best is not None and _fallen(line, best, fall, least))
+        if best is None or line["robust"] > best["robust"]:
+            best = line
+    return states[-1] and not states[-2]
+
+
+def _fallen(line: Mapping[str, Any], best: Mapping[str, Any], fall: float, least: float) -> bool:
+    lost = best["robust"] - line["robust"]
+    return line["perturbation"] > 0 and line["robust"] < fall * best["robust"] and lost >= least

@@ -56,6 +56,13 @@ class Recipe:
         for name in ("momentum", "weight_decay"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name):g}; it must be at least 0")
+        later = [b > a for a, b in zip((0, *self.milestones), self.milestones, strict=False)]
+        if not all(later):
+            raise InputError(f"--milestones are {self.milestones}; they must be epochs in order, from 1 on")
+        if self.schedule == "multistep" and not self.milestones:
+            raise InputError(
+                "--schedule multistep needs --milestones, the epochs after which the rate is divided by 10"
+            )
         if not 0 <= self.ema < 1:
             raise InputError(f"--ema is {self.ema:g}; the decay of an average is at least 0 and below 1")
 
