@@ -137,7 +137,8 @@ def _evaluate(
 
     What is there already, of the same attack on the same images, is not computed again.
     """
-    results = run.read_json("results.json") if (run.path / "results.json").exists() else {}
+    found = run.read_json("results.json") if (run.path / "results.json").exists() else {}
+    results: dict[str, Any] = found if isinstance(found, dict) else {}
     data = test.sha256()[:16]
     scores: dict[str, dict[str, Score]] = {}
     with console.status("evaluating") as status:
@@ -146,11 +147,13 @@ def _evaluate(
                 (run.path / "last_good.pt").unlink(missing_ok=True)  # it was kept in case
                 continue
             trainer.model.load_state_dict(weights(run.restore(f"{which}.pt", test.device)))
-            known, scores[which] = results.setdefault(which, {}), {}
+            if not isinstance(results.get(which), dict):
+                results[which] = {}
+            known, scores[which] = results[which], {}
             for attack in attacks:
-                found = _score(known.get(attack.name))
-                if found is not None and (found.data, found.epsilon) == (data, attack.epsilon):
-                    scores[which][attack.name] = found
+                score = _score(known.get(attack.name))
+                if score is not None and (score.data, score.epsilon) == (data, attack.epsilon):
+                    scores[which][attack.name] = score
                     continue
                 progress = functools.partial(_announce, status, which)
                 scores[which] |= evaluate(trainer.model, test, [attack], progress=progress)
