@@ -97,7 +97,7 @@ def draw(rows: Rows, path: Path, seeds: int) -> None:
         if not methods:
             continue
         axes.axhspan(y - 0.6, y + len(methods) - 0.4, color="#f2f2f2" if len(ticks) % 2 else "#e4e4e4", linewidth=0)
-        axes.text(1, y - 0.25, group, fontsize=8, color="#555555", va="center")
+        axes.text(4, y - 0.25, group, fontsize=8, color="#555555", va="center")
         for method in methods:
             for name, marker, color in (("clean", "o", "#1f5fa8"), ("pgd-50-10", "D", "#d9730d")):
                 values = [row[f"last {name}"] for row in rows[method]]
