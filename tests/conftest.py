@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -20,3 +23,16 @@ torch.set_num_threads(1)  # tiny networks: threads only get in each other's way,
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def interruptible():
+    """Start a process that Ctrl-C can stop: one started in the background of a script would inherit that it cannot."""
+
+    def start(command, **options):
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen(
+            command, **pipes, **options, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+        )
+
+    return start

@@ -8,7 +8,6 @@ import os
 import pickle
 import shutil
 import signal
-import subprocess
 import sys
 import tarfile
 import textwrap
@@ -627,7 +626,7 @@ def test_crop_and_flip_are_torchvision_s(shape, padding, seed):
 
 
 @pytest.mark.parametrize("group", [False, True])
-def test_ctrl_c_while_workers_decode(photographs, group):
+def test_ctrl_c_while_workers_decode(photographs, group, interruptible):
     """SIGINT to the parent alone, or to all its processes as a terminal does: one KeyboardInterrupt, then silence."""
     source = f"""
         import sys, torch
@@ -642,9 +641,7 @@ def test_ctrl_c_while_workers_decode(photographs, group):
             sys.exit(130)
     """
     command = [sys.executable, "-c", textwrap.dedent(source)]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+    process = interruptible(command, start_new_session=True)
     assert process.stdout.readline() == "0\n"
     start = time.monotonic()
     (os.killpg if group else os.kill)(process.pid, signal.SIGINT)

@@ -442,9 +442,9 @@ def test_runs_do_not_overwrite_each_other():
     assert "no run to resume in nowhere" in complaint("problems/fastat.py", *SHORT, "--out", "nowhere", "--resume")
 
 
-def test_ctrl_c_in_a_real_process():
+def test_ctrl_c_in_a_real_process(interruptible):
     command = [sys.executable, "-m", "bilevel_at.run", "problems/fastbat.py", "--out", "out", "--epochs", "500"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = interruptible(command)
     deadline = time.monotonic() + 120
     while not Path("out/last.pt").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
