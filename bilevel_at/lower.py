@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .anchors import Anchor, Zero, anchor_policy
+from .anchors import Anchor, Steps, Zero, anchor_policy
 from .batch import Batch, per_sample
 from .constraints import Constraint
 from .directions import Direction, direction_of
+from .errors import InputError
 from .losses import Loss
 from .modes import Mode, attack_mode
 from .problem import CrossAt, LowerProblem, Solution
@@ -54,6 +55,24 @@ class Linearized(LowerProblem):
         self.anchor = anchor_policy(self.anchor)
         self.direction = direction_of(self.direction)
         self.step = step_policy(self.step)
+
+    @classmethod
+    def pgd(
+        cls,
+        attack_loss: Loss,
+        constraint: Constraint,
+        steps: int,
+        step: float,
+        start: Anchor | str = "uniform",
+        direction: Direction | str = "sign",
+        mode: Mode = "eval",
+    ) -> Linearized:
+        """``steps`` projected steps of length ``step`` from ``start``: the last is the closed form, around the anchor
+        that the ones before it reach. Raises :class:`InputError` where there are none."""
+        if steps < 1:
+            raise InputError(f"steps is {steps}; PGD takes at least 1")
+        anchor = start if steps == 1 else Steps(anchor_policy(start), direction, count=steps - 1)
+        return cls(attack_loss, constraint, anchor, direction, step, mode)
 
     def objective(self, model: nn.Module, batch: Batch, delta: Tensor, anchor: Tensor) -> Tensor:
         """g ``[B]``, differentiable in θ and δ.

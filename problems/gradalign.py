@@ -109,13 +109,10 @@ def problem(
         detach: hold the gradient at x constant in the regulariser; if not given, for one step only, as published.
         mode: train or eval batch statistics in attack passes.
     """
-    if steps < 1:
-        raise ba.InputError(f"steps is {steps}; the attack takes at least 1")
     ball, loss = ba.LinfBall(epsilon), ba.minus(ba.cross_entropy)
-    anchor = start if steps == 1 else ba.Steps(start, "sign", count=steps - 1)
     if step is None:
         step = 1.25 * epsilon if steps == 1 else epsilon / 2
-    lower = ba.Linearized(loss, ball, anchor, "sign", step, mode)
+    lower = ba.Linearized.pgd(loss, ball, steps, step, start, mode=mode)
     weight = published_coefficient(epsilon) if coefficient is None else coefficient
     held = steps == 1 if detach is None else detach
     return ba.BilevelProblem(GradAlign(loss, ball, weight, held, mode), lower)

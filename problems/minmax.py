@@ -30,11 +30,8 @@ def problem(
         step: length of a sign step, ε/4 if not given.
         mode: train or eval batch statistics in attack passes.
     """
-    if steps < 1:
-        raise ba.InputError(f"steps is {steps}; PGD takes at least 1")
-    anchor = ba.Steps("uniform", "sign", count=steps - 1)
     step = epsilon / 4 if step is None else step
-    lower = ba.Linearized(ba.minus(ba.cross_entropy), ba.LinfBall(epsilon), anchor, "sign", step, mode)
+    lower = ba.Linearized.pgd(ba.minus(ba.cross_entropy), ba.LinfBall(epsilon), steps, step, mode=mode)
     return ba.BilevelProblem(ba.UpperProblem(), lower)
 
 

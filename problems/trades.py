@@ -61,11 +61,9 @@ def problem(
         step: length of a sign step, ε/4 if not given.
         mode: train or eval batch statistics in attack passes.
     """
-    if steps < 1:
-        raise ba.InputError(f"steps is {steps}; the attack takes at least 1")
-    anchor = ba.Steps(ba.Gaussian(1e-3), "sign", count=steps - 1)
     step = epsilon / 4 if step is None else step
-    lower = ba.Linearized(ba.minus(ba.kl_divergence), ba.LinfBall(epsilon), anchor, "sign", step, mode)
+    start, ball = ba.Gaussian(1e-3), ba.LinfBall(epsilon)
+    lower = ba.Linearized.pgd(ba.minus(ba.kl_divergence), ball, steps, step, start, mode=mode)
     return ba.BilevelProblem(Tradeoff(weight), lower)
 
 

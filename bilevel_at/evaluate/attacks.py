@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from ..anchors import Steps
 from ..constraints import Constraint, LinfBall
 from ..errors import InputError
 from ..losses import cross_entropy, minus
@@ -51,5 +50,5 @@ def attack_from_name(name: str, constraint: Constraint | float) -> Attack:
     if name == "fgsm":
         return Attack(name, radius, Linearized(loss, constraint, "zero", direction, step=radius))
     steps, restarts = int(match[1]), int(match[2] or 1)
-    start = Steps("uniform", direction, count=steps - 1)
-    return Attack(name, radius, Linearized(loss, constraint, start, direction, step=radius / 4), restarts)
+    lower = Linearized.pgd(loss, constraint, steps, radius / 4, direction=direction)
+    return Attack(name, radius, lower, restarts)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -70,25 +70,31 @@ def catastrophic_overfitting(
     Training without an attack, which has no robustness to lose, is not looked at. Source: Wong et al. (2020), section
     5.4; Andriushchenko and Flammarion (2020), section 1.
     """
-    best, good = None, 0
-    for line in metrics:
-        if best is None or not _fallen(line, best, fall, least):
+    good = 0
+    for line, best in _with_best(metrics):
+        if not _fallen(line, best, fall, least):
             good = line["epoch"]
         elif line["train"] > best["train"]:
             return Collapse(best, line, good)
-        if best is None or line["robust"] > best["robust"]:
-            best = line
     return None
 
 
 def last_is_first_to_fall(metrics: Sequence[Mapping[str, Any]], fall: float = 0.5, least: float = 0.05) -> bool:
     """Whether the last epoch has fallen and the one before it had not, so that its weights are the ones to keep."""
-    states, best = [False], None
+    states = [False, *(_fallen(line, best, fall, least) for line, best in _with_best(metrics))]
+    return states[-1] and not states[-2]
+
+
+Line = Mapping[str, Any]
+
+
+def _with_best(metrics: Iterable[Line]) -> Iterator[tuple[Line, Line]]:
+    """Each epoch with the most robust up to it, the earliest of equals."""
+    best: Line | None = None
     for line in metrics:
-        states.append(best is not None and _fallen(line, best, fall, least))
         if best is None or line["robust"] > best["robust"]:
             best = line
-    return states[-1] and not states[-2]
+        yield line, best
 
 
 def _fallen(line: Mapping[str, Any], best: Mapping[str, Any], fall: float, least: float) -> bool:
