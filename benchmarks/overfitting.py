@@ -4,7 +4,7 @@
 
 A narrow residual network on 10,000 images at ε = 24/255 (one of the radii of GradAlign's appendix D.4). FGSM from z = 0
 teaches it to recognise the attack: accuracy on attacked training images rises while held-out PGD accuracy collapses.
-The other methods train the same network on the same images for as many epochs. About a quarter of an hour on two cores.
+The other methods train the same network on the same images for as many epochs. About twenty minutes on two cores.
 """
 
 from __future__ import annotations
