@@ -1,49 +1,19 @@
-"""The figures a run leaves behind."""
+"""Images, and what an attack does to them."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
-
-import matplotlib
-
-matplotlib.use("Agg")  # files only: no display is needed
 
 import torch
-from matplotlib import pyplot as plt
 from torch import nn
 
-from .batch import Batch
-from .data import ImageSet
-from .evaluate import Attack
-from .modes import attack_mode
-from .train import rank
+from ..batch import Batch
+from ..data import ImageSet
+from ..evaluate import Attack
+from ..modes import attack_mode
+from .style import ORANGE, plt, save
 
-__all__ = ["curves", "examples"]
-
-BLUE, ORANGE, GREY = "#1f5fa8", "#d9730d", "#666666"
-
-
-def curves(metrics: list[dict[str, Any]], path: Path, title: str) -> None:
-    """Loss, held-out accuracies and learning rate against the epoch."""
-    epochs = [m["epoch"] for m in metrics]
-    best = max(metrics, key=rank)["epoch"]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    left.plot(epochs, [m["loss"] for m in metrics], color=BLUE)
-    left.set(xlabel="epoch", ylabel="training loss under attack", ylim=(0, None))
-    rate = left.twinx()
-    rate.plot(epochs, [m["lr"] for m in metrics], color=GREY, linestyle=":")
-    rate.set_ylabel("learning rate (dotted)", color=GREY)
-    rate.set_ylim(0, None)
-    right.plot(epochs, [100 * m["clean"] for m in metrics], color=BLUE, linestyle="--", label="clean")
-    right.plot(epochs, [100 * m["robust"] for m in metrics], color=ORANGE, label=metrics[0]["attack"].upper())
-    right.axvline(best, color=GREY, linewidth=0.8)
-    right.annotate(f"best: {best}", (best, 2), xytext=(-3, 0), textcoords="offset points", ha="right", color=GREY)
-    right.set(xlabel="epoch", ylabel="held-out accuracy (%)", ylim=(0, 102))
-    right.legend(loc="lower center", frameon=False)
-    figure.suptitle(title, fontsize=10)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+__all__ = ["examples"]
 
 
 def examples(model: nn.Module, images: ImageSet, attack: Attack, path: Path, count: int = 8) -> None:
@@ -76,5 +46,4 @@ def examples(model: nn.Module, images: ImageSet, attack: Attack, path: Path, cou
                 f"says {answer}" + ("" if right else " ✗"), fontsize=9, color="black" if right else ORANGE
             )
     figure.suptitle(f"{attack.name.upper()} at ε = {attack.epsilon:.3g}; ✗ marks a wrong answer", fontsize=10)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save(figure, path)

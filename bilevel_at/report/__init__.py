@@ -1,0 +1,1 @@
+"""One page about runs and what evaluation found of them."""
