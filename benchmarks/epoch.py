@@ -63,7 +63,7 @@ def epoch_of(
         raise InputError(f"{method} has no solver(); this benchmark needs one")
 
     def trainer(images: ImageSet) -> Trainer:
-        return Trainer(problem, solver, model, images, images, recipe, Attack("clean", 0.0), precision=precision)
+        return Trainer(problem, solver, model, images, images, recipe, Attack("clean"), precision=precision)
 
     trainer(train[slice(0, WARM_UP_STEPS * recipe.batch_size)]).train_epoch(0)
     if device.type == "cuda":

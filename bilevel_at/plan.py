@@ -17,8 +17,10 @@ from torch import nn
 
 from . import flags
 from .batch import Batch
+from .constraints import Constraint
 from .data import DATA_NAMES, ImageSet
 from .errors import InputError
+from .evaluate import norm_of
 from .models import MODELS, ActivationName, build_model
 from .problem import BilevelProblem
 from .problem_file import ProblemFile, packaged_problems
@@ -103,6 +105,7 @@ class Plan:
     def config(self, model: nn.Module, train: ImageSet) -> dict[str, Any]:
         """``config.json``: what is needed to repeat the run."""
         packages = ("bilevel-at", "torchvision", "numpy", "scikit-learn")
+        constraint = getattr(self.problem.lower, "constraint", None)
         return {
             "command": self.command,
             "file": str(self.file.path),
@@ -110,6 +113,7 @@ class Plan:
             "problem": self.problem_arguments,
             "solver": {"name": type(self.solver).__name__, **vars(self.solver)},
             "options": {k: v for k, v in vars(self.options).items() if k not in ("out", "problem", "resume")},
+            "constraint": {"norm": norm_of(constraint), "epsilon": _radius(constraint)},
             "model": self.options.model,
             "activation": self.options.activation,
             "parameters": sum(p.numel() for p in model.parameters()),
@@ -187,6 +191,11 @@ def known_names() -> str:
     for group, names in groups.items():
         lines += [group, *(f"  {name:<{width}}  {about}" for name, about in names.items())]
     return "\n".join(lines)
+
+
+def _radius(constraint: Constraint | None) -> float | None:
+    """The constraint's radius; None where it has none."""
+    return constraint.attack_step()[1] if norm_of(constraint) and constraint else None
 
 
 def _solver_flag(name: str, common: Sequence[flags.Flag]) -> str:

@@ -7,8 +7,6 @@ The file's ``problem(...)``, and its ``solver(...)`` if there is one, give flags
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import json
 import sys
 from collections.abc import Sequence
@@ -18,13 +16,13 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.status import Status
 from rich.table import Table
 
 from . import figures, flags
 from .data import ImageSet, load_data
 from .errors import BilevelError, InputError
-from .evaluate import Attack, Score, attack_from_name, evaluate
+from .evaluate import Attack, Score, attack_from_name
+from .evaluate.store import Store
 from .plan import PROG, Plan, build, probe, resolve_device, understand
 from .train import Epoch, RunDir, Trainer, catastrophic_overfitting, rank
 from .train.metrics import last_is_first_to_fall
@@ -126,19 +124,13 @@ def _say(epoch: Epoch) -> str:
     return f"loss {epoch.loss:.3f}  held-out clean {epoch.clean:.1%}  {epoch.attack} {epoch.robust:.1%}"
 
 
-def _announce(status: Status, which: str, attack: str) -> None:
-    status.update(f"{which} epoch: {attack}")
-
-
 def _evaluate(
-    trainer: Trainer, run: RunDir, test: ImageSet, attacks: Sequence[Attack], console: Console
+    trainer: Trainer, run: RunDir, test: ImageSet, attacks: Sequence[Attack], console: Console, usual: float
 ) -> dict[str, dict[str, Score]]:
     """Best and last epoch (and the last good one) on the test set, into ``results.json``, which grows with each attack.
 
     What is there already, of the same attack on the same images, is not computed again.
     """
-    found = run.read_json("results.json") if (run.path / "results.json").exists() else {}
-    results: dict[str, Any] = found if isinstance(found, dict) else {}
     data = test.sha256()[:16]
     scores: dict[str, dict[str, Score]] = {}
     with console.status("evaluating") as status:
@@ -147,27 +139,12 @@ def _evaluate(
                 (run.path / "last_good.pt").unlink(missing_ok=True)  # it was kept in case
                 continue
             trainer.model.load_state_dict(weights(run.restore(f"{which}.pt", test.device)))
-            if not isinstance(results.get(which), dict):
-                results[which] = {}
-            known, scores[which] = results[which], {}
+            store = Store(run, which, trainer.model, test, usual=usual, data=data)
+            scores[which] = {}
             for attack in attacks:
-                score = _score(known.get(attack.name))
-                if score is not None and (score.data, score.epsilon) == (data, attack.epsilon):
-                    scores[which][attack.name] = score
-                    continue
-                progress = functools.partial(_announce, status, which)
-                scores[which] |= evaluate(trainer.model, test, [attack], progress=progress)
-                known[attack.name] = scores[which][attack.name].asdict()
-                run.write_json("results.json", results)
+                status.update(f"{which} epoch: {attack.name}")
+                scores[which][attack.name] = store.score(attack)[1]
     return scores
-
-
-def _score(found: Any) -> Score | None:
-    """An entry of ``results.json``, which may say more; None where it is not one."""
-    try:
-        return Score(**{field.name: found[field.name] for field in dataclasses.fields(Score)})
-    except (KeyError, TypeError):
-        return None
 
 
 def _table(scores: dict[str, dict[str, Score]], epochs: dict[str, int], test: ImageSet, epsilon: float) -> Table:
@@ -225,7 +202,7 @@ def run(args: Sequence[str]) -> int:
     )
     try:
         _train(trainer, run_dir, console)
-        scores = _evaluate(trainer, run_dir, test, attacks, console)
+        scores = _evaluate(trainer, run_dir, test, attacks, console, epsilon)
     except KeyboardInterrupt:
         missing = [] if options.out else [f"--out {run_dir}"]
         missing += [] if options.resume else ["--resume"]
@@ -240,7 +217,7 @@ def run(args: Sequence[str]) -> int:
     best = max(metrics, key=rank)["epoch"]
     title = f"{plan.file.path.stem}, {type(plan.solver).__name__}, {options.data}, seed {options.seed}"
     figures.curves(metrics, run_dir.figures / "curves.png", title)
-    strongest = [attack for attack in attacks if attack.lower is not None][-1:] or [select]
+    strongest = [attack for attack in attacks if attack.stages][-1:] or [select]
     model.load_state_dict(weights(run_dir.restore("best.pt", device)))
     figures.examples(model, test, strongest[0], run_dir.figures / "examples.png")
     collapse = catastrophic_overfitting(metrics)

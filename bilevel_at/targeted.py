@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from .anchors import Anchor, anchor_policy
 from .batch import Batch
@@ -38,8 +39,11 @@ class Targeted(LowerProblem):
     optimizer: any torch optimiser class or factory, called as ``optimizer([η], lr=step)``. Elementwise ones (SGD,
         RMSprop, Adam) treat the classes and samples separately, as the paper does; LBFGS would couple them.
     steps, step: how many of its steps, each followed by the projection onto C(x), and their learning rate.
+    schedule: a torch scheduler class or factory, called as ``schedule(optimizer)``, that changes the rate after every
+        step; a constant rate if not given.
+    ranks: aim only at these classes, counted from 0 in the order of falling margins M_j(x); all of them if not given.
     keep: "best" returns η_{j*} with δ shaped like x; "all" returns every η_j, rows ``i·(K−1) … (i+1)·(K−1) − 1`` of
-        δ being example i's, in the order of the classes without y.
+        δ being example i's, in the order of the classes without y, or of ``ranks``.
     anchor: where the η_j start; each class draws its own.
     mode: 'train' or 'eval', the mode in which attack passes see the model.
 
@@ -54,6 +58,8 @@ class Targeted(LowerProblem):
     steps: int = 30
     step: float = 2 / 255
     keep: Literal["best", "all"] = "best"
+    schedule: Callable[[torch.optim.Optimizer], LRScheduler] | None = None
+    ranks: range | None = None
     anchor: Anchor | str = "uniform"
     mode: Mode = "eval"
 
@@ -68,12 +74,22 @@ class Targeted(LowerProblem):
         with attack_mode(model, self.mode):
             return self.attack_loss(model, batch, delta)
 
-    def _classes(self, model: nn.Module, batch: Batch) -> int:
+    def _targets(self, model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
+        """The classes aimed at, ``[B, T]``, and how many there are."""
         with attack_mode(model, "eval"), no_graph():
-            classes = int(model(batch.x).shape[-1])
+            out = model(batch.x)
+        classes = int(out.shape[-1])
         if classes < 2:
             raise InputError(f"the model has {classes} output; a targeted attack needs at least 2 classes")
-        return classes
+        if batch.target is not None:
+            return batch.target[:, None], classes
+        if self.ranks is None:
+            return other_classes(batch.y, classes), classes
+        others = out.scatter(1, batch.y[:, None], -torch.inf)  # margins without f_y, which orders nothing
+        chosen = others.argsort(1, descending=True)[:, : classes - 1][:, self.ranks.start : self.ranks.stop]
+        if chosen.shape[1] == 0:
+            raise InputError(f"ranks are {self.ranks}; the model has {classes - 1} classes to aim at, from 0 on")
+        return chosen, classes
 
     def solve(
         self,
@@ -87,11 +103,7 @@ class Targeted(LowerProblem):
         A batch that has targets already is aimed at those alone: ``solve(model, solution.batch, solution.anchor)``
         gives ``solution`` again.
         """
-        classes = self._classes(model, batch)
-        if batch.target is None:
-            targets = other_classes(batch.y, classes)
-        else:
-            targets = batch.target[:, None]
+        targets, classes = self._targets(model, batch)
         each = targets.shape[1]
         wide = batch.repeat(each).aimed_at(targets.flatten())
         if wide.index is not None:  # what is remembered is remembered per example and class
@@ -105,6 +117,7 @@ class Targeted(LowerProblem):
                 z = z if len(z) == len(wide) else z.repeat_interleave(each, 0)
             eta = nn.Parameter(z.clone())
             optimizer = self.optimizer([eta], lr=self.step)
+            schedule = None if self.schedule is None else self.schedule(optimizer)
 
             def closure() -> Tensor:
                 total = self.attack_loss(model, seen, eta).sum()
@@ -114,6 +127,8 @@ class Targeted(LowerProblem):
             for _ in range(self.steps):
                 optimizer.step(closure)  # type: ignore[arg-type]  # torch types the closure as returning float
                 eta.data = self.constraint.project(eta.data, wide.x)
+                if schedule is not None:
+                    schedule.step()
             delta = eta.detach()
             if anchor is None:
                 self.policy().remember(wide, delta)

@@ -163,7 +163,7 @@ def test_every_problem_trains_the_cifar_network(problem):
 
 def test_a_run_leaves_what_the_contract_says():
     run("problems/fastbat.py", *SHORT[2:], "--epochs", 2, "--epsilon", "8/255", "--out", "out")
-    names = {"config.json", "metrics.jsonl", "results.json", "last.pt", "best.pt", "figures"}
+    names = {"config.json", "metrics.jsonl", "results.json", "evaluation", "last.pt", "best.pt", "figures"}
     assert {p.name for p in Path("out").iterdir()} == names
     assert {p.name for p in Path("out/figures").iterdir()} == {"curves.png", "examples.png"}
     metrics = [json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines()]

@@ -2,7 +2,27 @@
 
 from __future__ import annotations
 
-from .attacks import Attack, attack_from_name
-from .robust import Score, evaluate, robust_correct
+from .attacks import ATTACKS, Attack, Stage, attack_from_name, ball, norm_of, radius_text
+from .checks import check
+from .evaluation import EvaluationWarning, evaluate
+from .result import Evaluation, Finding, Score
+from .robust import Trace, attack_examples, robust_correct
 
-__all__ = ["Attack", "Score", "attack_from_name", "evaluate", "robust_correct"]
+__all__ = [
+    "ATTACKS",
+    "Attack",
+    "Evaluation",
+    "EvaluationWarning",
+    "Finding",
+    "Score",
+    "Stage",
+    "Trace",
+    "attack_examples",
+    "attack_from_name",
+    "ball",
+    "check",
+    "evaluate",
+    "norm_of",
+    "radius_text",
+    "robust_correct",
+]

@@ -1,54 +1,173 @@
-"""Attacks by the names the field uses: ``clean``, ``fgsm``, ``pgd-K-R``."""
+"""Attacks, and the names the field gives them: ``clean fgsm pgd-50-10 beta-30 apgd-t square autoattack``."""
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
 
-from ..constraints import Constraint, LinfBall
+import torch
+from torch import Tensor, nn
+
+from ..batch import Batch
+from ..constraints import Constraint, L2Ball, LinfBall
 from ..errors import InputError
 from ..losses import cross_entropy, minus
 from ..lower import Linearized
 from ..problem import LowerProblem
+from .ensemble import COMPONENTS, VERSIONS, Component
+from .stages import Descent, Margins, OnSurrogate
 
-__all__ = ["Attack", "attack_from_name"]
+__all__ = ["ATTACKS", "Attack", "Norm", "Stage", "attack_from_name", "ball", "norm_of", "radius_text"]
+
+ATTACKS = {
+    "clean": "no attack",
+    "fgsm": "one step of length ε from 0",
+    "pgd-K-R": "K steps of ε/4 from each of R random starts; pgd-K-R-any counts every step, not only the last",
+    "beta-K-R": "the margin of every class, K steps of RMSprop, R starts; beta-K-topN aims at the nearest N first",
+    "apgd-ce, apgd-dlr, apgd-t, fab, fab-t": "AutoAttack's own parts, by their names there",
+    "square": "5,000 queries without any gradient: the check on gradient masking",
+    "autoattack": "apgd-ce, apgd-t, fab-t, square, each on what is left; and autoattack-plus, autoattack-rand",
+    "transfer:RUN": "PGD-50-10 against the network of another run; transfer:RUN:ATTACK for another attack",
+}
+"""Every attack by name, a line on each."""
+
+Norm = str
+_BALLS: dict[str, type[LinfBall] | type[L2Ball]] = {"linf": LinfBall, "l2": L2Ball}
+
+
+class Stage(Protocol):
+    """One part of an attack: a restart, a group of classes, one of AutoAttack's four."""
+
+    @property
+    def name(self) -> str:
+        """What the record calls it."""
+
+    def rows(self, classes: int) -> int:
+        """How many copies of an example it sends through the network at once."""
+
+    def __call__(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> Tensor:
+        """Attacked images ``[B, ...]`` in x + C(x); the network is in eval mode."""
 
 
 @dataclass(frozen=True)
 class Attack:
-    """A named attack: solve ``lower`` ``restarts`` times and count the worst. ``lower=None`` is no attack.
+    """Stages in order, each on the examples that the ones before it left standing; none of them is no attack.
 
-    epsilon: the radius of the constraint, for the record.
+    constraint: C(x), which everything the stages return is held to; None is no attack.
     """
 
     name: str
-    epsilon: float
-    lower: LowerProblem | None = None
-    restarts: int = 1
+    constraint: Constraint | None = None
+    stages: Sequence[Stage] = ()
+
+    @property
+    def epsilon(self) -> float:
+        """The radius of the constraint, for the record: 0 without one, NaN where it has none."""
+        if self.constraint is None:
+            return 0.0
+        try:
+            return self.constraint.attack_step()[1]
+        except InputError:
+            return math.nan
+
+    @classmethod
+    def solving(cls, name: str, lower: LowerProblem, restarts: int = 1) -> Attack:
+        """The attack that a lower problem of your own is: solved ``restarts`` times, the worst of them counted."""
+        return cls(name, lower.constraint, [Descent(lower, restart) for restart in range(restarts)])
+
+    def perturb(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> Tensor:
+        """x + δ ``[B, ...]``, the worst of all stages; an example that nothing breaks shows the last one's."""
+        attacked, standing = batch.x.clone(), torch.arange(len(batch), device=batch.x.device)
+        for stage in self.stages:
+            if len(standing) == 0:
+                break
+            part = batch[standing]
+            attacked[standing] = found = stage(model, part, generator)
+            with torch.no_grad():
+                standing = standing[model(found).argmax(1) == part.y]
+        return attacked
 
 
-def attack_from_name(name: str, constraint: Constraint | float) -> Attack:
+def ball(norm: Norm, epsilon: float) -> LinfBall | L2Ball:
+    """The ℓ∞ or ℓ2 ball of that radius around images in [0, 1]."""
+    if norm not in _BALLS:
+        raise InputError(f"norm {norm!r} is not known; choose from {', '.join(_BALLS)}")
+    return _BALLS[norm](epsilon, (0, 1))
+
+
+def norm_of(constraint: Constraint | None) -> Norm | None:
+    """linf or l2 for a ball around images in [0, 1]; None for anything else."""
+    known = (name for name, kind in _BALLS.items() if type(constraint) is kind)
+    return next(known, None)
+
+
+def radius_text(epsilon: float) -> str:
+    """A radius as it is written: 0.2, or 8/255."""
+    if float(f"{epsilon:.4g}") == epsilon:
+        return f"{epsilon:.4g}"
+    if abs(255 * epsilon - round(255 * epsilon)) < 1e-9:
+        return f"{round(255 * epsilon)}/255"
+    return f"{epsilon:.6g}"
+
+
+def attack_from_name(name: str, constraint: Constraint | float, seed: int = 0) -> Attack:
     """The attack of that name inside ``constraint``; a number ε stands for ``LinfBall(ε)``.
 
-    ``clean``; ``fgsm``: one steepest step of the constraint's radius from 0; ``pgd-K`` or ``pgd-K-R``: K steepest steps
-    of a quarter of it from each of R random starts, worst case over the starts. Steepest is the sign of the gradient
-    in ℓ∞ and its direction elsewhere (:meth:`Constraint.attack_step`). Attacks see the model in eval mode.
+    The names are those of :data:`ATTACKS`. FGSM and PGD take steepest steps, the sign of the gradient in ℓ∞ and its
+    direction elsewhere (:meth:`Constraint.attack_step`), PGD of a quarter of the radius. BETA (Robey et al., 2023,
+    Algorithm 1) goes from rate ε/2 to 0 linearly, and keeps the best step. seed: of AutoAttack and
+    its parts, which take their own. Attacks see the model in eval mode.
+
+    Raises :class:`InputError` for an unknown name, and where AutoAttack does not know the constraint.
     """
     if not isinstance(constraint, Constraint):
         constraint = LinfBall(constraint)
     if name == "clean":
-        return Attack(name, 0.0)
+        return Attack(name)
+    stages = _stages(name, constraint, seed)
+    return Attack(name, constraint, stages if constraint.attack_step()[1] > 0 else ())
+
+
+def _stages(name: str, constraint: Constraint, seed: int) -> list[Stage]:
     direction, radius = constraint.attack_step()
-    match = re.fullmatch(r"fgsm|pgd-([1-9]\d*)(?:-([1-9]\d*))?", name)
-    if not match:
-        raise InputError(
-            f"attack {name!r} is not known; attacks are clean, fgsm and pgd-STEPS-RESTARTS such as pgd-50-10"
-        )
-    if radius == 0:
-        return Attack(name, radius)
-    loss = minus(cross_entropy)
+    start, step = ("zero", radius) if name == "fgsm" else ("uniform", radius / 4)
+    descend = Linearized(minus(cross_entropy), constraint, start, direction, step or 1.0)
     if name == "fgsm":
-        return Attack(name, radius, Linearized(loss, constraint, "zero", direction, step=radius))
-    steps, restarts = int(match[1]), int(match[2] or 1)
-    lower = Linearized.pgd(loss, constraint, steps, radius / 4, direction=direction)
-    return Attack(name, radius, lower, restarts)
+        return [Descent(descend)]
+    if match := re.fullmatch(r"pgd-([1-9]\d*)(?:-([1-9]\d*))?(-any)?", name):
+        steps, restarts = int(match[1]), int(match[2] or 1)
+        return [Descent(descend, i, steps, any_step=bool(match[3])) for i in range(restarts)]
+    if match := re.fullmatch(r"beta-([1-9]\d*)(?:-([1-9]\d*))?(?:-top([1-9]\d*))?", name):
+        steps, restarts, top = int(match[1]), int(match[2] or 1), match[3] and int(match[3])
+        groups = [None] if not top else [(0, top), (top, None)]
+        return [Margins(constraint, steps, radius or 1.0, i, group) for i in range(restarts) for group in groups]
+    if name in COMPONENTS or name in VERSIONS:
+        norm = norm_of(constraint)
+        if norm is None or getattr(constraint, "bounds", None) != (0, 1):
+            raise InputError(
+                f"attack {name!r} knows l∞ and l2 balls around images in [0, 1] only, not {type(constraint).__name__}"
+                f"{'' if norm is None else ' without that input range'}"
+            )
+        version, parts = VERSIONS.get(name, ("standard", (name,)))
+        return [Component(part, norm, radius, version, seed) for part in parts]
+    if name.startswith("transfer:"):
+        return _transferred(name, constraint, seed)
+    raise InputError(
+        f"attack {name!r} is not known; attacks are clean, fgsm, pgd-STEPS-RESTARTS such as pgd-50-10, beta-STEPS, "
+        f"{', '.join([*COMPONENTS, *VERSIONS])} and transfer:RUN"
+    )
+
+
+def _transferred(name: str, constraint: Constraint, seed: int) -> list[Stage]:
+    from ..train.rundir import load  # it needs this package
+
+    run, attack = name.removeprefix("transfer:"), "pgd-50-10"
+    if ":" in run and not Path(run).exists():
+        run, attack = run.rsplit(":", 1)
+    if attack.startswith(("transfer", "clean")):
+        raise InputError(f"attack {name!r} transfers {attack!r}; it takes an attack that looks at a network")
+    return [OnSurrogate(stage, load(run)) for stage in _stages(attack, constraint, seed)]

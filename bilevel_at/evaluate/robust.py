@@ -1,80 +1,165 @@
-"""Which predictions survive an attack."""
+"""Which predictions survive an attack, example by example, in a record that an interruption does not lose."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..batch import Batch
 from ..data import ImageSet
+from ..errors import InputError
 from ..modes import attack_mode
-from .attacks import Attack
+from .attacks import Attack, Stage
 
-__all__ = ["Score", "evaluate", "robust_correct"]
+__all__ = ["Trace", "attack_examples", "attacked", "robust_correct"]
+
+STANDING = -1
+CLOSE_ENOUGH = 1e-5  # what rounding may add to a perturbation, on images in [0, 1]
 
 
-@dataclass(frozen=True)
-class Score:
-    """An accuracy and what it was measured with. data: the fingerprint of the images, its first 16 digits."""
+@dataclass
+class Trace:
+    """What an attack has done so far to each of ``n`` examples.
 
-    accuracy: float
-    n: int
-    epsilon: float
-    seconds: float
-    data: str = ""
+    broken: ``[n]`` int16, the stage that broke it: 0 where it was misclassified before any, −1 while it stands.
+    said: ``[n]`` int64, the network's answer: to the image that broke it, or to the clean one.
+    stage, batch: what comes next. seconds: spent on it. outside: attacked images that changed the answer but left C(x),
+        which do not count.
+    """
 
-    def asdict(self) -> dict[str, Any]:
-        return asdict(self)
+    broken: Tensor
+    said: Tensor
+    stage: int = 0
+    batch: int = 0
+    seconds: float = 0.0
+    outside: int = 0
+
+    @classmethod
+    def start(cls, n: int, device: torch.device | str = "cpu") -> Trace:
+        broken = torch.full((n,), STANDING, dtype=torch.int16, device=device)
+        return cls(broken, torch.full((n,), -1, dtype=torch.int64, device=device))
+
+    @property
+    def correct(self) -> Tensor:
+        """``[n]`` bool: classified correctly, under everything tried so far."""
+        return self.broken == STANDING
+
+    def rows(self) -> Tensor:
+        """The examples of the current stage, those it has broken already among them."""
+        return ((self.broken == STANDING) | (self.broken >= self.stage)).nonzero().flatten()
+
+    def arrays(self) -> dict[str, Any]:
+        """Plain arrays, for a file; :meth:`from_arrays` reads them."""
+        return {
+            "broken": self.broken.cpu().numpy(),
+            "said": self.said.cpu().numpy(),
+            "position": np.array([self.stage, self.batch, self.outside]),
+            "seconds": np.array(self.seconds),
+        }
+
+    @classmethod
+    def from_arrays(cls, arrays: Any, device: torch.device | str = "cpu") -> Trace:
+        """Raises :class:`KeyError` or :class:`ValueError` for arrays that are not of a trace."""
+        broken, said = (torch.from_numpy(arrays[name]).to(device) for name in ("broken", "said"))
+        stage, batch, outside = (int(v) for v in arrays["position"])
+        if broken.shape != said.shape or broken.dtype != torch.int16 or said.dtype != torch.int64:
+            raise ValueError("arrays of other shapes or types")
+        return cls(broken, said, stage, batch, float(arrays["seconds"]), outside)
+
+
+@dataclass
+class _Clean:
+    """Stage 0: the images as they are."""
+
+    name: str = field(default="clean", init=False)
+
+    def rows(self, classes: int) -> int:
+        return 1
+
+    def __call__(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> Tensor:
+        return batch.x
+
+
+def attack_examples(
+    model: nn.Module,
+    images: ImageSet,
+    attack: Attack,
+    *,
+    seed: int = 0,
+    batch_size: int = 250,
+    trace: Trace | None = None,
+) -> Iterator[tuple[Trace, str, int, int]]:
+    """Attack every example with one stage after the other, those already broken excepted; a yield after each batch.
+
+    Yields (the trace, which goes on growing; the stage's name; batches done in it; batches it has). Draws depend on
+    ``(seed, stage, batch)`` alone: handing back a kept ``trace`` gives what an unbroken run would have given. The model
+    is seen in eval mode and left as it was. Raises :class:`InputError` where a value in ``images`` is not in [0, 1],
+    where ``batch_size`` is not positive, and where the network does not give a row of logits per image.
+    """
+    if batch_size < 1:
+        raise InputError(f"batch_size is {batch_size}; it must be at least 1")
+    trace = Trace.start(len(images), images.device) if trace is None else trace
+    stages: list[Stage] = [_Clean(), *attack.stages]
+    while trace.stage < len(stages):
+        stage = stages[trace.stage]
+        todo = trace.rows()
+        parts = todo.split(max(1, batch_size // stage.rows(images.classes))) if len(todo) else ()
+        while trace.batch < len(parts):
+            start = time.perf_counter()
+            rows = parts[trace.batch]
+            batch = Batch(images[rows].pixels(), images.y[rows])
+            generator = torch.Generator(images.device)
+            generator.manual_seed((1_000_003 * seed + trace.stage) * 1_000_003 + trace.batch)
+            with attack_mode(model, "eval"):  # inside, because callers do as they like between two batches
+                moved = stage(model, batch, generator)
+                with torch.no_grad():
+                    out = model(moved)
+            if trace.stage == 0:
+                _look(batch, out)
+            answer = out.argmax(1)
+            wrong = answer != batch.y
+            if attack.constraint is not None and trace.stage > 0:
+                delta = moved - batch.x
+                off = (delta - attack.constraint.project(delta, batch.x)).flatten(1).abs().amax(1) > CLOSE_ENOUGH
+                trace.outside += int((wrong & off).sum())
+                wrong &= ~off
+            fell = rows[wrong]
+            # Together, so that an interruption finds a trace that is whole.
+            trace.broken[fell], trace.said[fell] = trace.stage, answer[wrong]
+            if trace.stage == 0:
+                trace.said[rows] = answer
+            trace.batch += 1
+            trace.seconds += time.perf_counter() - start
+            yield trace, stage.name, trace.batch, len(parts)
+        trace.stage, trace.batch = trace.stage + 1, 0
+
+
+def _look(batch: Batch, out: Tensor) -> None:
+    """What every later line takes for granted, looked at with the clean images."""
+    if out.ndim != 2 or len(out) != len(batch):
+        raise InputError(f"the model's output has shape {tuple(out.shape)}; logits are [{len(batch)}, classes]")
+    batch.check(out.shape[1])
+
+
+def attacked(model: nn.Module, images: ImageSet, attack: Attack, *, seed: int = 0, batch_size: int = 250) -> Trace:
+    """:func:`attack_examples` to its end."""
+    trace = Trace.start(len(images), images.device)
+    for _ in attack_examples(model, images, attack, seed=seed, batch_size=batch_size, trace=trace):
+        pass
+    return trace
 
 
 def robust_correct(
     model: nn.Module, images: ImageSet, attack: Attack, *, seed: int = 0, batch_size: int = 512
 ) -> Tensor:
-    """Whether each example is still classified correctly under the worst of the attack's restarts, ``[N]`` bool.
+    """Whether each example is still classified correctly under every stage of the attack, ``[N]`` bool.
 
     Examples already broken are not attacked again. The model is seen in eval mode and left as it was.
     """
-    device = images.device
-    generator = torch.Generator(device).manual_seed(seed)
-    with attack_mode(model, "eval"):
-
-        def correct(batch: Batch, delta: Tensor) -> Tensor:
-            with torch.no_grad():
-                return model(batch.x + delta).argmax(1) == batch.y
-
-        standing = torch.zeros(len(images), dtype=torch.bool, device=device)
-        for rows in torch.arange(len(images), device=device).split(batch_size):
-            batch = Batch(images[rows].pixels(), images.y[rows])
-            standing[rows] = correct(batch, torch.zeros_like(batch.x))
-        if attack.lower is None:
-            return standing
-        for _ in range(attack.restarts):
-            for rows in standing.nonzero().flatten().split(batch_size):
-                batch = Batch(images[rows].pixels(), images.y[rows])
-                solution = attack.lower.solve(model, batch, generator=generator)
-                standing[rows] = correct(batch, solution.delta)
-        return standing
-
-
-def evaluate(
-    model: nn.Module,
-    images: ImageSet,
-    attacks: Sequence[Attack],
-    *,
-    seed: int = 0,
-    batch_size: int = 512,
-    progress: Callable[[str], None] = lambda name: None,
-) -> dict[str, Score]:
-    """The accuracy under each attack, by its name. ``progress`` is told each name before it starts."""
-    scores, data = {}, images.sha256()[:16]
-    for attack in attacks:
-        progress(attack.name)
-        start = time.perf_counter()
-        accuracy = robust_correct(model, images, attack, seed=seed, batch_size=batch_size).float().mean().item()
-        scores[attack.name] = Score(accuracy, len(images), attack.epsilon, time.perf_counter() - start, data)
-    return scores
+    return attacked(model, images, attack, seed=seed, batch_size=batch_size).correct

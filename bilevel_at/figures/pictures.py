@@ -18,14 +18,15 @@ __all__ = ["examples"]
 
 def examples(model: nn.Module, images: ImageSet, attack: Attack, path: Path, count: int = 8) -> None:
     """Test images, their perturbations and the sums, with what the model says of each."""
-    if attack.lower is None:
+    if not attack.stages:
         return
     count = min(count, len(images))
     batch = Batch(images[slice(0, count)].pixels(), images.y[:count])
     generator = torch.Generator(images.device).manual_seed(0)
-    delta = attack.lower.solve(model, batch, generator=generator).delta
-    with attack_mode(model, "eval"), torch.no_grad():
-        said = [model(batch.x + d).argmax(1).tolist() for d in (torch.zeros_like(delta), delta)]
+    with attack_mode(model, "eval"):
+        delta = attack.perturb(model, batch, generator) - batch.x
+        with torch.no_grad():
+            said = [model(batch.x + d).argmax(1).tolist() for d in (torch.zeros_like(delta), delta)]
     limit = max(delta.abs().max().item(), 1e-12)
     rows = [(batch.x, 0.0, 1.0, "gray"), (delta, -limit, limit, "RdBu"), (batch.x + delta, 0.0, 1.0, "gray")]
     names = ["image", f"perturbation\n(±{limit:.2g})", "attacked"]

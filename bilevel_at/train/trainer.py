@@ -86,7 +86,7 @@ class Trainer:
         while self.done < self.recipe.epochs:
             start = time.perf_counter()
             measured = self.train_epoch(self.done)
-            clean = robust_correct(self.evaluated, self.held_out, Attack("clean", 0.0)).float().mean().item()
+            clean = robust_correct(self.evaluated, self.held_out, Attack("clean")).float().mean().item()
             robust = robust_correct(self.evaluated, self.held_out, self.attack, seed=self.done).float().mean().item()
             lr = self.optimizer.param_groups[0]["lr"]
             self.done += 1

@@ -1,0 +1,250 @@
+"""Reasons to doubt a robust accuracy, measured on a few examples, each said in one sentence.
+
+What masks gradients makes attacks fail, not networks robust (Athalye et al., 2018; Carlini et al., 2019, "On evaluating
+adversarial robustness", section 5); a network that has overfitted to single steps looks robust to them alone (Wong et
+al., 2020, section 5.4).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..batch import Batch
+from ..constraints import Constraint, LinfBall
+from ..data import ImageSet
+from ..losses import cross_entropy
+from ..modes import attack_mode
+from .attacks import Attack, attack_from_name, ball, norm_of
+from .ensemble import Component
+from .result import Finding
+from .robust import Trace, attacked
+
+__all__ = ["LIMITS", "check", "compare_traces"]
+
+QUERIES = 500  # of the square attack: an honest network's weak spots have all been found by gradients before
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What a share may reach before it is said, and how it is said, with the figures of the measurement."""
+
+    most: float
+    says: str
+
+
+LIMITS = {
+    "train-mode": Limit(
+        0.0,
+        "the model was left in train mode; it is evaluated in eval mode, where {train-mode:.0%} of {n} answers differ, "
+        "so call model.eval() before you compare",
+    ),
+    "random": Limit(
+        0.0,
+        "the network is random: two passes over the same images give different logits on {random:.0%} of {n}; single "
+        "gradients mislead attacks, so average them (autoattack-rand) before trusting a figure",
+    ),
+    "vanishing-gradients": Limit(
+        0.05,
+        "the input gradient of the cross-entropy is exactly 0 on {vanishing-gradients:.0%} of {n} correctly classified "
+        "images, where gradient attacks cannot move: something rounds it away (quantised inputs, saturated logits)",
+    ),
+    "unbounded-attack": Limit(
+        0.05,
+        "accuracy is still {unbounded-attack:.0%} under PGD at ε = {far:.3g}, where every image can be turned into any "
+        "other ({n} images): the attack fails, so robustness at smaller ε is not shown by it either",
+    ),
+    "black-box": Limit(
+        0.03,
+        "the square attack, which sees no gradient, breaks {black-box:.0%} of {n} images that PGD leaves standing: "
+        "gradients are masked",
+    ),
+    "single-step": Limit(
+        0.03,
+        "one step breaks {single-step:.0%} of {n} images that PGD leaves standing: iterations lose their way, as "
+        "masked gradients make them",
+    ),
+    "catastrophic-overfitting": Limit(
+        0.25,
+        "FGSM leaves {fgsm:.0%} of {n} images standing and PGD {pgd:.0%}, and {catastrophic-overfitting:.0%} stand at "
+        "the full step but fall to a shorter one in the same direction: catastrophic overfitting to single steps",
+    ),
+}
+"""By name: the share above which it is said, and the sentence."""
+
+
+def check(
+    model: nn.Module,
+    images: ImageSet,
+    constraint: Constraint | None,
+    *,
+    seed: int = 0,
+    batch_size: int = 250,
+    left_in_train_mode: bool = False,
+    progress: Callable[[str], None] = lambda what: None,
+) -> tuple[dict[str, float], list[Finding]]:
+    """(what was measured, what of it is a reason for doubt), on all of ``images``: a hundred are enough.
+
+    constraint: a ball around images in [0, 1]; without one, or at radius 0, only what needs no attack is measured.
+    left_in_train_mode: how the caller found the model. About 600 passes over the images, 500 of them by the square
+    attack. Raises what attacks raise.
+    """
+    progress("gradients")
+    measured: dict[str, float] = {"n": len(images)}
+    if left_in_train_mode:
+        measured["train-mode"] = _differs(model, images, batch_size, "train")
+    measured["random"] = _differs(model, images, batch_size, "eval")
+    clean = attacked(model, images, Attack("clean"), seed=seed, batch_size=batch_size)
+    measured["vanishing-gradients"] = _vanishing(model, images[clean.correct.nonzero().flatten()], batch_size)
+    norm = norm_of(constraint)
+    if constraint is not None and norm is not None and constraint.attack_step()[1] > 0:
+        measured |= _attacked(model, images, norm, constraint.attack_step()[1], seed, batch_size, progress)
+    return measured, findings(measured)
+
+
+def findings(measured: Mapping[str, float]) -> list[Finding]:
+    """The sentences for what is beyond its limit."""
+    return [
+        Finding(name, limit.says.format_map(measured))
+        for name, limit in LIMITS.items()
+        if measured.get(name, -math.inf) > limit.most or (name == "train-mode" and name in measured)
+    ]
+
+
+def _attacked(
+    model: nn.Module,
+    images: ImageSet,
+    norm: str,
+    epsilon: float,
+    seed: int,
+    batch_size: int,
+    progress: Callable[[str], None],
+) -> dict[str, float]:
+    """What takes attacks: shares of all images, and accuracies."""
+
+    def run(attack: Attack, what: str) -> Trace:
+        progress(what)
+        return attacked(model, images, attack, seed=seed, batch_size=batch_size)
+
+    space = ball(norm, epsilon)
+    far = 1.0 if norm == "linf" else math.sqrt(images[slice(0, 1)].pixels()[0].numel())
+    fgsm = run(attack_from_name("fgsm", space), "FGSM")
+    pgd = run(attack_from_name("pgd-20-3", space), "PGD")
+    unbounded = run(attack_from_name("pgd-50-1-any", ball(norm, far)), "PGD at any distance")
+    found = {
+        "far": far,
+        "fgsm": _share(fgsm.correct),
+        "pgd": _share(pgd.correct),
+        "unbounded-attack": _share(unbounded.correct),
+        "single-step": _share(pgd.correct & ~fgsm.correct),
+    }
+    if isinstance(space, LinfBall):
+        shorter = _shorter_steps(model, images, epsilon, batch_size)
+        collapsed = found["pgd"] < 0.5 * found["fgsm"]
+        found["catastrophic-overfitting"] = _share(fgsm.correct & shorter) if collapsed else 0.0
+    if images[slice(0, 1)].pixels().ndim == 4:
+        square = Attack("square", space, [Component("square", norm, epsilon, seed=seed, queries=QUERIES)])
+        found["black-box"] = _share(pgd.correct & ~run(square, f"square attack, {QUERIES} queries").correct)
+    return found
+
+
+def compare_traces(traces: Mapping[str, Trace], names: Mapping[str, Attack]) -> tuple[dict[str, float], list[Finding]]:
+    """The same comparisons among whole evaluations of the same images at one radius, where these include both kinds.
+
+    names: the attack of each trace. Black-box attacks are square and transfers; AutoAttack's square is compared with
+    the parts before it.
+    """
+    first: dict[str, Tensor] = {}
+    kinds: dict[str, Tensor] = {}
+    for key, trace in traces.items():
+        attack = names[key]
+        if attack.name == "autoattack" and len(attack.stages) > 3:
+            first["autoattack's square"] = trace.broken == 4
+        kind = "black" if attack.name.startswith(("square", "transfer")) else "white"
+        if attack.name not in ("clean", "fgsm"):
+            kinds[kind] = kinds[kind] & trace.correct if kind in kinds else trace.correct
+    measured, said = {}, []
+    if len(kinds) == 2:
+        first["square or transferred attacks"] = kinds["white"] & ~kinds["black"]
+    for who, broke in first.items():
+        share = _share(broke)
+        measured[f"black-box: {who}"] = share
+        if share > LIMITS["black-box"].most:
+            message = (
+                f"{who}, without a gradient of this network, broke {share:.0%} of {len(broke)} images that the attacks "
+                "with one left standing: gradients are masked"
+            )
+            said.append(Finding("black-box", message))
+    return measured, said
+
+
+def _share(which: Tensor) -> float:
+    return which.float().mean().item() if len(which) else 0.0
+
+
+def _batches(images: ImageSet, batch_size: int) -> Iterator[Batch]:
+    for rows in torch.arange(len(images), device=images.device).split(batch_size):
+        yield Batch(images[rows].pixels(), images.y[rows])
+
+
+def _differs(model: nn.Module, images: ImageSet, batch_size: int, other: str) -> float:
+    """In ``train``, the share of answers that are not those of eval mode; in ``eval``, of logits that do not repeat."""
+    differs = []
+    for batch in _batches(images, batch_size):
+        with torch.no_grad():
+            with attack_mode(model, "eval"):
+                first = model(batch.x)
+                second = model(batch.x)
+            if other == "train":
+                with _buffers_kept(model), attack_mode(model, "train"), torch.random.fork_rng():
+                    differs.append(model(batch.x).argmax(1) != first.argmax(1))
+                continue
+        scale = first.abs().amax(1).clamp(min=1e-6)
+        differs.append((first - second).abs().amax(1) / scale > 1e-3)  # rounding may differ from pass to pass
+    return _share(torch.cat(differs)) if differs else 0.0
+
+
+def _vanishing(model: nn.Module, images: ImageSet, batch_size: int) -> float:
+    """The share of images at which ∇_x ℓ is exactly 0 in every value."""
+    zero = []
+    with attack_mode(model, "eval"), torch.enable_grad():
+        for batch in _batches(images, batch_size):
+            delta = torch.zeros_like(batch.x).requires_grad_()
+            loss = cross_entropy(model, batch, delta).sum()
+            gradient = torch.autograd.grad(loss, delta, allow_unused=True)[0] if loss.requires_grad else None
+            flat = torch.zeros_like(batch.x) if gradient is None else gradient
+            zero.append((flat == 0).flatten(1).all(1))
+    return _share(torch.cat(zero)) if zero else 0.0
+
+
+def _shorter_steps(model: nn.Module, images: ImageSet, epsilon: float, batch_size: int) -> Tensor:
+    """Which images a fraction of the FGSM step breaks, ``[N]`` bool (Kim et al., 2021, call them distorted)."""
+    broken = []
+    for batch in _batches(images, batch_size):
+        delta = torch.zeros_like(batch.x).requires_grad_()
+        with attack_mode(model, "eval"), torch.enable_grad():
+            loss = cross_entropy(model, batch, delta).sum()
+            (gradient,) = torch.autograd.grad(loss, delta)
+        fell = torch.zeros(len(batch), dtype=torch.bool, device=batch.x.device)
+        with attack_mode(model, "eval"), torch.no_grad():
+            for part in torch.linspace(0.1, 0.9, 9).tolist():
+                moved = (batch.x + part * epsilon * gradient.sign()).clamp(0, 1)
+                fell |= model(moved).argmax(1) != batch.y
+        broken.append(fell)
+    return torch.cat(broken)
+
+
+@contextlib.contextmanager
+def _buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Running statistics are afterwards what they were."""
+    kept = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        for buffer, value in kept:
+            buffer.copy_(value)

@@ -1,0 +1,81 @@
+"""AutoAttack (Croce and Hein, 2020) and its parts, through pyautoattack.
+
+Each part is a stage of its own, run with the settings it has in the version of AutoAttack it belongs to, on the images
+that the parts before it left standing: in that order, with the same batches and the same seed, this is what
+``pyautoattack.AutoAttack.run_standard_evaluation`` does. It can be interrupted between any two batches, because what is
+kept is this library's own record; the file that pyautoattack 0.2.0 writes cannot be read back by it.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..batch import Batch
+from ..errors import InputError
+
+__all__ = ["COMPONENTS", "VERSIONS", "Component"]
+
+COMPONENTS = ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square")
+VERSIONS = {
+    "autoattack": ("standard", ("apgd-ce", "apgd-t", "fab-t", "square")),
+    "autoattack-plus": ("plus", ("apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t")),
+    "autoattack-rand": ("rand", ("apgd-ce", "apgd-dlr")),
+}
+_LEAST_CLASSES = {"apgd-dlr": 3, "apgd-t": 4}  # which their losses compare
+
+
+@dataclass(frozen=True)
+class Component:
+    """One part of AutoAttack: ``part`` of ``version``, in the ``norm`` ball of radius ``epsilon`` around [0, 1] images.
+
+    seed: what every batch starts from, as in pyautoattack. queries: of square alone, 5,000 if not given.
+    Raises :class:`InputError` where the network has too few classes for the part's loss.
+    """
+
+    part: str
+    norm: str
+    epsilon: float
+    version: str = "standard"
+    seed: int = 0
+    queries: int | None = None
+
+    @property
+    def name(self) -> str:
+        return self.part
+
+    def rows(self, classes: int) -> int:
+        return 1
+
+    def __call__(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> Tensor:
+        from pyautoattack import AutoAttack
+
+        with torch.no_grad():
+            classes = model(batch.x[:1]).shape[-1]
+        if classes < _LEAST_CLASSES.get(self.part, 2):
+            raise InputError(
+                f"attack {self.part} needs a network of at least {_LEAST_CLASSES.get(self.part, 2)} classes, and this "
+                f"one has {classes}; apgd-ce, fab-t and square take any"
+            )
+        norm = {"linf": "Linf", "l2": "L2"}[self.norm]
+        attack = AutoAttack(
+            model, norm=norm, eps=self.epsilon, version=self.version, seed=self.seed, device=batch.x.device
+        )
+        attack.attacks_to_run = [self.part]
+        for targeted in (attack.apgd_targeted, attack.fab):
+            targeted.n_target_classes = min(targeted.n_target_classes, classes - 1)
+        if self.queries is not None:
+            attack.square.n_queries, attack.square.resc_schedule = self.queries, True
+        devices = [batch.x.device] if batch.x.is_cuda else []
+        logger, level = attack.logger, attack.logger.level
+        logger.setLevel(logging.ERROR)  # its remarks on masking are this package's checks, which measure more
+        try:
+            with torch.random.fork_rng(devices):
+                attacked, _ = attack.run_standard_evaluation(batch.x, batch.y, batch_size=len(batch))
+        finally:
+            logger.setLevel(level)
+        found: Tensor = attacked.detach()
+        return found

@@ -1,0 +1,129 @@
+"""``evaluate(model, data, attacks=[...])``: accuracies of any network, and what throws doubt on them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from ..constraints import Constraint
+from ..data import Images, ImageSet
+from ..errors import InputError
+from ..modes import attack_mode
+from .attacks import Attack, attack_from_name, ball, radius_text
+from .checks import check, compare_traces
+from .result import Evaluation, Progress, Score, result_name
+from .robust import Trace, attack_examples
+
+__all__ = ["EvaluationWarning", "as_images", "attacks_at", "evaluate"]
+
+
+class EvaluationWarning(UserWarning):
+    """A robust accuracy that may not mean what it says."""
+
+
+def attacks_at(names: Iterable[str | Attack], spaces: Sequence[Constraint], seed: int = 0) -> list[Attack]:
+    """Every attack in every one of the sets; attacks that are made already, and ``clean``, once."""
+    made: list[Attack] = []
+    for name in dict.fromkeys(names):
+        if isinstance(name, Attack):
+            made.append(name)
+        elif name == "clean":
+            made.append(Attack("clean"))
+        elif not spaces:
+            raise InputError(f"attack {name!r} needs a radius; pass epsilon=8/255, or a list for a curve")
+        else:
+            made += [attack_from_name(name, space, seed) for space in spaces]
+    if not made:
+        raise InputError("attacks names no attack; clean, pgd-50-10, beta-30 and autoattack are some")
+    return made
+
+
+def as_images(data: Any, model: nn.Module) -> ImageSet:
+    """An :class:`ImageSet`, ``(x, y)`` or a DataLoader of such pairs as images on the model's device."""
+    tensors = [*model.parameters(), *model.buffers()]
+    device = tensors[0].device if tensors else torch.device("cpu")
+    if isinstance(data, ImageSet):
+        return data if data.device == device else data.to(device)
+    if isinstance(data, DataLoader):
+        pairs = [(x, y) for x, y, *_ in data]
+        data = tuple(torch.cat(part) for part in zip(*pairs, strict=True))
+    if not (isinstance(data, (tuple, list)) and len(data) == 2 and all(isinstance(part, Tensor) for part in data)):
+        raise InputError(f"data is {type(data).__name__}; pass (x, y) tensors, a DataLoader of them, or an ImageSet")
+    x, y = (part.to(device) for part in data)
+    if len(x) != len(y) or len(x) == 0:
+        raise InputError(f"data has {len(x)} inputs and {len(y)} labels; it needs as many of both, at least one")
+    if not x.is_floating_point():
+        raise InputError(f"x is {x.dtype}; inputs are floating point in [0, 1] (divide uint8 by 255)")
+    with torch.no_grad(), attack_mode(model, "eval"):
+        out = model(x[:1])
+    if out.ndim != 2:
+        raise InputError(f"the model's output has shape {tuple(out.shape)}; logits are [1, classes]")
+    return Images(x, y, out.shape[1])
+
+
+def evaluate(
+    model: nn.Module,
+    data: ImageSet | tuple[Tensor, Tensor] | DataLoader[Any],
+    attacks: Sequence[str | Attack] = ("clean", "pgd-50-10"),
+    epsilon: float | Sequence[float] | None = None,
+    *,
+    norm: str = "linf",
+    constraint: Constraint | None = None,
+    seed: int = 0,
+    batch_size: int = 250,
+    checks: int = 100,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """The accuracy of any network on ``data`` under each attack, and the reasons to doubt it.
+
+    model: from inputs in [0, 1] to logits; it is seen in eval mode and left as it was. data: an
+    :class:`~bilevel_at.data.ImageSet`, ``(x, y)`` with ``x [N, ...]`` and ``y [N]`` int64, or a DataLoader of them.
+    attacks: names (:data:`ATTACKS`) or :class:`Attack` objects. epsilon: the radius of the ``norm`` ball ("linf" or
+    "l2", cut to [0, 1]), or several, whose results are then named ``pgd-50-10@4/255``; constraint: any other set.
+    checks: how many examples the checks of :func:`check` look at; 0 for none. What they find is in ``.warnings``, and
+    issued as :class:`EvaluationWarning`.
+
+    Raises :class:`InputError` for an unknown attack, and where inputs are not in [0, 1]: ε would mean something else.
+    """
+    radii = [] if epsilon is None else [epsilon] if isinstance(epsilon, (int, float)) else list(epsilon)
+    spaces: list[Constraint] = [ball(norm, radius) for radius in radii]
+    if constraint is not None:
+        spaces.append(constraint)
+    made = attacks_at(attacks, spaces, seed)
+    in_train_mode = any(module.training for module in model.modules())
+    images = as_images(data, model)
+    fingerprint = images.sha256()[:16]
+    usual = made[-1].epsilon if len(spaces) < 2 else -1.0
+    result, by_name = Evaluation(), {}
+    for attack in made:
+        name = result_name(attack, usual if attack.name != "clean" else None)
+        trace = Trace.start(len(images), images.device)
+        for trace, stage, done, of in attack_examples(model, images, attack, seed=seed, batch_size=batch_size):
+            if progress is not None:
+                progress(name, stage, done, of, trace)
+        result.traces[name], by_name[name] = trace, attack
+        result.scores[name] = Score.of(trace, attack, data=fingerprint, seed=seed, batch_size=batch_size)
+    if checks:
+        few = images.sample(checks)
+        space = spaces[0] if spaces else next((a.constraint for a in made if a.constraint is not None), None)
+        result.measured, result.warnings = check(
+            model, few, space, seed=seed, batch_size=batch_size, left_in_train_mode=in_train_mode
+        )
+        for one in [space] if len(spaces) < 2 else spaces:
+            here = {n: t for n, t in result.traces.items() if one is None or by_name[n].epsilon in (0, _radius(one))}
+            measured, said = compare_traces(here, by_name)
+            at = f" at ε = {radius_text(_radius(one))}" if one is not None and len(spaces) > 1 else ""
+            result.measured |= {f"{key}{at}": value for key, value in measured.items()}
+            result.warnings += said
+        for finding in result.warnings:
+            warnings.warn(str(finding), EvaluationWarning, stacklevel=2)
+    return result
+
+
+def _radius(space: Constraint) -> float:
+    return space.attack_step()[1]

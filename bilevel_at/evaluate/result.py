@@ -1,0 +1,124 @@
+"""What an evaluation found: an accuracy and all it was measured with, and every example's fate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from .attacks import Attack, norm_of, radius_text
+from .robust import Trace
+
+__all__ = ["Evaluation", "Finding", "Progress", "Score", "result_name"]
+
+Progress = Callable[[str, str, int, int, Trace], None]
+"""Told (the attack's name, its stage, batches done, batches to do, the trace) after every batch."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """An accuracy, and what it was measured with: an entry of ``results.json``.
+
+    seconds: all of it, over interruptions. data, weights: fingerprints of the images and of the network, the first 16
+    digits of a SHA-256. file: the record of each example, where there is one. outside: attacked images that left C(x)
+    and were not counted. date, device, versions: of the evaluation.
+    """
+
+    accuracy: float
+    n: int
+    epsilon: float
+    seconds: float
+    data: str = ""
+    attack: str = ""
+    norm: str | None = None
+    seed: int = 0
+    batch_size: int = 0
+    weights: str = ""
+    outside: int = 0
+    file: str | None = None
+    date: str = ""
+    device: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, trace: Trace, attack: Attack, **known: Any) -> Score:
+        """The score that a finished trace amounts to."""
+        accuracy = trace.correct.float().mean().item()
+        return cls(
+            accuracy,
+            len(trace.broken),
+            attack.epsilon,
+            trace.seconds,
+            attack=attack.name,
+            norm=norm_of(attack.constraint),
+            outside=trace.outside,
+            **known,
+        )
+
+    def asdict(self) -> dict[str, Any]:
+        """For JSON, which knows no NaN."""
+        return {**asdict(self), "epsilon": None if math.isnan(self.epsilon) else self.epsilon}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A reason to doubt a robust accuracy: a name, and a sentence with what was measured."""
+
+    name: str
+    message: str
+
+    def __str__(self) -> str:
+        return self.message
+
+
+def result_name(attack: Attack, usual: float | None) -> str:
+    """The attack's name, with the radius where that is not the usual one: ``pgd-50-10``, ``pgd-50-10@4/255``."""
+    if usual is None or math.isnan(attack.epsilon) or abs(attack.epsilon - usual) < 1e-9:
+        return attack.name
+    return f"{attack.name}@{radius_text(attack.epsilon)}"
+
+
+@dataclass
+class Evaluation(Mapping[str, Score]):
+    """Scores by name, as a mapping; beside them, every example's trace, and what throws doubt on them.
+
+    result["pgd-50-10"].accuracy
+    result.correct("pgd-50-10")                     # [n] bool
+    result.worst_case("pgd-50-10", "beta-30")       # accuracy under the union of both
+    for finding in result.warnings: print(finding)
+    """
+
+    scores: dict[str, Score] = field(default_factory=dict)
+    traces: dict[str, Trace] = field(default_factory=dict)
+    warnings: list[Finding] = field(default_factory=list)
+    measured: dict[str, float] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> Score:
+        return self.scores[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.scores)
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def correct(self, name: str) -> Tensor:
+        """``[n]`` bool: which examples stand under that attack. Raises :class:`InputError` for one not made."""
+        if name not in self.traces:
+            raise InputError(f"no attack {name!r} was made; there are {', '.join(self.traces)}")
+        return self.traces[name].correct
+
+    def worst_case(self, *names: str) -> float:
+        """Accuracy under the union of the attacks, of all of them where none is named."""
+        chosen: Sequence[str] = names or tuple(self.traces)
+        return torch.stack([self.correct(name) for name in chosen]).all(0).float().mean().item()
+
+    def __str__(self) -> str:
+        width = max((len(name) for name in self), default=0)
+        lines = [f"{name:<{width}}  {score.accuracy:6.2%}  (n = {score.n})" for name, score in self.items()]
+        return "\n".join([*lines, *(f"warning: {finding}" for finding in self.warnings)])

@@ -1,0 +1,222 @@
+"""Results in a run directory: ``results.json``, and a file for every attack that says what became of each example.
+
+The file is the record of a finished attack and the state of one that was stopped: the same evaluation goes on from it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import hashlib
+import json
+import platform
+import re
+import time
+import zipfile
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..data import ImageSet
+from ..train.rundir import RunDir
+from .attacks import Attack
+from .result import Score, result_name
+from .robust import Trace, attack_examples
+from .stages import OnSurrogate
+
+__all__ = ["Store", "fingerprint", "score_from"]
+
+SAVE_EVERY = 2.0  # seconds
+
+
+def fingerprint(model: nn.Module) -> str:
+    """The first 16 digits of a SHA-256 of the weights and buffers, with their names."""
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        digest.update(name.encode())
+        if isinstance(value, torch.Tensor):
+            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def score_from(found: Any) -> Score | None:
+    """An entry of ``results.json``, which may say more or, if older, less; None where it is not one."""
+    try:
+        known = {f.name: found[f.name] for f in dataclasses.fields(Score) if f.name in found}
+        score = Score(**known)
+        return score if isinstance(score.accuracy, (int, float)) and isinstance(score.n, int) else None
+    except (AttributeError, KeyError, TypeError):
+        return None
+
+
+def file_name(name: str) -> str:
+    """A result's name as that of a file: 8/255 has a slash."""
+    plain = re.sub(r"[^\w.@+=\[\]-]", "_", name)
+    if plain != name.replace("/", "_"):
+        plain += "-" + hashlib.sha256(name.encode()).hexdigest()[:6]
+    return plain + ".npz"
+
+
+class Store:
+    """The results of one network (``which``: best, last, last_good, or model) on one image set.
+
+        store = Store(run, "best", model, images, usual=0.2)
+        for attack in attacks:
+            score = store.score(attack)
+
+    usual: the radius whose results need no ``@radius`` in their names. Entries of fewer images than one that is there
+    are named ``pgd-50-10[n=100]`` beside it. Source of the layout: docs/evaluation.md.
+    """
+
+    def __init__(
+        self,
+        run: RunDir,
+        which: str,
+        model: nn.Module,
+        images: ImageSet,
+        *,
+        usual: float | None,
+        seed: int = 0,
+        batch_size: int = 250,
+        data: str | None = None,
+    ) -> None:
+        self.run, self.which, self.model, self.images = run, which, model, images
+        self.usual, self.seed, self.batch_size = usual, seed, batch_size
+        self.data = images.sha256()[:16] if data is None else data
+        self.weights = fingerprint(model)
+        self.traces: dict[str, Trace] = {}
+        self.attacks: dict[str, Attack] = {}
+
+    def results(self) -> dict[str, Any]:
+        """All of ``results.json``, an empty one where there is none or something else."""
+        found = self.run.read_json("results.json") if (self.run.path / "results.json").exists() else {}
+        results: dict[str, Any] = found if isinstance(found, dict) else {}
+        if not isinstance(results.get(self.which), dict):
+            results[self.which] = {}
+        return results
+
+    def score(
+        self,
+        attack: Attack,
+        progress: Callable[[str, str, int, int, Trace], None] = lambda *_: None,
+        again: bool = False,
+    ) -> tuple[str, Score]:
+        """(its name, the score): what is there already, or computed, from where an interruption left it.
+
+        ``again`` computes it anew.
+        """
+        name, entry = self._place(attack)
+        identity = self._identity(attack)
+        path = self._file(name)
+        trace = None if again else self._read(path, identity, attack)
+        finished = trace is not None and trace.stage > len(attack.stages)
+        if entry is not None and finished and self._same(entry, attack):
+            assert trace is not None
+            self.traces[name], self.attacks[name] = trace, attack
+            return name, entry
+        trace = Trace.start(len(self.images), self.images.device) if trace is None else trace
+        saved = time.monotonic()
+        try:
+            for _, stage, done, of in attack_examples(
+                self.model, self.images, attack, seed=self.seed, batch_size=self.batch_size, trace=trace
+            ):
+                progress(name, stage, done, of, trace)
+                if time.monotonic() - saved > SAVE_EVERY:
+                    self._write(path, identity, attack, trace)
+                    saved = time.monotonic()
+        finally:  # an interruption, too, leaves what is done
+            self._write(path, identity, attack, trace)
+        self.traces[name], self.attacks[name] = trace, attack
+        score = Score.of(
+            trace,
+            attack,
+            data=self.data,
+            seed=self.seed,
+            batch_size=self.batch_size,
+            weights=self.weights,
+            file=str(path.relative_to(self.run.path).as_posix()),
+            date=datetime.date.today().isoformat(),
+            device=_device_name(self.images.device),
+            versions=_versions(),
+        )
+        results = self.results()
+        results[self.which][name] = score.asdict()
+        self.run.write_json("results.json", results)
+        return name, score
+
+    def _place(self, attack: Attack) -> tuple[str, Score | None]:
+        """The name that the result has or will have, and the entry of that name."""
+        known = self.results()[self.which]
+        name = result_name(attack, self.usual if attack.name != "clean" else None)
+        entry = score_from(known.get(name))
+        if entry is not None and entry.n > len(self.images):
+            name = f"{name}[n={len(self.images)}]"
+            entry = score_from(known.get(name))
+        return name, entry
+
+    def _same(self, entry: Score, attack: Attack) -> bool:
+        """Whether an entry is of this attack, network, images and draws."""
+        settings = (attack.name, attack.epsilon, self.data, self.weights, self.seed, self.batch_size)
+        return settings == (entry.attack, entry.epsilon, entry.data, entry.weights, entry.seed, entry.batch_size)
+
+    def _identity(self, attack: Attack) -> str:
+        surrogates = [fingerprint(stage.surrogate) for stage in attack.stages[:1] if isinstance(stage, OnSurrogate)]
+        stated = {
+            "attack": attack.name,
+            "constraint": hashlib.sha256(repr(attack.constraint).encode()).hexdigest()[:16],
+            "epsilon": attack.epsilon,
+            "stages": [stage.name for stage in attack.stages],
+            "surrogates": surrogates,
+            "data": self.data,
+            "weights": self.weights,
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+        }
+        return json.dumps(stated, sort_keys=True)
+
+    def _file(self, name: str) -> Path:
+        return self.run.path / "evaluation" / self.which / file_name(name)
+
+    def _read(self, path: Path, identity: str, attack: Attack) -> Trace | None:
+        """The trace in the file; None where there is none, or it is of another evaluation, or damaged."""
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                if str(arrays["identity"]) != identity:
+                    return None
+                trace = Trace.from_arrays(arrays, self.images.device)
+        except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):
+            return None
+        whole = len(trace.broken) == len(self.images) and 0 <= trace.stage <= len(attack.stages) + 1
+        return trace if whole else None
+
+    def _write(self, path: Path, identity: str, attack: Attack, trace: Trace) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.partial")
+        with open(partial, "wb") as file:
+            np.savez(
+                file,
+                label=self.images.y.cpu().numpy(),
+                correct=trace.correct.cpu().numpy(),
+                stages=np.array(["clean", *(stage.name for stage in attack.stages)]),
+                identity=np.array(identity),
+                finished=np.array(trace.stage > len(attack.stages)),
+                **trace.arrays(),
+            )
+        partial.replace(path)
+
+
+def _device_name(device: torch.device) -> str:
+    from ..plan import device_name
+
+    return device_name(device)
+
+
+def _versions() -> dict[str, str]:
+    names = ("bilevel-at", "pyautoattack", "numpy")
+    found = {name: metadata.version(name) for name in names}
+    return {"python": platform.python_version(), "torch": str(torch.__version__), **found}
