@@ -1,0 +1,69 @@
+"""Gradient alignment: how linear the loss is inside the attacker's ball."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..batch import Batch, per_sample
+from ..constraints import Constraint
+from ..data import ImageSet
+from ..losses import cross_entropy
+from ..modes import attack_mode
+from ..steps import whole_number
+
+__all__ = ["gradient_alignment", "input_gradient"]
+
+
+def gradient_alignment(
+    model: nn.Module,
+    images: ImageSet,
+    constraint: Constraint,
+    *,
+    seed: int = 0,
+    batch_size: int = 512,
+    samples: int = 1,
+) -> Tensor:
+    """cos(∇_x ℓ(x), ∇_x ℓ(x + η)) of each example, ``[N]`` in [−1, 1], ℓ the cross-entropy.
+
+    η is drawn from the constraint without its input range, uniform in a ball: x + η may leave [0, 1]. ``samples`` draws
+    are averaged; a draw at which a gradient is exactly zero has no angle and is left out, and an example with none left
+    is NaN, so take ``nanmean``. Near 1 where one gradient step sees the whole ball, near 0 after catastrophic
+    overfitting. The same draws for the same ``seed`` and ``batch_size``; the model is seen in eval mode and left as it
+    was. Costs ``samples`` + 1 gradients an example.
+
+    Raises :class:`InputError` where ``samples`` or ``batch_size`` is not at least 1.
+    Source: Andriushchenko and Flammarion (2020), equations 5 and 7.
+    """
+    whole_number("samples", samples, 1)
+    whole_number("batch_size", batch_size, 1)
+    generator = torch.Generator(images.device).manual_seed(seed)
+    ball = constraint.unbounded()
+    found = []
+    with attack_mode(model, "eval"):
+        for rows in torch.arange(len(images), device=images.device).split(batch_size):
+            batch = Batch(images[rows].pixels(), images.y[rows])
+            clean = input_gradient(model, batch, torch.zeros_like(batch.x))
+            cosines = [
+                _cosine(clean, input_gradient(model, batch, ball.sample(batch.x, generator))) for _ in range(samples)
+            ]
+            found.append(torch.stack(cosines).nanmean(0))
+    return torch.cat(found) if found else torch.empty(0, device=images.device)
+
+
+def input_gradient(model: nn.Module, batch: Batch, delta: Tensor) -> Tensor:
+    """∇_x ℓ(x + δ) of the cross-entropy, each example's own, ``[B, ...]``, in the mode the model is in."""
+    delta = delta.detach().requires_grad_()
+    with torch.enable_grad():
+        (gradient,) = torch.autograd.grad(cross_entropy(model, batch, delta).sum(), delta)
+    return gradient
+
+
+def _cosine(a: Tensor, b: Tensor) -> Tensor:
+    """``[B]``, NaN where a or b is exactly zero."""
+    # In units of the largest entry, or the squares of a confident network's gradients would underflow to zero.
+    scale_a, scale_b = a.abs().flatten(1).amax(1), b.abs().flatten(1).amax(1)
+    unit_a, unit_b = (a / per_sample(scale_a, a)).flatten(1), (b / per_sample(scale_b, b)).flatten(1)
+    cosine = F.cosine_similarity(unit_a.double(), unit_b.double()).clamp(-1, 1).float()
+    return cosine.masked_fill((scale_a == 0) | (scale_b == 0), torch.nan)
