@@ -1,0 +1,45 @@
+"""Write one page about runs: ``python -m bilevel_at.report RUN [RUN ...] [--out FOLDER]``."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from .. import flags
+from ..errors import InputError
+from .build import report
+
+__all__ = ["main"]
+
+PROG = "bilevel_at.report"
+ABOUT = "One self-contained HTML page about runs, and its figures as PNG files."
+
+
+def _options(out: str | None = None) -> None:
+    """The flags.
+
+    out: folder for index.html and figures/; RUN/report if not given, for several runs a folder report beside the first.
+    """
+
+
+def main(args: Sequence[str]) -> int:
+    """The command: 0 when done. Raises :class:`InputError` for a mistake in what was asked."""
+    runs = list(itertools.takewhile(lambda word: not word.startswith("-"), args))
+    usage = f"python -m {PROG} RUN [RUN ...]"
+    options = flags.parse(flags.flags_of(_options), list(args[len(runs) :]), usage, ABOUT)
+    if not runs:
+        raise InputError(f"no run is given: {usage} [--out FOLDER]; runs come before flags")
+    console = Console()
+    with console.status("reading") as status:
+        page = report(runs, options["out"], progress=lambda name: status.update(f"report: {name}"))
+    console.print(
+        f"{page}; its figures as PNG files in {page.parent / 'figures'}", highlight=False, markup=False, soft_wrap=True
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(flags.main(main, PROG))

@@ -1,0 +1,98 @@
+"""The comparison: clean accuracy, and accuracy under every attack at the ε of training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from .groups import Group
+from .numbers import Spread, percent, radius, span
+from .page import Cell, Part, Section, Table
+from .ranking import comparable, table_columns
+from .union import WorstCase, worst_case
+from .verdict import about_unions, caption, lead
+
+__all__ = ["accuracy", "checkpoint"]
+
+
+def accuracy(groups: Sequence[Group], folder: Path) -> Section | None:
+    """One row for each group and checkpoint, attacks from the weakest to the strongest, and the worst of them all."""
+    rows = [(group, which) for group in groups for which in group.checkpoints]
+    if not rows:
+        return None
+    columns = table_columns(groups)
+    unions = {(g.label, w): worst_case(g, w) for g, w in rows}
+    union_shown = any(unions.values())
+    differ = len({u.attacks for u in unions.values() if u}) > 1
+    several_radii = len({group.epsilon for group in groups}) > 1
+    marked = _best(rows, columns, unions) if comparable(groups) else set()
+    images = {_n(group, which) for group, which in rows}
+    head = ["training", "checkpoint (epoch)", *(["ε"] if several_radii else []), *columns]
+    table = []
+    for group, which in rows:
+        cells = [Cell(group.label, aside=group.seeds(), rows=len(group.checkpoints)), Cell(checkpoint(group, which))]
+        if several_radii:
+            cells.append(Cell("–" if group.epsilon is None else radius(group.epsilon)))
+        for name in columns:
+            cells.append(_cell(group, group.accuracy(which, name), (group.label, which, name) in marked))
+        if union_shown:
+            union = unions[group.label, which]
+            aside = f"of {len(union.attacks)}" if union and differ else ""
+            best = (group.label, which, "") in marked
+            cells.append(_cell(group, union.spread if union else None, best, aside))
+        table.append([*cells, *([] if len(images) == 1 else [Cell(_n(group, which))])])
+    head += [*(["worst case of all"] if union_shown else []), *([] if len(images) == 1 else ["images"])]
+    said = caption(groups, columns, images, bool(marked))
+    parts: list[Part] = [lead(groups, columns), Table(head, table, said, words=2)]
+    parts += about_unions([(g, w, u) for g, w in rows if (u := unions[g.label, w])])
+    return Section("Accuracy", parts)
+
+
+def checkpoint(group: Group, which: str) -> str:
+    """'best (6)', 'last good (4–5)': with the epochs it is of."""
+    at: list[int | None] = []
+    for run in group.runs:
+        if which == "best":
+            at.append(run.best_epoch)
+        elif which == "last":
+            at.append(int(run.metrics[-1]["epoch"]) if run.metrics else None)
+        elif which == "last_good":
+            at.append(run.collapse.last_good if run.collapse else None)
+    known = [epoch for epoch in at if epoch is not None]
+    return which.replace("_", " ") + (f" ({span(known)})" if known else "")
+
+
+def _cell(group: Group, spread: Spread | None, best: bool, aside: str = "") -> Cell:
+    if spread is None:
+        return Cell("–")
+    have = len(spread.values)
+    few = f"{have} of {len(group.runs)} seeds" if have < len(group.runs) else ""
+    return Cell(str(spread), best, ", ".join(a for a in (aside, few) if a))
+
+
+def _n(group: Group, which: str) -> str:
+    sizes = [
+        e["n"] for run in group.runs for e in run.at_training_radius(which).values() if isinstance(e.get("n"), int)
+    ]
+    return "–".join(f"{n:,}" for n in sorted({min(sizes), max(sizes)})) if sizes else "–"
+
+
+def _best(
+    rows: Sequence[tuple[Group, str]], columns: Sequence[str], unions: dict[tuple[str, str], WorstCase | None]
+) -> set[tuple[str, str, str]]:
+    """(group, checkpoint, attack) of a column's highest mean among rows of one checkpoint; '' is the worst of all."""
+    found: set[tuple[str, str, str]] = set()
+    for which in dict.fromkeys(w for _, w in rows):
+        same = [g for g, w in rows if w == which]
+        for name in (*columns, ""):
+            values = {}
+            for g in same:
+                union = unions[g.label, which]
+                spread = g.accuracy(which, name) if name else union.spread if union else None
+                if spread is not None and len(spread.values) == len(g.runs):
+                    values[g.label] = float(percent(spread.mean))  # a tie is what a reader sees as one
+            if not name and len({u.attacks for g in same if (u := unions[g.label, which])}) > 1:
+                continue  # the worst of more attacks is lower
+            if len(values) > 1:
+                found |= {(label, which, name) for label, mean in values.items() if mean == max(values.values())}
+    return found

@@ -1,0 +1,119 @@
+"""The page: what is compared, then one section after another."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from .. import __version__
+from ..errors import BilevelError, InputError
+from .accuracy import accuracy
+from .concerns import concerns
+from .cost import cost, device
+from .groups import Group, all_runs, group
+from .numbers import radius
+from .page import Notes, Section, page
+from .pictures import pictures
+from .radii import radii
+from .repeat import repeat
+from .runs import Run, read_all
+from .training import training
+
+__all__ = ["SECTIONS", "default_out", "report"]
+
+Maker = Callable[[Sequence[Group], Path], Section | None]
+
+# A section is a function of the groups and the folder for its figures; None where there is nothing to show.
+SECTIONS: tuple[Maker, ...] = (concerns, accuracy, training, radii, cost, pictures, repeat)
+
+
+def default_out(runs: Sequence[str | Path]) -> Path:
+    """``RUN/report``, or for several runs a folder ``report`` beside the first."""
+    first = Path(runs[0])
+    return first / "report" if len(runs) == 1 else first.resolve().parent / "report"
+
+
+def report(
+    runs: Sequence[str | Path],
+    out: str | Path | None = None,
+    *,
+    progress: Callable[[str], None] = lambda name: None,
+) -> Path:
+    """Write ``index.html``, one page that needs nothing else, and ``figures/*.png`` into ``out``; the page's path.
+
+    runs: run directories, or those of evaluated checkpoints. Runs that differ in their seed only share a row.
+    out: a folder, made where it is not there; :func:`default_out` where not given. progress: told each section's name
+    before it is made. Raises :class:`InputError` where a run cannot be read, is given twice, or ``out`` not written.
+    """
+    found = read_all(runs)
+    folder = default_out(runs) if out is None else Path(out)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--out {folder} is a file; it must be a directory, or not exist")
+    groups = group(found)
+    try:
+        (folder / "figures").mkdir(parents=True, exist_ok=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph")  # a name may have letters that the figures' font has not
+            sections = [s for make in SECTIONS if (s := _make(make, groups, folder / "figures", progress))]
+        partial, file = folder / ".index.html.partial", folder / "index.html"
+        partial.write_text(page(_title(groups), _lead(groups), _facts(found), sections), encoding="utf-8")
+        os.replace(partial, file)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written: {error.strerror or error}") from None
+    return file
+
+
+def _make(make: Maker, groups: Sequence[Group], folder: Path, progress: Callable[[str], None]) -> Section | None:
+    """A section; where what it computes cannot be computed, the sentence that says why."""
+    name = make.__name__.replace("_", " ")
+    progress(name)
+    try:
+        return make(groups, folder)
+    except (InputError, BilevelError) as error:
+        return Section(name.capitalize(), [Notes([("Not shown:", str(error))])])
+
+
+def _title(groups: Sequence[Group]) -> str:
+    labels = [group.label for group in groups]
+    shown = labels if len(labels) < 5 else [*labels[:3], f"{len(labels) - 3} more"]
+    return "Adversarial training: " + ", ".join(shown)
+
+
+def _lead(groups: Sequence[Group]) -> str:
+    runs = all_runs(groups)
+    if len(runs) == 1:
+        return f"One {'run' if runs[0].metrics else 'checkpoint'}, {runs[0].path}."
+    if len(groups) == 1:
+        return f"{len(runs)} runs of one training that differ in their seed."
+    return f"{len(runs)} runs of {len(groups)} trainings; runs that differ in their seed only are one row."
+
+
+def _facts(runs: Sequence[Run]) -> list[tuple[str, str]]:
+    norms = {"linf": "ℓ∞", "l2": "ℓ2"}
+    at = [(norms.get(run.norm or "", run.norm or ""), run.epsilon) for run in runs if run.epsilon is not None]
+    facts = {
+        "data": [str(run.part("options").get("data") or "") for run in runs],
+        "network": [str(run.config.get("model") or "") for run in runs],
+        "constraint": [f"{norm} ε = {radius(epsilon)}".strip() for norm, epsilon in at],
+        "seeds": [_seeds(runs)],
+        "trained": [_dates(runs)],
+        "device": [device(run) for run in runs if "device" in run.part("machine")],
+        "bilevel-at": [str(run.part("versions").get("bilevel-at") or "") for run in runs],
+        "torch": [str(run.part("versions").get("torch") or "") for run in runs],
+        "report by": [f"bilevel-at {__version__}"],
+    }
+    return [(name, said) for name, values in facts.items() if (said := ", ".join(filter(None, dict.fromkeys(values))))]
+
+
+def _dates(runs: Sequence[Run]) -> str:
+    dates = sorted({str(run.config["date"]) for run in runs if run.config.get("date")})
+    return dates[0] + (f" to {dates[-1]}" if len(dates) > 1 else "") if dates else ""
+
+
+def _seeds(runs: Sequence[Run]) -> str:
+    seeds = sorted({s for run in runs if isinstance(s := run.part("options").get("seed"), int)})
+    if len(seeds) > 2 and seeds == list(range(seeds[0], seeds[-1] + 1)):
+        return f"{seeds[0]}–{seeds[-1]}"
+    return ", ".join(map(str, seeds))

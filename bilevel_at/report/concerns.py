@@ -1,0 +1,109 @@
+"""What to know before believing a number: what the checks found, what collapsed, and what is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .groups import Group, all_runs
+from .numbers import number, radius
+from .page import Code, Details, Notes, Part, Section
+from .ranking import comparable
+from .runs import Run
+
+__all__ = ["concerns"]
+
+
+def concerns(groups: Sequence[Group], folder: Path) -> Section | None:
+    """Warnings of ``checks.json``, catastrophic overfitting, what makes rows incomparable; then what was not done."""
+    runs = all_runs(groups)
+    names = {run.path: (run.name if len(runs) > 1 else "") for run in runs}
+    grave = [note for run in runs for note in _warnings(run, names[run.path])]
+    grave += [(_who(names[run.path]), f"{run.collapse}.") for run in runs if run.collapse]
+    grave += [(_who(), note) for note in _incomparable(groups)]
+    mild = [note for run in runs for note in _missing(run, names[run.path])]
+    unchecked = [run for run in runs if run.results and not run.checks]
+    if unchecked:
+        which = "" if len(unchecked) == len(runs) else f" of {', '.join(run.name for run in unchecked)}"
+        mild.append(
+            ("Not checked.", f"No checks for gradient masking are on record{which}; bilevel_at.evaluate makes them.")
+        )
+    parts: list[Part] = [Notes(grave, grave=True)] if grave else []
+    checked = [(run, which) for run in runs for which in run.checks]
+    if checked and not any(_warnings(run, "") for run in runs):
+        of = ", ".join(dict.fromkeys(which.replace("_", " ") for _, which in checked))
+        parts.append(
+            f"The checks on {len(checked)} checkpoint{'s' * (len(checked) > 1)} ({of}) found nothing to warn of."
+        )
+    if mild:
+        parts.append(Notes(mild))
+    if measured := [(run, which, found) for run, which in checked if (found := run.checks[which].get("measured"))]:
+        lines = "\n".join(_measured(names[run.path], which, found) for run, which, found in measured)
+        parts.append(Details("What the checks measured", [Code(lines)]))
+    return (
+        Section("Warnings" if grave else "Warnings: none" if not mild else "Before you read on", parts)
+        if parts
+        else None
+    )
+
+
+def _who(name: str = "", which: str = "") -> str:
+    said = ", ".join(part for part in (name, f"{which.replace('_', ' ')} checkpoint" if which else "") if part)
+    return f"{said[:1].upper() * (not name) or said[:1]}{said[1:]}:" if said else ""
+
+
+def _warnings(run: Run, name: str) -> list[tuple[str, str]]:
+    found = []
+    for which, section in run.checks.items():
+        warnings = section.get("warnings")
+        for warning in warnings if isinstance(warnings, list) else []:
+            if isinstance(warning, dict) and warning.get("message"):
+                found.append((_who(name, which), str(warning["message"])))
+    return found
+
+
+def _incomparable(groups: Sequence[Group]) -> list[str]:
+    if len(groups) < 2 or comparable(groups):
+        return []
+    runs = all_runs(groups)
+    said = []
+    radii = {run.epsilon for run in runs if run.epsilon is not None}
+    if len(radii) > 1:
+        said.append(f"the trainings have different radii (ε = {', '.join(radius(e) for e in sorted(radii))})")
+    if len(norms := {run.norm for run in runs if run.norm}) > 1:
+        said.append(f"their norms differ ({', '.join(sorted(norms))})")
+    entries = [e for run in runs for which in run.results for e in run.at_training_radius(which).values()]
+    if len({(e.get("data"), e.get("n")) for e in entries}) > 1:
+        said.append("they were evaluated on different images")
+    return [f"Rows are not to be ranked against each other: {', and '.join(said)}."] if said else []
+
+
+def _missing(run: Run, name: str) -> list[tuple[str, str]]:
+    said = []
+    planned, done = number(run.part("options").get("epochs")), len(run.metrics)
+    if done and done < planned:
+        said.append(f"{done} of {planned:.0f} epochs are done; the numbers are of an unfinished run.")
+    if not run.results:
+        said.append("no evaluation is on record; bilevel_at.evaluate makes one.")
+    elif run.metrics and not any("alignment" in line for line in run.metrics):
+        pass  # an older run; the figure leaves the quantity out
+    return [(_who(name), sentence) for sentence in said]
+
+
+def _measured(name: str, which: str, found: Any, most: int = 200) -> str:
+    begin = " ".join(part for part in (name, which.replace("_", " ")) if part)
+    if not isinstance(found, Mapping):
+        return f"{begin}: {str(found)[:most]}"
+    width = max((len(str(key)) for key in found), default=0)
+    return "\n".join([begin, *(f"  {str(key):<{width}}  {_value(value)[:most]}" for key, value in found.items())])
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list):
+        return "[" + ", ".join(_value(v) for v in value) + "]"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{k}: {_value(v)}" for k, v in value.items())
+    return str(value)

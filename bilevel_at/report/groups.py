@@ -1,0 +1,116 @@
+"""Runs that differ in their seed only are one row of a table: the same training, so many times."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .numbers import Spread, number, radius
+from .runs import WHICH, Run
+
+__all__ = ["Group", "all_runs", "group"]
+
+# What does not change the network that training gives, and what other entries of the configuration say already.
+PASSED_OVER = ("seed", "out", "device", "data_dir", "download", "resume", "attacks", "solver", "problem")
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs of one training with different seeds, in the order they were given. label: short, and no other group's."""
+
+    label: str
+    runs: tuple[Run, ...]
+
+    @property
+    def checkpoints(self) -> list[str]:
+        """Those that were evaluated, in a reader's order."""
+        return list(dict.fromkeys(which for which in WHICH for run in self.runs if which in run.results)) + list(
+            dict.fromkeys(which for run in self.runs for which in run.results if which not in WHICH)
+        )
+
+    @property
+    def main(self) -> str | None:
+        """The checkpoint that comparisons take: the best epoch where there is one."""
+        return next(iter(self.checkpoints), None)
+
+    @property
+    def epsilon(self) -> float | None:
+        return self.runs[0].epsilon
+
+    def accuracy(self, which: str, attack: str) -> Spread | None:
+        """Under an attack at the ε of training, over the seeds that have it."""
+        entries = [run.at_training_radius(which).get(attack) for run in self.runs]
+        values = tuple(number(entry["accuracy"]) for entry in entries if entry is not None)
+        return Spread(values) if values else None
+
+    def seeds(self) -> str:
+        """'1 run', '5 seeds'."""
+        return f"{len(self.runs)} seeds" if len(self.runs) > 1 else "1 run"
+
+
+def all_runs(groups: Iterable[Group]) -> list[Run]:
+    return [run for group in groups for run in group.runs]
+
+
+def group(runs: Sequence[Run]) -> list[Group]:
+    """Groups in the order of their first runs. The same seed a second time is no new draw, and begins another group."""
+    parts: dict[tuple[str, int], list[Run]] = {}
+    counts: dict[tuple[str, Any], int] = {}
+    for run in runs:
+        key = _key(run)
+        occurrence = counts.get((key, _seed(run)), 0)
+        counts[key, _seed(run)] = occurrence + 1
+        parts.setdefault((key, occurrence), []).append(run)
+    return [
+        Group(label, tuple(part)) for label, part in zip(_labels(list(parts.values())), parts.values(), strict=True)
+    ]
+
+
+def _seed(run: Run) -> str:
+    return repr(run.part("options").get("seed"))
+
+
+def _key(run: Run) -> str:
+    options = run.part("options")
+    if "seed" not in options:
+        return f"no seed: {run.path.resolve()}"
+    kept = {name: value for name, value in options.items() if name not in PASSED_OVER}
+    file = run.config.get("file_sha256", run.config.get("file"))
+    parts = [file, run.config.get("data_sha256"), run.config.get("problem"), run.config.get("solver"), kept]
+    return json.dumps(parts, sort_keys=True)
+
+
+def _labels(parts: list[list[Run]]) -> list[str]:
+    """The problem file's name, and what tells its groups apart where there are several."""
+    bases, labels = [_base(part[0]) for part in parts], []
+    settings = [_settings(part[0]) for part in parts]
+    for base, own in zip(bases, settings, strict=True):
+        rivals = [s for b, s in zip(bases, settings, strict=True) if b == base]
+        differs = [name for name in own if all(name in r for r in rivals) and any(r[name] != own[name] for r in rivals)]
+        said = [own[name] if name == "solver" else f"{name.replace('_', ' ')} {_short(own[name])}" for name in differs]
+        labels.append(", ".join([base, *said[:3]]))
+    return [
+        label if labels.count(label) == 1 else f"{label} ({part[0].name})"
+        for label, part in zip(labels, parts, strict=True)
+    ]
+
+
+def _base(run: Run) -> str:
+    file = run.config.get("file")
+    return (Path(file).stem if isinstance(file, str) else "") or run.name
+
+
+def _settings(run: Run) -> dict[str, Any]:
+    solver = {("solver" if name == "name" else name): value for name, value in run.part("solver").items()}
+    options = {name: value for name, value in run.part("options").items() if name not in PASSED_OVER}
+    return {**solver, **run.part("problem"), **options}
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return radius(value)
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 24 else text[:23] + "…"

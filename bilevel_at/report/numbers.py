@@ -1,0 +1,81 @@
+"""Numbers as a reader wants them: accuracies in %, radii as the field writes them, a mean with its spread."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["Spread", "gap", "in_255ths", "number", "percent", "points", "radius", "seconds", "span"]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Values of one quantity, one for each seed."""
+
+    values: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.values)
+
+    @property
+    def std(self) -> float | None:
+        """The sample standard deviation (n − 1 in the denominator); None of a single value."""
+        return statistics.stdev(self.values) if len(self.values) > 1 else None
+
+    def __str__(self) -> str:
+        """In %, to a tenth: ``43.1 ± 1.7``; a single value has no ±."""
+        return percent(self.mean) + ("" if self.std is None else f" ± {percent(self.std)}")
+
+
+def percent(share: float) -> str:
+    """``0.4306`` as ``43.1``."""
+    return f"{100 * share:.1f}"
+
+
+def points(difference: float) -> str:
+    """A difference of two accuracies, in points, with its sign: ``+1.2``, ``−0.3``, ``0.0``."""
+    text = f"{100 * difference:+.1f}".replace("-", "−")
+    return "0.0" if text in ("+0.0", "−0.0") else text
+
+
+def gap(spread: Spread) -> str:
+    """Differences over seeds: ``+1.2 ± 0.4``."""
+    return points(spread.mean) + ("" if spread.std is None else f" ± {percent(spread.std)}")
+
+
+def in_255ths(epsilon: float) -> int | None:
+    """k where ε is k/255 and not a number of at most three decimals (0.2 is 51/255, but nobody writes it so)."""
+    k = round(255 * epsilon)
+    return k if k and abs(255 * epsilon - k) < 1e-4 and abs(round(epsilon, 3) - epsilon) > 1e-6 else None
+
+
+def radius(epsilon: float) -> str:
+    """``8/255``, or ``0.2``."""
+    k = in_255ths(epsilon)
+    return f"{epsilon:.4g}" if k is None else f"{k}/255"
+
+
+def seconds(time: float) -> str:
+    """Three digits: ``0.0312 s``, ``12.4 s``, ``125 s``, ``41.2 min``."""
+    if time >= 600:
+        return f"{time / 60:.1f} min"
+    if time >= 100:
+        return f"{time:.0f} s"
+    return f"{time:#.3g} s" if time > 0 else "0 s"
+
+
+def number(value: Any) -> float:
+    """A finite number of a file as a float; NaN for whatever else stands there."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+        return float(value)
+    return math.nan
+
+
+def span(values: Iterable[Any]) -> str:
+    """``6``, or ``5–6``."""
+    low, *more = sorted(set(values)) or [""]
+    return f"{low}–{more[-1]}" if more else f"{low}"

@@ -1,0 +1,44 @@
+"""Images that a run's own attack has changed."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from .groups import Group
+from .numbers import percent, radius
+from .page import Figure, Section
+from .runs import Run
+
+__all__ = ["pictures"]
+
+MOST = 2
+
+
+def pictures(groups: Sequence[Group], folder: Path) -> Section | None:
+    """``figures/examples.png`` of the first run of each group, where the run drew it; at most two."""
+    figures = []
+    for place, group in enumerate(groups[:MOST]):
+        run = group.runs[0]
+        drawn = run.path / "figures" / "examples.png"
+        if not drawn.is_file() or drawn.read_bytes()[:8] != b"\x89PNG\r\n\x1a\n":
+            continue
+        path = folder / f"examples-{place}.png"
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(drawn, path)
+        figures.append(Figure(path, _caption(group, run), f"Images, perturbations and their sums, {group.label}"))
+    return Section("What the attack does", figures) if figures else None
+
+
+def _caption(group: Group, run: Run) -> str:
+    attacks = [a for a in run.part("options").get("attacks", []) if isinstance(a, str) and a != "clean"]
+    entry = run.at_training_radius("best").get(attacks[-1]) if attacks else None
+    begin = f"{run.name}, best epoch: test images, the perturbation"
+    if entry is None:
+        return f"{begin} an attack finds for each, and their sum, with what the network says of both."
+    at = f" within ε = {radius(run.epsilon)}" if run.epsilon is not None else ""
+    return (
+        f"{begin} {attacks[-1]} finds for each{at}, and their sum, with what the network says. Of all test images "
+        f"{percent(1 - entry['accuracy'])}% are answered wrongly under it."
+    )

@@ -1,0 +1,88 @@
+"""Robust accuracy against ε."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ..figures import comparison
+from .groups import Group, all_runs
+from .numbers import Spread, in_255ths, number, percent, radius
+from .page import Figure, Section
+from .runs import attack_and_radius
+
+__all__ = ["by_radius", "radii"]
+
+MOST_PANELS = 4
+Curve = list[tuple[float, float]]
+
+
+def radii(groups: Sequence[Group], folder: Path) -> Section | None:
+    """A line for each group under each attack that was run at two radii or more."""
+    found = by_radius(groups)
+    if not found:
+        return None
+    most = max(len(curve) for panel in found.values() for curve in panel.values())
+    kept = sorted(found, key=lambda a: -max(len(c) for c in found[a].values()))[:MOST_PANELS]
+    panels = {attack: found[attack] for attack in found if attack in kept}
+    trained = {run.epsilon for run in all_runs(groups)}
+    epsilon = next(iter(trained)) if len(trained) == 1 else None
+    every = [e for panel in panels.values() for curve in panel.values() for e, _ in curve if e > 0]
+    path = folder / "radii.png"
+    ticks = all(in_255ths(e) is not None for e in every)
+    comparison.accuracy_by_radius(panels, path, epsilon, ticks, [group.label for group in groups])
+    said = [_caption(attack, panel, epsilon) for attack, panel in panels.items()]
+    said += (
+        ["Lines are means over seeds."]
+        if any(len(g.runs) > 1 and g.label in p for g in groups for p in panels.values())
+        else []
+    )
+    return Section("Accuracy against ε", [Figure(path, " ".join(said), f"Accuracy at up to {most} radii")])
+
+
+def by_radius(groups: Sequence[Group]) -> dict[str, dict[str, Curve]]:
+    """attack -> group -> (ε, mean accuracy over seeds) by rising ε, from clean accuracy at 0; of the main checkpoint.
+
+    An attack is there where some group has it at two radii or more, and in it the groups that have two.
+    """
+    panels: dict[str, dict[str, Curve]] = {}
+    for group in groups:
+        values: dict[str, dict[float, list[float]]] = {}
+        clean: list[float] = []
+        for run in group.runs:
+            for name, entry in run.results.get(group.main or "", {}).items():
+                at = round(number(entry.get("epsilon")), 9)
+                if name == "clean":
+                    clean.append(entry["accuracy"])
+                elif at > 0:
+                    values.setdefault(attack_and_radius(name)[0], {}).setdefault(at, []).append(entry["accuracy"])
+        for attack, radii in values.items():
+            if len(radii) > 1:
+                start = {0.0: clean} if clean else {}
+                curve = [(e, Spread(tuple(v)).mean) for e, v in sorted({**start, **radii}.items())]
+                panels.setdefault(attack, {})[group.label] = curve
+    return panels
+
+
+def _caption(attack: str, panel: Mapping[str, Curve], trained: float | None) -> str:
+    def at(curve: Curve, epsilon: float) -> float:
+        return next((a for e, a in curve if math.isclose(e, epsilon, abs_tol=1e-8)), math.nan)
+
+    largest = max(e for curve in panel.values() for e, _ in curve)
+    ends = {label: a for label, curve in panel.items() if not math.isnan(a := at(curve, largest))}
+    highest = max(ends, key=lambda label: ends[label])
+    said = []
+    if trained is not None:
+        here = ", ".join(f"{k} {percent(a)}%" for k, c in panel.items() if not math.isnan(a := at(c, trained)))
+        said.append(f"{here} at ε = {radius(trained)}" if here else "")
+    end = f"{percent(ends[highest])}% at ε = {radius(largest)}, the largest radius"
+    if ends[highest] <= 0.01:
+        said.append(
+            f"{'no training keeps more than' if len(ends) > 1 else 'it keeps'} {end}: nothing hinders the attack there"
+        )
+    else:
+        said.append(
+            f"{highest} still has {end}; only larger radii tell whether it falls to 0, as it must if nothing hinders it"
+        )
+    return f"Under {attack}: " + "; ".join(s for s in said if s) + "."

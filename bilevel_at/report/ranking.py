@@ -1,0 +1,44 @@
+"""Which attacks there are, which is the strongest, and whether rows can be ranked at all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import fmean
+
+from .groups import Group, all_runs
+
+__all__ = ["CLEAN", "comparable", "strongest", "table_columns"]
+
+CLEAN = "clean"
+
+
+def table_columns(groups: Sequence[Group]) -> list[str]:
+    """``clean``, then the attacks at the ε of training by their mean accuracy over the rows, the strongest last."""
+    found: dict[str, list[float]] = {}
+    for group in groups:
+        for which in group.checkpoints:
+            for name in dict.fromkeys(n for run in group.runs for n in run.at_training_radius(which)):
+                spread = group.accuracy(which, name)
+                if spread is not None:
+                    found.setdefault(name, []).append(spread.mean)
+    attacks = sorted((name for name in found if name != CLEAN), key=lambda name: -fmean(found[name]))
+    return [CLEAN, *attacks] if CLEAN in found else attacks
+
+
+def strongest(groups: Sequence[Group]) -> str | None:
+    """The strongest attack that every group was put to at its main checkpoint."""
+    shared = [
+        name
+        for name in table_columns(groups)
+        if name != CLEAN and all(g.main is not None and g.accuracy(g.main, name) is not None for g in groups)
+    ]
+    return shared[-1] if shared else None
+
+
+def comparable(groups: Sequence[Group]) -> bool:
+    """Whether the groups can be ranked: several of them, at one ε and norm, evaluated on the same images."""
+    runs = all_runs(groups)
+    entries = [entry for run in runs for which in run.results for entry in run.at_training_radius(which).values()]
+    images = {(entry.get("data"), entry.get("n")) for entry in entries}
+    norms = {run.norm for run in runs if run.norm is not None}
+    return len(groups) > 1 and len({run.epsilon for run in runs}) == 1 and len(images) == 1 and len(norms) < 2

@@ -1,0 +1,199 @@
+"""What a run directory, or that of an evaluated checkpoint, holds for a report."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from .. import flags
+from ..errors import InputError
+from ..train import RunDir, rank
+from ..train.metrics import Collapse, catastrophic_overfitting
+from .numbers import number
+
+__all__ = ["WHICH", "Run", "attack_and_radius", "read", "read_all"]
+
+WHICH = ("best", "last", "last_good", "model")  # checkpoints in a reader's order; "model": one without a run
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run as its files have it. Files that are not there, as in older runs, leave their part empty.
+
+    name: the directory's, or its whole path where two runs of a report have the same.
+    results: checkpoint -> attack -> entry of ``results.json``. checks: checkpoint -> what ``checks.json`` says.
+    commands: of ``evaluation/commands.json``, the evaluations that were run.
+    """
+
+    path: Path
+    name: str
+    config: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Sequence[Mapping[str, Any]] = ()
+    results: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
+    checks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    commands: Sequence[Sequence[str]] = ()
+
+    def part(self, name: str) -> Mapping[str, Any]:
+        """A section of the configuration, empty where there is none."""
+        found = self.config.get(name)
+        return found if isinstance(found, dict) else {}
+
+    @property
+    def has_history(self) -> bool:
+        """Whether there are gradient norms and filters of every epoch (``history.npz``)."""
+        return (self.path / "history.npz").is_file()
+
+    @property
+    def epsilon(self) -> float | None:
+        """The radius of the constraint in training, or what the evaluations took for it."""
+        for part in ("constraint", "problem"):
+            if not math.isnan(value := number(self.part(part).get("epsilon"))):
+                return value
+        radii = [
+            number(entry.get("epsilon"))
+            for entries in self.results.values()
+            for name, entry in entries.items()
+            if attack_and_radius(name)[1] is None and name != "clean"
+        ]
+        return max((r for r in radii if not math.isnan(r)), default=None)
+
+    @property
+    def norm(self) -> str | None:
+        """'linf' or 'l2', where a file says so."""
+        entries = [entry for which in self.results.values() for entry in which.values()]
+        said = [self.part("constraint").get("norm"), *(entry.get("norm") for entry in entries)]
+        return next((norm for norm in said if isinstance(norm, str)), None)
+
+    @property
+    def best_epoch(self) -> int | None:
+        """The epoch ``best.pt`` is of, by the rule that chose it."""
+        try:
+            return int(max(self.metrics, key=rank)["epoch"])
+        except (KeyError, TypeError, ValueError):
+            return None
+
+    @property
+    def collapse(self) -> Collapse | None:
+        """Catastrophic overfitting, where the metrics show it."""
+        try:
+            return catastrophic_overfitting(self.metrics)
+        except (KeyError, TypeError):  # epochs that do not say enough
+            return None
+
+    def at_training_radius(self, which: str) -> dict[str, Mapping[str, Any]]:
+        """The entries of a checkpoint at the ε of training, ``clean`` among them, by the attack's name."""
+        found: dict[str, Mapping[str, Any]] = {}
+        for name, entry in self.results.get(which, {}).items():
+            attack, at = attack_and_radius(name)
+            if at is None:
+                found[name] = entry
+            elif self.epsilon is not None and abs(number(entry.get("epsilon")) - self.epsilon) < 1e-9:
+                found.setdefault(attack, entry)
+        return found
+
+
+def attack_and_radius(name: str) -> tuple[str, float | None]:
+    """``pgd-50-10@8/255`` as its attack and ε; no ε where the name ends with none (paths may hold an @)."""
+    attack, _, at = name.rpartition("@")
+    try:
+        return (attack, flags.number(at)) if attack else (name, None)
+    except ValueError:
+        return name, None
+
+
+def read(path: str | Path) -> Run:
+    """Read one run. Raises :class:`InputError`, naming the file, where it is no run or a file of it is damaged."""
+    folder = Path(path)
+    if not folder.is_dir():
+        raise InputError(
+            f"there is no run {folder}: " + ("a run is a directory" if folder.exists() else "no such place")
+        )
+    if not (folder / "config.json").is_file() and not (folder / "results.json").is_file():
+        raise InputError(f"{folder} is not a run: it has no config.json, as a run of bilevel_at.run does")
+    try:
+        return Run(
+            path=folder,
+            name=folder.resolve().name,
+            config=_object(folder, "config.json"),
+            metrics=_metrics(folder),
+            results=_results(folder),
+            checks=_sections(folder, "checks.json"),
+            commands=_commands(folder),
+        )
+    except OSError as error:
+        raise InputError(f"{folder} cannot be read: {error.strerror or error}") from None
+
+
+def read_all(paths: Sequence[str | Path]) -> list[Run]:
+    """Read several runs, with names that tell them apart. Raises :class:`InputError` for one given twice."""
+    if not paths:
+        raise InputError("no run is given; a report is about at least one")
+    seen: dict[Path, str | Path] = {}
+    for path in paths:
+        place = Path(path).resolve()
+        if place in seen:
+            same = "" if str(path) == str(seen[place]) else f", once as {seen[place]}"
+            raise InputError(f"{path} is given twice{same}; every run counts once")
+        seen[place] = path
+    runs = [read(path) for path in paths]
+    names = [run.name for run in runs]
+    return [run if names.count(run.name) == 1 else replace(run, name=str(run.path)) for run in runs]
+
+
+def _object(folder: Path, name: str) -> dict[str, Any]:
+    if not (folder / name).is_file():
+        return {}
+    found = RunDir(folder).read_json(name)
+    if not isinstance(found, dict):
+        raise InputError(f"{folder / name} holds {type(found).__name__}; it must be a JSON object")
+    return found
+
+
+def _sections(folder: Path, name: str) -> dict[str, dict[str, Any]]:
+    found = _object(folder, name)
+    for which, section in found.items():
+        if not isinstance(section, dict):
+            raise InputError(f"{folder / name}: {which!r} is {type(section).__name__}; it must be a JSON object")
+    return found
+
+
+def _results(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
+    found = _sections(folder, "results.json")
+    for which, entries in found.items():
+        for name, entry in entries.items():
+            accuracy = number(entry.get("accuracy")) if isinstance(entry, dict) else math.nan
+            if not 0 <= accuracy <= 1:
+                raise InputError(
+                    f"{folder / 'results.json'}: {which!r}, {name!r} has no accuracy between 0 and 1; "
+                    "bilevel_at.evaluate writes one"
+                )
+    return {w: found[w] for w in sorted(found, key=lambda w: (WHICH.index(w) if w in WHICH else len(WHICH), w))}
+
+
+def _metrics(folder: Path) -> list[dict[str, Any]]:
+    lines = RunDir(folder).metrics()
+    for place, line in enumerate(lines, 1):
+        if not isinstance(line, dict) or math.isnan(number(line.get("epoch"))):
+            raise InputError(
+                f"{folder / 'metrics.jsonl'}: line {place} is not an epoch; each is a JSON object with one"
+            )
+    return lines
+
+
+def _commands(folder: Path) -> list[list[str]]:
+    file = folder / "evaluation" / "commands.json"
+    if not file.is_file():
+        return []
+    try:
+        found = json.loads(file.read_text())
+    except ValueError as error:
+        raise InputError(f"{file} is not JSON: {error}") from None
+    if not isinstance(found, list) or not all(
+        isinstance(command, list) and all(isinstance(word, str) for word in command) for command in found
+    ):
+        raise InputError(f"{file} is not a list of commands, each a list of words")
+    return found

@@ -1,0 +1,90 @@
+"""What the comparison's numbers say, in sentences."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence, Set
+
+from .groups import Group
+from .numbers import Spread, number, percent, points, radius
+from .ranking import CLEAN, comparable, strongest
+from .union import WorstCase
+
+__all__ = ["about_unions", "caption", "lead"]
+
+
+def about_unions(found: Sequence[tuple[Group, str, WorstCase]]) -> list[str]:
+    """What was put together, and how much lower than its strongest part it is."""
+    if not found:
+        return []
+    lower = {}
+    for group, which, union in found:
+        parts = [s.mean for name in union.attacks if (s := group.accuracy(which, name)) is not None]
+        lower[f"{group.label}, {which.replace('_', ' ')}"] = min(parts) - union.spread.mean
+    most = max(lower, key=lambda row: lower[row])
+    kinds = sorted({", ".join(union.attacks) for _, _, union in found})
+    return [
+        f"Worst case of all: an image counts while none of the row's attacks has broken it ({'; or '.join(kinds)}). "
+        f"It is at most {percent(lower[most])} points below the strongest of them alone ({most})."
+    ]
+
+
+def lead(groups: Sequence[Group], columns: Sequence[str]) -> str:
+    """Who keeps most under the strongest attack, and whether the seeds can tell."""
+    attack = strongest(groups)
+    if attack is None:
+        return "No attack has been run on every training here, so there is no one number to compare."
+    attacks = [name for name in columns if name != CLEAN]
+    which_of = f"the strongest of {len(attacks)} attacks here" if attack == attacks[-1] and len(attacks) > 1 else ""
+    under = f"under {attack}" + (f", {which_of}," if which_of else "")
+    start = under[0].upper() + under[1:]
+    found = [(g, s) for g in groups if g.main is not None and (s := g.accuracy(g.main, attack)) is not None]
+    if len(found) == 1:
+        group, spread = found[0]
+        clean = group.accuracy(group.main or "", CLEAN)
+        of = f", of {clean}% without an attack" if clean else ""
+        return f"{group.label} keeps {spread}% {under}".rstrip(",") + f"{of}.{_granularity(group)}"
+    if not comparable(groups):
+        each = ", ".join(f"{g.label} {s}%" for g, s in found)
+        return f"{start} accuracy is: {each}. These rows differ in ε, norm or images; no best is marked."
+    (first, high), (second, low), *_ = sorted(found, key=lambda pair: -pair[1].mean)
+    if percent(high.mean) == percent(low.mean):
+        return f"{start} {first.label} and {second.label} are level, at {high}% and {low}%.{_granularity(first)}"
+    return (
+        f"{start} {first.label} keeps the most, {high}%; {second.label} follows with {low}%"
+        f"{_apart(high, low)}.{_granularity(first)}"
+    )
+
+
+def _apart(high: Spread, low: Spread) -> str:
+    difference = high.mean - low.mean
+    said = f", {points(difference).lstrip('+')} points less"
+    spreads = [s.std for s in (high, low) if s.std is not None]
+    if not spreads:
+        return said + ", each from a single seed, which says nothing of the spread over seeds"
+    larger = max(spreads)
+    if difference < larger:
+        return said + f", which is within one standard deviation over seeds ({percent(larger)})"
+    return said + (f", or {difference / larger:.1f} standard deviations over seeds" if larger else "")
+
+
+def _granularity(group: Group) -> str:
+    entries = list(group.runs[0].at_training_radius(group.main or "").values())
+    n, a = (number(entries[-1].get("n")), number(entries[-1]["accuracy"])) if entries else (math.nan, 0.0)
+    if not n > 0 or n >= 5000:
+        return ""
+    error = percent(math.sqrt(a * (1 - a) / n))
+    return (
+        f" One of {n:.0f} images is {percent(1 / n)} points; the sampling error of such an accuracy is about {error}."
+    )
+
+
+def caption(groups: Sequence[Group], columns: Sequence[str], images: Set[str], marked: bool) -> str:
+    """What the table's numbers are. images: how many the rows were evaluated on."""
+    radii = {group.epsilon for group in groups if group.epsilon is not None}
+    at = f" at ε = {radius(next(iter(radii)))}" if len(radii) == 1 else ", each at the ε of its training"
+    seeds = "; mean ± sample standard deviation over seeds" if any(len(g.runs) > 1 for g in groups) else ""
+    order = "" if len(columns) < 3 else " Attacks stand from the weakest to the strongest, by mean accuracy."
+    bold = " ▲ and bold: the highest mean among rows of the same checkpoint." if marked else ""
+    of = f" of {next(iter(images))} images" if len(images) == 1 else ""
+    return f"Test accuracy in %{of}{at}{seeds}.{order}{bold}"
