@@ -81,6 +81,7 @@ def _resume(run: RunDir, config: dict[str, Any], trainer: Trainer, device: torch
             raise InputError(
                 f"{run}/last.pt is not a checkpoint of this run ({type(error).__name__}: {said})"
             ) from error
+    trainer.recorder.restore(run.arrays("history.npz"), trainer.done)
     if len(run.metrics(epochs=trainer.done)) != trainer.done:
         raise InputError(f"{run}/metrics.jsonl does not have the {trainer.done} epochs that last.pt has")
 
@@ -114,6 +115,8 @@ def _train(trainer: Trainer, run: RunDir, console: Console) -> None:
             if collapse is not None and collapse.after is line:
                 console.print(f"{collapse}; last_good.pt keeps epoch {collapse.last_good}", highlight=False)
             run.append_metrics(line)
+            if arrays := trainer.recorder.arrays():
+                run.save_arrays("history.npz", arrays)
             run.save("last.pt", state)
             progress.update(task, completed=epoch.epoch, said=_say(epoch))
             if not console.is_terminal:

@@ -33,6 +33,7 @@ class Hypergradient:
         as ``torch.autograd.grad(..., allow_unused=True)`` has it.
     solution: the lower level's solution.
     direct_norm, implicit_norm: ‖∇_θ f‖₂ and the norm of the implicit term as it was added, 0-dim tensors.
+    implicit_cosine: the cosine between the two, 0 where either is zero.
     """
 
     loss: Tensor
@@ -41,6 +42,7 @@ class Hypergradient:
     solution: Solution
     direct_norm: Tensor
     implicit_norm: Tensor
+    implicit_cosine: Tensor
 
 
 class Solver:
@@ -146,11 +148,11 @@ class Solver:
             lower.learn(solution, v / scale)
 
         direct_norm = _norm(grads, objective)
-        implicit_norm = torch.zeros_like(direct_norm)
+        implicit_norm = inner = torch.zeros_like(direct_norm)
         if couples and v is not None and solution.gradient is not None:
             w = self.adjoint(problem, model, solution, v)
             cross = torch.autograd.grad(solution.gradient, parameters, -self.ig_weight * w, allow_unused=True)
-            implicit_norm = _norm(cross, objective)
+            implicit_norm, inner = _norm(cross, objective), _inner(grads, cross, objective)
             grads = [_add(g, c) for g, c in zip(grads, cross, strict=True)]
         if solution.gradient is not None:
             solution.gradient = solution.gradient.detach()
@@ -162,6 +164,7 @@ class Solver:
             solution,
             direct_norm / scale,
             implicit_norm / scale,
+            torch.where(inner == 0, inner, inner / (direct_norm * implicit_norm)).clamp(-1, 1),
         )
 
 
@@ -194,6 +197,12 @@ def _norm(tensors: Sequence[Tensor | None], like: Tensor) -> Tensor:
     present = [t.detach() if t.dtype == torch.float64 else t.detach().float() for t in tensors if t is not None]
     # One call for all parameters: on a GPU, a norm each would cost more to launch than to compute.
     return torch.stack(torch._foreach_norm(present)).norm() if present else torch.zeros_like(like.detach())
+
+
+def _inner(a: Sequence[Tensor | None], b: Sequence[Tensor | None], like: Tensor) -> Tensor:
+    pairs = [(x.detach(), y.detach()) for x, y in zip(a, b, strict=True) if x is not None and y is not None]
+    products = [torch.dot(x.flatten(), y.flatten().to(x)) for x, y in pairs]
+    return torch.stack(products).sum() if products else torch.zeros_like(like.detach())
 
 
 def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:

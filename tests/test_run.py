@@ -163,7 +163,16 @@ def test_every_problem_trains_the_cifar_network(problem):
 
 def test_a_run_leaves_what_the_contract_says():
     run("problems/fastbat.py", *SHORT[2:], "--epochs", 2, "--epsilon", "8/255", "--out", "out")
-    names = {"config.json", "metrics.jsonl", "results.json", "evaluation", "last.pt", "best.pt", "figures"}
+    names = {
+        "config.json",
+        "metrics.jsonl",
+        "history.npz",
+        "results.json",
+        "evaluation",
+        "last.pt",
+        "best.pt",
+        "figures",
+    }
     assert {p.name for p in Path("out").iterdir()} == names
     assert {p.name for p in Path("out/figures").iterdir()} == {"curves.png", "examples.png"}
     metrics = [json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines()]
@@ -422,6 +431,9 @@ def test_a_resumed_run_is_the_unbroken_one(problem, monkeypatch):
     assert not Path("broken/results.json").exists()
     run(*args, "--out", "broken", "--resume")
     assert same(weights("whole"), weights("broken"))
+    whole, broken = (dict(np.load(f"{out}/history.npz", allow_pickle=False)) for out in ("whole", "broken"))
+    assert whole.keys() == broken.keys() and len(whole["gradient_norm"]) == 3 and len(whole["filters"]) == 4
+    assert all(np.array_equal(whole[name], broken[name], equal_nan=True) for name in whole)
     lines = [
         [json.loads(line) for line in Path(p, "metrics.jsonl").read_text().splitlines()] for p in ("whole", "broken")
     ]

@@ -53,7 +53,7 @@ class Stage(Protocol):
         """Attacked images ``[B, ...]`` in x + C(x); the network is in eval mode."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Attack:
     """Stages in order, each on the examples that the ones before it left standing; none of them is no attack.
 

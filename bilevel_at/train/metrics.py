@@ -17,7 +17,10 @@ class Epoch:
     train, perturbation: on the training examples as they were attacked (x + δ*), in one batch of 16: the accuracy, in
         eval mode, of the network in training (not of its average), and the mean of ‖δ*‖_∞.
     clean, robust: accuracies on the held-out examples, under no attack and under ``attack``.
-    implicit_ratio: the norm of the implicit term over that of ∇_θ f, the mean over steps.
+    implicit_ratio: the norm of the implicit term over that of ∇_θ f, the mean over steps; implicit_cosine: of the angle
+        between the two, likewise; 0 where there is no such term.
+    alignment: the mean cosine of input gradients at x and at x + η, of up to 256 held-out examples (GradAlign; see
+        :func:`bilevel_at.diagnose.gradient_alignment`), None where it is not defined.
     lr: at the epoch's last step. seconds: of all of it; train_seconds: without the held-out examples. memory: the peak
         that training took of a GPU's, in GiB; 0 on a CPU.
     """
@@ -34,6 +37,8 @@ class Epoch:
     seconds: float
     train_seconds: float
     memory: float = 0.0
+    implicit_cosine: float = 0.0
+    alignment: float | None = None
 
     def asdict(self) -> dict[str, Any]:
         return asdict(self)

@@ -1,4 +1,5 @@
-"""What a run leaves behind: ``config.json``, ``metrics.jsonl``, ``last.pt``, ``best.pt``, ``results.json``, figures.
+"""What a run leaves behind: ``config.json``, ``metrics.jsonl``, ``history.npz``, ``last.pt``, ``best.pt``,
+``results.json`` with ``evaluation/``, and figures.
 
 Where robustness collapsed there is also ``last_good.pt``, the epoch before.
 """
@@ -8,9 +9,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import zipfile
+import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -70,6 +75,21 @@ class RunDir:
 
     def save(self, name: str, value: Any) -> None:
         self._replace(name, lambda path: torch.save(value, path))
+
+    def save_arrays(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
+        def write(path: Path) -> None:
+            with open(path, "wb") as file:  # given a path, numpy would add to its name
+                np.savez_compressed(file, **arrays)  # type: ignore[arg-type]  # numpy types what it takes too narrowly
+
+        self._replace(name, write)
+
+    def arrays(self, name: str) -> dict[str, np.ndarray]:
+        """Plain arrays by name; none where there is no such file, or it is damaged. Nothing is unpickled."""
+        try:
+            with np.load(self.path / name, allow_pickle=False) as archive:
+                return {key: archive[key] for key in archive.files}
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error):
+            return {}
 
     def copy(self, name: str, to: str) -> None:
         self._replace(to, lambda path: shutil.copyfile(self.path / name, path))

@@ -14,6 +14,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..batch import Batch
 from ..data import ImageSet, Loader
+from ..diagnose import gradient_alignment
 from ..errors import BilevelError, InputError
 from ..evaluate import Attack, robust_correct
 from ..modes import attack_mode
@@ -21,9 +22,11 @@ from ..problem import BilevelProblem, Solution
 from ..solver import Solver
 from .metrics import Epoch
 from .recipe import Recipe
+from .recorder import Recorder
 
 __all__ = ["Trainer"]
 
+ALIGNED = 256  # held-out examples whose input gradients are compared
 LOOK_EVERY = 16  # batches; a forward pass on one in 16 costs a fiftieth of a standard step
 
 
@@ -66,6 +69,7 @@ class Trainer:
         self.optimizer = torch.optim.SGD(
             model.parameters(), lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay
         )
+        self.recorder = Recorder(train.y, model)
         self.average: AveragedModel | None = None
         if recipe.ema:
             self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema), use_buffers=True)
@@ -95,6 +99,7 @@ class Trainer:
                 clean=clean,
                 robust=robust,
                 attack=self.attack.name,
+                alignment=self._alignment(),
                 lr=lr,
                 seconds=time.perf_counter() - start,
                 **measured,
@@ -103,8 +108,7 @@ class Trainer:
     def train_epoch(self, epoch: int) -> dict[str, float]:
         """One pass over the training set as epoch ``epoch`` (from 0).
 
-        What it measured, by the names of :class:`Epoch`: loss, implicit_ratio, train, perturbation, train_seconds,
-        memory. Raises :class:`BilevelError` where the loss is not finite.
+        What it measured, by the names of :class:`Epoch`. Raises :class:`BilevelError` where the loss is not finite.
         """
         start = time.perf_counter()
         if self.device.type == "cuda":
@@ -113,7 +117,7 @@ class Trainer:
         generator = torch.Generator(self.device).manual_seed(2_000_003 * self.seed + epoch)
         self.model.train()
         self.problem.set_epoch(epoch, self.recipe.epochs)
-        means = torch.zeros(2, dtype=torch.float64, device=self.device)
+        means = torch.zeros(3, dtype=torch.float64, device=self.device)
         looks = torch.zeros(3, dtype=torch.float64, device=self.device)
         step_number = epoch * self.steps_per_epoch
         for number, group in enumerate(_groups(self.loader.epoch(epoch), self.recipe.accumulate)):
@@ -127,7 +131,9 @@ class Trainer:
                             self.problem, self.model, batch, generator=generator, weight=len(batch) / examples
                         )
                     ratio = step.implicit_norm / step.direct_norm.clamp(min=1e-30)
-                    means += len(batch) * torch.stack([step.loss.double(), ratio.double()])
+                    measured = torch.stack([step.loss.double(), ratio.double(), step.implicit_cosine.double()])
+                    means += len(batch) * measured
+                    self.recorder.note(batch, step.solution)
                     if place % LOOK_EVERY == 0:
                         looks += self._look(step.solution)
                         self._check(step.loss, epoch)
@@ -135,17 +141,27 @@ class Trainer:
                 if self.average is not None:
                     self.average.update_parameters(self.model)
                 step_number += 1
-        loss, ratio_mean = (means / (len(self.loader.images) * self.problem.replays)).tolist()
+        self.recorder.close_epoch(self.evaluated)
+        loss, ratio_mean, cosine_mean = (means / (len(self.loader.images) * self.problem.replays)).tolist()
         self._check(means[0], epoch)
         right, size, rows = looks.tolist()
         return {
             "loss": loss,
             "implicit_ratio": ratio_mean,
+            "implicit_cosine": cosine_mean,
             "train": right / rows,
             "perturbation": size / rows,
             "train_seconds": time.perf_counter() - start,
             "memory": torch.cuda.max_memory_allocated(self.device) / 2**30 if self.device.type == "cuda" else 0.0,
         }
+
+    def _alignment(self) -> float | None:
+        constraint = getattr(self.problem.lower, "constraint", None)
+        if constraint is None:
+            return None
+        few = self.held_out[slice(0, ALIGNED)]
+        value = gradient_alignment(self.evaluated, few, constraint, seed=self.done).nanmean().item()
+        return value if math.isfinite(value) else None
 
     def _check(self, loss: Tensor, epoch: int) -> None:
         value = loss.item()

@@ -1,0 +1,92 @@
+"""What training keeps of every example, and of the first filters: ``history.npz``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..batch import Batch
+from ..problem import Solution
+
+__all__ = ["Recorder"]
+
+MOST_EXAMPLES = 200_000  # of ImageNet's a float each, epoch by epoch, would be larger than the checkpoints
+MOST_WEIGHTS = 4_000
+
+
+class Recorder:
+    """Rows of numbers by example, one row an epoch; :func:`bilevel_at.diagnose.read_history` reads the file.
+
+    gradient_norm: ‖∇_δ ℓ_atk(θ, z_i)‖₂; step: the step 1/λ of its attack; both NaN where the lower level does not say.
+    filters: the first convolution's weights, before training and after each epoch, where there are at most 4,000.
+    These are what ATAS (Huang et al., 2023, section III) and GradAlign (Andriushchenko and Flammarion, 2020, section 4)
+    look at.
+    """
+
+    def __init__(self, labels: Tensor, model: nn.Module) -> None:
+        self.labels = labels
+        self.epochs: list[tuple[Tensor, Tensor]] = []
+        self.filters = [_filters(model)]
+        self._norm, self._step = self._empty(), self._empty()
+
+    @property
+    def follows_examples(self) -> bool:
+        return len(self.labels) <= MOST_EXAMPLES
+
+    def _empty(self) -> Tensor:
+        return torch.full((len(self.labels),), torch.nan, device=self.labels.device)
+
+    def note(self, batch: Batch, solution: Solution) -> None:
+        """Keep what the lower level says of these examples. A later note of the same epoch replaces an earlier one."""
+        rows, gradient = batch.index, solution.attack_gradient
+        if rows is None or not self.follows_examples or len(solution.delta) != len(batch):
+            return
+        if gradient is not None and len(gradient) == len(rows):
+            self._norm[rows] = gradient.flatten(1).float().norm(dim=1)
+        step = solution.step
+        if step is not None and not (isinstance(step, Tensor) and step.ndim and len(step) != len(rows)):
+            self._step[rows] = torch.as_tensor(step, dtype=torch.float32, device=rows.device).expand(len(rows))
+
+    def close_epoch(self, model: nn.Module) -> None:
+        """The epoch is done."""
+        self.epochs.append((self._norm.cpu(), self._step.cpu()))
+        self.filters.append(_filters(model))
+        self._norm, self._step = self._empty(), self._empty()
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """For a file of plain arrays."""
+        found: dict[str, np.ndarray] = {}
+        if self.follows_examples and self.epochs:
+            norms, steps = (torch.stack(part).numpy() for part in zip(*self.epochs, strict=True))
+            found = {"gradient_norm": norms, "step": steps, "label": self.labels.cpu().numpy()}
+        kept = [f for f in self.filters if f is not None]
+        if found and kept and len(kept) == len(self.filters):
+            found["filters"] = torch.stack(kept).numpy()
+        return found
+
+    def restore(self, arrays: Any, epochs: int) -> None:
+        """Go on after ``epochs`` epochs with what a file says of them, and NaN where it says nothing that fits."""
+        unknown = torch.full((epochs, len(self.labels)), torch.nan)
+        norms, steps = (_fitting(arrays, name, unknown) for name in ("gradient_norm", "step"))
+        self.epochs = list(zip(norms, steps, strict=True))
+        first = self.filters[0]
+        if first is not None:
+            held = _fitting(arrays, "filters", torch.full((epochs + 1, *first.shape), torch.nan))
+            self.filters = list(held)
+
+
+def _fitting(arrays: Any, name: str, like: Tensor) -> Tensor:
+    found = arrays.get(name)
+    if found is None or found.dtype.kind != "f" or found.shape[1:] != like.shape[1:] or len(found) < len(like):
+        return like
+    return torch.from_numpy(found[: len(like)].astype(np.float32))
+
+
+def _filters(model: nn.Module) -> Tensor | None:
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    if first is None or first.weight.numel() > MOST_WEIGHTS:
+        return None
+    return first.weight.detach().float().cpu().clone()
