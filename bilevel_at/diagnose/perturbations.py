@@ -13,8 +13,8 @@ from ..steps import whole_number
 
 __all__ = ["Perturbations", "perturbation_sizes"]
 
-AT_BOUND = 1 - 1e-6
-"""|δ| at this share of ε counts as at the bound: some roundings of a float32 less."""
+AT_BOUND = 1 - 1e-5
+"""|δ| at this share of ε counts as at the bound: some roundings less, of a float32 image minus another."""
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,9 @@ class Perturbations:
     edges: ``[bins + 1]`` from 0 to 1; the last bin includes 1. counts: coordinates in each bin, ``[bins]`` int64.
     held: those of them that the input range holds and the bound ε does not (x + δ is at 0 or 1), ``[bins]`` int64;
         all 0 where there is no input range.
-    at_bound: the share of coordinates with |δ| ≥ (1 − 1e-6) ε. at_zero: the share that is exactly 0, whether held there
+    at_bound: the share of coordinates with |δ| ≥ (1 − 1e-5) ε. at_zero: the share that is exactly 0, whether held there
         or not. at_range: the share of ``held`` among all coordinates.
-    on_sphere: the share of examples with ‖δ‖₂ ≥ (1 − 1e-6) ε, for an ℓ2 ball; None for an ℓ∞ ball.
+    on_sphere: the share of examples with ‖δ‖₂ ≥ (1 − 1e-5) ε, for an ℓ2 ball; None for an ℓ∞ ball.
     norms: ‖δ‖₂, ``[N]``. epsilon: ε.
     """
 

@@ -21,7 +21,7 @@ from ..problem import LowerProblem
 from .ensemble import COMPONENTS, VERSIONS, Component
 from .stages import Descent, Margins, OnSurrogate
 
-__all__ = ["ATTACKS", "Attack", "Norm", "Stage", "attack_from_name", "ball", "norm_of", "radius_text"]
+__all__ = ["ATTACKS", "Attack", "Norm", "Stage", "attack_from_name", "ball", "in_255ths", "norm_of", "radius_text"]
 
 ATTACKS = {
     "clean": "no attack",
@@ -105,13 +105,16 @@ def norm_of(constraint: Constraint | None) -> Norm | None:
     return next(known, None)
 
 
+def in_255ths(epsilon: float) -> int | None:
+    """k where ε is k/255 and not a number of at most three decimals (0.2 is 51/255, but nobody writes it so)."""
+    k = round(255 * epsilon)
+    return k if k and abs(255 * epsilon - k) < 1e-4 and abs(round(epsilon, 3) - epsilon) > 1e-6 else None
+
+
 def radius_text(epsilon: float) -> str:
-    """A radius as it is written: 0.2, or 8/255."""
-    if float(f"{epsilon:.4g}") == epsilon:
-        return f"{epsilon:.4g}"
-    if abs(255 * epsilon - round(255 * epsilon)) < 1e-9:
-        return f"{round(255 * epsilon)}/255"
-    return f"{epsilon:.6g}"
+    """A radius as the field writes it: ``8/255``, or ``0.2``."""
+    k = in_255ths(epsilon)
+    return f"{epsilon:.4g}" if k is None else f"{k}/255"
 
 
 def attack_from_name(name: str, constraint: Constraint | float, seed: int = 0) -> Attack:

@@ -111,11 +111,12 @@ def perturbations(found: Perturbations, path: Path, title: str = "") -> None:
 def gradient_norms(history: History, path: Path, groups: Deciles | None = None) -> None:
     """Mean gradient norm and mean step by epoch, for deciles of the average gradient norm: 1, 5, 10, the others thin.
 
-    groups: the deciles, those of this history if not given. The steps have no panel where none is known.
+    groups: the deciles, those of this history if not given. The steps have a panel where they vary.
     """
     groups = deciles(average_gradient_norm(history)) if groups is None else groups
     panels = [("mean ‖∇ℓ‖₂ at the start of the attack", history.gradient_norm)]
-    if not history.step.isnan().all():
+    known = history.step[~history.step.isnan()]
+    if len(known) and known.min() < known.max():
         panels.append(("mean step 1/λ", history.step))
     figure, axes = plt.subplots(
         1, len(panels), figsize=(1 + 4.25 * len(panels), 3.7), layout="constrained", squeeze=False

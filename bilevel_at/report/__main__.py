@@ -18,10 +18,11 @@ PROG = "bilevel_at.report"
 ABOUT = "One self-contained HTML page about runs, and its figures as PNG files."
 
 
-def _options(out: str | None = None) -> None:
+def _options(out: str | None = None, measure: bool = True) -> None:
     """The flags.
 
     out: folder for index.html and figures/; RUN/report if not given, for several runs a folder report beside the first.
+    measure: also what needs the networks: loss landscapes, sizes of perturbations.
     """
 
 
@@ -34,7 +35,7 @@ def main(args: Sequence[str]) -> int:
         raise InputError(f"no run is given: {usage} [--out FOLDER]; runs come before flags")
     console = Console()
     with console.status("reading") as status:
-        page = report(runs, options["out"], progress=lambda name: status.update(f"report: {name}"))
+        page = report(runs, **options, progress=lambda name: status.update(f"report: {name}"))
     console.print(
         f"{page}; its figures as PNG files in {page.parent / 'figures'}", highlight=False, markup=False, soft_wrap=True
     )

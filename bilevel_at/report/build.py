@@ -12,6 +12,7 @@ from ..errors import BilevelError, InputError
 from .accuracy import accuracy
 from .concerns import concerns
 from .cost import cost, device
+from .diagnosis import examples_in_training, filters, implicit_term, loss_around_images, perturbations
 from .groups import Group, all_runs, group
 from .numbers import radius
 from .page import Notes, Section, page
@@ -26,7 +27,22 @@ __all__ = ["SECTIONS", "default_out", "report"]
 Maker = Callable[[Sequence[Group], Path], Section | None]
 
 # A section is a function of the groups and the folder for its figures; None where there is nothing to show.
-SECTIONS: tuple[Maker, ...] = (concerns, accuracy, training, radii, cost, pictures, repeat)
+SECTIONS: tuple[Maker, ...] = (
+    concerns,
+    accuracy,
+    training,
+    radii,
+    cost,
+    pictures,
+    loss_around_images,
+    perturbations,
+    implicit_term,
+    examples_in_training,
+    filters,
+    repeat,
+)
+MEASURED = (loss_around_images, perturbations, filters)
+"""Those that run the networks, which on a CPU takes minutes for large ones."""
 
 
 def default_out(runs: Sequence[str | Path]) -> Path:
@@ -39,13 +55,15 @@ def report(
     runs: Sequence[str | Path],
     out: str | Path | None = None,
     *,
+    measure: bool = True,
     progress: Callable[[str], None] = lambda name: None,
 ) -> Path:
     """Write ``index.html``, one page that needs nothing else, and ``figures/*.png`` into ``out``; the page's path.
 
     runs: run directories, or those of evaluated checkpoints. Runs that differ in their seed only share a row.
-    out: a folder, made where it is not there; :func:`default_out` where not given. progress: told each section's name
-    before it is made. Raises :class:`InputError` where a run cannot be read, is given twice, or ``out`` not written.
+    out: a folder, made where it is not there; :func:`default_out` where not given. measure: also make the sections that
+    need the networks and the test images. progress: told each section's name before it is made. Raises
+    :class:`InputError` where a run cannot be read, is given twice, or ``out`` not written.
     """
     found = read_all(runs)
     folder = default_out(runs) if out is None else Path(out)
@@ -56,7 +74,8 @@ def report(
         (folder / "figures").mkdir(parents=True, exist_ok=True)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Glyph")  # a name may have letters that the figures' font has not
-            sections = [s for make in SECTIONS if (s := _make(make, groups, folder / "figures", progress))]
+            makers = [make for make in SECTIONS if measure or make not in MEASURED]
+            sections = [s for make in makers if (s := _make(make, groups, folder / "figures", progress))]
         partial, file = folder / ".index.html.partial", folder / "index.html"
         partial.write_text(page(_title(groups), _lead(groups), _facts(found), sections), encoding="utf-8")
         os.replace(partial, file)

@@ -8,6 +8,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from ..evaluate.attacks import in_255ths
+from ..evaluate.attacks import radius_text as radius
+
 __all__ = ["Spread", "gap", "in_255ths", "number", "percent", "points", "radius", "seconds", "span"]
 
 
@@ -45,18 +48,6 @@ def points(difference: float) -> str:
 def gap(spread: Spread) -> str:
     """Differences over seeds: ``+1.2 ± 0.4``."""
     return points(spread.mean) + ("" if spread.std is None else f" ± {percent(spread.std)}")
-
-
-def in_255ths(epsilon: float) -> int | None:
-    """k where ε is k/255 and not a number of at most three decimals (0.2 is 51/255, but nobody writes it so)."""
-    k = round(255 * epsilon)
-    return k if k and abs(255 * epsilon - k) < 1e-4 and abs(round(epsilon, 3) - epsilon) > 1e-6 else None
-
-
-def radius(epsilon: float) -> str:
-    """``8/255``, or ``0.2``."""
-    k = in_255ths(epsilon)
-    return f"{epsilon:.4g}" if k is None else f"{k}/255"
 
 
 def seconds(time: float) -> str:

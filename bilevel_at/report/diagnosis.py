@@ -1,0 +1,190 @@
+"""Why the numbers are what they are: sections that look into training's records and into the networks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from ..batch import Batch
+from ..constraints import LinfBall
+from ..diagnose import (
+    alignment_by_filter,
+    average_gradient_norm,
+    deciles,
+    gradient_alignment,
+    kkt_angle,
+    loss_landscape,
+    perturbation_sizes,
+    random_step_norm,
+    read_history,
+)
+from ..evaluate import attack_from_name
+from ..figures import diagnosis as figures
+from ..figures.landscape import filters as draw_filters
+from ..figures.landscape import landscapes as draw_landscapes
+from .groups import Group
+from .networks import MOST, subjects
+from .numbers import percent, radius
+from .page import Figure, Part, Section, Table
+
+__all__ = ["examples_in_training", "filters", "implicit_term", "loss_around_images", "perturbations"]
+
+ATTACK = "pgd-20-1"
+SEEN = 256  # test images that are measured
+
+
+def implicit_term(groups: Sequence[Group], folder: Path) -> Section | None:
+    """How much a KKT solver's gradient differs from ZeroIG's, by epoch; of groups that have an implicit term."""
+    parts: list[Part] = []
+    for place, group in enumerate(groups):
+        lines = group.runs[0].metrics
+        if len(parts) == MOST or not lines or not all("implicit_cosine" in line for line in lines):
+            continue
+        if not any(line["implicit_ratio"] > 0 for line in lines):
+            continue
+        path = folder / f"implicit-{place}.png"
+        figures.coupling(lines, path)
+        angles = [kkt_angle(line["implicit_ratio"], line["implicit_cosine"]) for line in lines]
+        first, last = lines[0]["implicit_ratio"], lines[-1]["implicit_ratio"]
+        parts.append(
+            Figure(
+                path,
+                f"{group.label}: the implicit term is {first:.2g} of the direct gradient's length in the first epoch "
+                f"and {last:.2g} in the last, and turns it by at most {max(angles):.2g}° (epoch means). At 0° a KKT "
+                "solver would train as ZeroIG does.",
+                f"Size and angle of the implicit term, {group.label}",
+            )
+        )
+    return Section("What the implicit term changes", parts) if parts else None
+
+
+def loss_around_images(groups: Sequence[Group], folder: Path) -> Section | None:
+    """Loss landscapes of four test images, and the alignment of input gradients."""
+    parts: list[Part] = []
+    rows = []
+    for place, subject in enumerate(subjects(groups)):
+        few = subject.images[slice(0, 4)]
+        epsilon = subject.space.epsilon
+        flat = isinstance(subject.space, LinfBall)
+        reach = 2 * epsilon if flat else 2 * epsilon / math.sqrt(math.prod(few.shape))
+        points = 41 if math.prod(few.shape) <= 1_000 else 21
+        found = loss_landscape(subject.model, few.pixels(), few.y, reach, points=points)
+        path = folder / f"landscape-{place}.png"
+        draw_landscapes(found, path, epsilon if flat else None)
+        middle = points // 2
+        along = found.margin[:, :, middle]  # b = 0
+        inside = found.sign_offsets.abs() <= reach / 2 * (1 + 1e-6)
+        crossed = int((along[:, inside] > 0).any(1).sum())
+        losses = [found.loss[:, i, middle].mean().item() for i in (middle, middle + middle // 2)]
+        parts.append(
+            Figure(
+                path,
+                f"{subject.said}: from x to the edge of the ball along the gradient's signs the mean loss of these "
+                f"four goes from {losses[0]:.2g} to {losses[1]:.2g}, and {crossed} of them cross the decision boundary "
+                "on that line within it. Straight, even contours mean that one gradient step sees the whole ball.",
+                f"Loss landscapes, {subject.said}",
+            )
+        )
+        seen = subject.images[slice(0, SEEN)]
+        aligned = gradient_alignment(subject.model, seen, subject.space).nanmean().item()
+        rows.append([subject.said, f"{aligned:.3f}"])
+    if not parts:
+        return None
+    caption = (
+        f"Cosine of the input gradients at x and at a random point of the ball, mean of the first {SEEN} test images; "
+        "near 0 after catastrophic overfitting."
+    )
+    return Section("The loss around images", [*parts, Table(["network", "gradient alignment"], rows, caption)])
+
+
+def perturbations(groups: Sequence[Group], folder: Path) -> Section | None:
+    """Sizes of what PGD finds, and what a random start does to a single step."""
+    parts: list[Part] = []
+    for place, subject in enumerate(subjects(groups)):
+        few = subject.images[slice(0, SEEN)]
+        batch = Batch(few.pixels(), few.y)
+        attack = attack_from_name(ATTACK, subject.space)
+        attacked = attack.perturb(subject.model, batch, torch.Generator(batch.x.device).manual_seed(0))
+        sizes = perturbation_sizes(subject.space.project(attacked - batch.x, batch.x), subject.space, batch.x)
+        path = folder / f"perturbations-{place}.png"
+        figures.perturbations(sizes, path, f"{ATTACK} on {len(few)} test images, {subject.said}")
+        parts.append(
+            Figure(
+                path,
+                f"{subject.said}, under {ATTACK}: {percent(sizes.at_bound)}% of all coordinates end at ε = "
+                f"{radius(subject.space.epsilon)} and {percent(sizes.at_range)}% at the end of the input range. The "
+                "rest is free, and only there does a KKT solver's implicit term come from.",
+                f"Histograms of perturbation sizes, {subject.said}",
+            )
+        )
+        if place == 0 and isinstance(subject.space, LinfBall):
+            parts.append(_random_step(subject.model, few, subject.space.epsilon, subject.said, folder))
+    return Section("How large perturbations are", parts) if parts else None
+
+
+def _random_step(model: torch.nn.Module, images: object, epsilon: float, said: str, folder: Path) -> Figure:
+    norms = [random_step_norm(model, images, epsilon, draws=2, bounds=b) for b in (None, (0.0, 1.0))]  # type: ignore[arg-type]
+    path = folder / "random-step.png"
+    figures.random_step(norms, path)
+    place = min(range(len(norms[0].steps)), key=lambda i: abs(norms[0].steps[i].item() - 1.25 * epsilon))
+    measured, bound = norms[0].mean[place].item(), norms[0].bound()[place].item()
+    return Figure(
+        path,
+        f"{said}: at the step 1.25 ε an FGSM perturbation from a random start is {measured:.3g} long, "
+        f"{100 * (measured / bound - 1):+.1f}% from what GradAlign's Lemma 1 gives for signs that do not depend on the "
+        "start; without a random start it is as long as the dashed line.",
+        "Length of FGSM-RS perturbations against the step, and Lemma 1",
+    )
+
+
+def examples_in_training(groups: Sequence[Group], folder: Path) -> Section | None:
+    """Gradient norms and steps of the training examples by decile, from ``history.npz``."""
+    parts: list[Part] = []
+    for place, group in enumerate(groups):
+        history = read_history(group.runs[0].path) if len(parts) < MOST else None
+        if history is None or int((~history.gradient_norm.isnan()).any(0).sum()) < 10:
+            continue
+        averages = average_gradient_norm(history)
+        tenths = deciles(averages, history.label)
+        path = folder / f"gradient-norms-{place}.png"
+        figures.gradient_norms(history, path, tenths)
+        low, high = (averages[tenths.rows(d, d)].mean().item() for d in (1, 10))
+        ratio = f"{high / low:.3g} times " if low > 0 else ""
+        parts.append(
+            Figure(
+                path,
+                f"{group.label}: over training, the tenth of the examples with the largest input gradients has {ratio}"
+                f"those of the smallest tenth (means {high:.2g} and {low:.2g}). Lines that do not cross mean that the "
+                "norm belongs to the example rather than to the epoch.",
+                f"Gradient norms of training examples by decile, {group.label}",
+            )
+        )
+    return Section("Examples in training", parts) if parts else None
+
+
+def filters(groups: Sequence[Group], folder: Path) -> Section | None:
+    """The filters of one-layer networks before and after training, and what each does to gradient alignment."""
+    parts: list[Part] = []
+    for place, subject in enumerate(subjects(groups)):
+        if subject.run.config.get("model") != "one_layer_cnn":
+            continue
+        history = read_history(subject.run.path)
+        if history is None or history.filters is None:
+            continue
+        path = folder / f"filters-{place}.png"
+        draw_filters(history.filters, path)
+        whole, without = alignment_by_filter(subject.model, subject.images[slice(0, SEEN)], subject.space)
+        most = max(range(len(without)), key=lambda i: without[i])
+        parts.append(
+            Figure(
+                path,
+                f"{subject.said}: gradient alignment is {whole:.3f}, and at most {without[most]:.3f} without one "
+                f"filter (number {most}). A filter that causes catastrophic overfitting is one whose removal brings "
+                "alignment back.",
+                f"Filters before and after training, {subject.said}",
+            )
+        )
+    return Section("Filters of the one-layer network", parts) if parts else None
