@@ -14,13 +14,10 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from pyautoattack import AutoAttack
 from rich.console import Console
 
 import bilevel_at
@@ -28,6 +25,8 @@ from bilevel_at import flags
 from bilevel_at import run as main_job
 from bilevel_at.data import ImageSet, load_data
 from bilevel_at.errors import InputError
+from bilevel_at.evaluate import attack_from_name
+from bilevel_at.evaluate.store import Store
 from bilevel_at.plan import resolve_device
 from bilevel_at.train import RunDir
 
@@ -51,18 +50,6 @@ PUBLISHED = {
 }
 
 
-def autoattack(model: torch.nn.Module, images: ImageSet, epsilon: float) -> dict[str, Any]:
-    """The accuracy on ``images`` under AutoAttack."""
-    start = time.perf_counter()
-    attack = AutoAttack(model, norm="Linf", eps=epsilon, version="standard", seed=0, device=images.device)
-    x = images.pixels()
-    attacked, _ = attack.run_standard_evaluation(x, images.y, batch_size=500)
-    with torch.no_grad():
-        right = [model(a).argmax(1) == y for a, y in zip(attacked.split(500), images.y.split(500), strict=True)]
-    accuracy = torch.cat(right).float().mean().item()
-    return {"accuracy": accuracy, "n": len(images), "epsilon": epsilon, "seconds": time.perf_counter() - start}
-
-
 def one(
     method: str, epsilon: float, seed: int, settings: Sequence[str], folder: Path, test: ImageSet, strongest: int
 ) -> dict[str, Any]:
@@ -75,10 +62,11 @@ def one(
     main_job.run([*command, "--attacks", "clean", "pgd-50-10", "--out", str(out), *resume])
     run = RunDir(out)
     results = run.read_json("results.json")
-    if strongest and results["last"].get("autoattack", {}).get("n") != strongest:
-        model = bilevel_at.load(out, "last").to(test.device)
-        results["last"]["autoattack"] = autoattack(model, test[slice(0, strongest)], epsilon)
-        run.write_json("results.json", results)
+    if strongest:
+        model, first = bilevel_at.load(out, "last").to(test.device), test[slice(0, strongest)]
+        store = Store(run, "last", model, first, usual=epsilon, batch_size=500)
+        store.score(attack_from_name("autoattack", epsilon))  # goes on where it was cut off
+        results = run.read_json("results.json")
     config, metrics = run.read_json("config.json"), run.metrics()
     return {
         "method": method,
