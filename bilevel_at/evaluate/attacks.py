@@ -122,8 +122,9 @@ def attack_from_name(name: str, constraint: Constraint | float, seed: int = 0) -
 
     The names are those of :data:`ATTACKS`. FGSM and PGD take steepest steps, the sign of the gradient in ℓ∞ and its
     direction elsewhere (:meth:`Constraint.attack_step`), PGD of a quarter of the radius. BETA (Robey et al., 2023,
-    Algorithm 1) goes from rate ε/2 to 0 linearly, and keeps the best step. seed: of AutoAttack and
-    its parts, which take their own. Attacks see the model in eval mode.
+    Algorithm 1) takes K steps for each class in all, at rates that fall from ε/2 to 0, and every one of them counts;
+    from ten on, they are three short descents and a longer one from the best (:class:`Margins`). seed: of AutoAttack
+    and its parts, which take their own. Attacks see the model in eval mode.
 
     Raises :class:`InputError` for an unknown name, and where AutoAttack does not know the constraint.
     """
@@ -147,7 +148,9 @@ def _stages(name: str, constraint: Constraint, seed: int) -> list[Stage]:
     if match := re.fullmatch(r"beta-([1-9]\d*)(?:-([1-9]\d*))?(?:-top([1-9]\d*))?", name):
         steps, restarts, top = int(match[1]), int(match[2] or 1), match[3] and int(match[3])
         groups = [None] if not top else [(0, top), (top, None)]
-        return [Margins(constraint, steps, radius or 1.0, i, group) for i in range(restarts) for group in groups]
+        starts = 3 if steps >= 10 else 1
+        rate = radius / 2 or 1.0
+        return [Margins(constraint, steps, rate, i, group, starts) for i in range(restarts) for group in groups]
     if name in COMPONENTS or name in VERSIONS:
         norm = norm_of(constraint)
         if norm is None or getattr(constraint, "bounds", None) != (0, 1):
