@@ -74,9 +74,9 @@ def document(found: dict[str, list[dict[str, float]]], command: str) -> str:
         f"`{command}`, {datetime.date.today().isoformat()}, {platform.machine()} CPU, {os.cpu_count()} cores, "
         f"torch {torch.__version__}, Python {platform.python_version()}.",
         "",
-        f"Accuracy in % on the 360 test digits at ε = {EPSILON}, mean ± standard deviation over {seeds} networks of each "
-        "method (last epoch) with draws of their own; lower is a stronger attack. Gradients are those of an image that "
-        "nothing breaks.",
+        f"Accuracy in % on the 360 test digits at ε = {EPSILON}, mean ± standard deviation over {seeds} networks of "
+        "each method (last epoch) with draws of their own; lower is a stronger attack. Gradients are those of an image "
+        "that nothing breaks.",
         "",
         f"| attack | gradients | {' | '.join(found)} |",
         "|---|---|" + "---|" * len(found),
@@ -92,8 +92,8 @@ def document(found: dict[str, list[dict[str, float]]], command: str) -> str:
     below = [row["PGD-50-10"] - row["beta-30: three starts within the 30 steps"] for r in found.values() for row in r]
     lines += [
         "",
-        f"Network by network beta-30 is {min(above):.1f} to {max(above):.1f} points above AutoAttack, and {min(below):.1f} "
-        f"to {max(below):.1f} below PGD-50-10 (negative: above).",
+        f"Network by network beta-30 is {min(above):.1f} to {max(above):.1f} points above AutoAttack, and "
+        f"{min(below):.1f} to {max(below):.1f} below PGD-50-10 (negative: above).",
     ]
     return "\n".join(lines) + "\n"
 

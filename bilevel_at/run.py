@@ -228,7 +228,12 @@ def run(args: Sequence[str]) -> int:
     console.print(_table(scores, epochs, test, epsilon))
     if collapse:
         console.print(str(collapse), highlight=False)
-    console.print(f"{run_dir}: config.json, metrics.jsonl, results.json, best.pt, last.pt, figures/", highlight=False)
+    console.print(
+        f"{run_dir}: config.json, metrics.jsonl, results.json, best.pt, last.pt, figures/; stronger attacks: "
+        f"python -m bilevel_at.evaluate {run_dir} --attacks autoattack",
+        highlight=False,
+        soft_wrap=True,
+    )
     return 0
 
 
