@@ -27,7 +27,7 @@ ATTACKS = {
     "clean": "no attack",
     "fgsm": "one step of length ε from 0",
     "pgd-K-R": "K steps of ε/4 from each of R random starts; pgd-K-R-any counts every step, not only the last",
-    "beta-K-R": "the margin of every class, K steps of RMSprop, R starts; beta-K-topN aims at the nearest N first",
+    "beta-K-R": "the margin of every class, K steps, R starts; beta-K-topN: the nearest N first; beta-K-adam",
     "apgd-ce, apgd-dlr, apgd-t, fab, fab-t": "AutoAttack's own parts, by their names there",
     "square": "5,000 queries without any gradient: the check on gradient masking",
     "autoattack": "apgd-ce, apgd-t, fab-t, square, each on what is left; and autoattack-plus, autoattack-rand",
@@ -145,12 +145,13 @@ def _stages(name: str, constraint: Constraint, seed: int) -> list[Stage]:
     if match := re.fullmatch(r"pgd-([1-9]\d*)(?:-([1-9]\d*))?(-any)?", name):
         steps, restarts = int(match[1]), int(match[2] or 1)
         return [Descent(descend, i, steps, any_step=bool(match[3])) for i in range(restarts)]
-    if match := re.fullmatch(r"beta-([1-9]\d*)(?:-([1-9]\d*))?(?:-top([1-9]\d*))?", name):
+    if match := re.fullmatch(r"beta-([1-9]\d*)(?:-([1-9]\d*))?(?:-top([1-9]\d*))?(?:-([a-z]+))?", name):
         steps, restarts, top = int(match[1]), int(match[2] or 1), match[3] and int(match[3])
         groups = [None] if not top else [(0, top), (top, None)]
         starts = 3 if steps >= 10 else 1
         rate = radius / 2 or 1.0
-        return [Margins(constraint, steps, rate, i, group, starts) for i in range(restarts) for group in groups]
+        by = _optimizer(match[4] or "rmsprop", name)
+        return [Margins(constraint, steps, rate, i, group, starts, by) for i in range(restarts) for group in groups]
     if name in COMPONENTS or name in VERSIONS:
         norm = norm_of(constraint)
         if norm is None or getattr(constraint, "bounds", None) != (0, 1):
@@ -166,6 +167,17 @@ def _stages(name: str, constraint: Constraint, seed: int) -> list[Stage]:
         f"attack {name!r} is not known; attacks are clean, fgsm, pgd-STEPS-RESTARTS such as pgd-50-10, beta-STEPS, "
         f"{', '.join([*COMPONENTS, *VERSIONS])} and transfer:RUN"
     )
+
+
+def _optimizer(name: str, attack: str) -> type[torch.optim.Optimizer]:
+    known = {
+        k.lower(): v for k, v in vars(torch.optim).items() if isinstance(v, type) and k not in ("Optimizer", "LBFGS")
+    }
+    if name not in known:
+        raise InputError(
+            f"attack {attack!r}: optimiser {name!r} is not known; torch.optim has {', '.join(sorted(known))}"
+        )
+    return known[name]
 
 
 def _transferred(name: str, constraint: Constraint, seed: int) -> list[Stage]:

@@ -64,6 +64,16 @@ LIMITS = {
         "the square attack, which sees no gradient, breaks {black-box:.0%} of {n} images that PGD leaves standing: "
         "gradients are masked",
     ),
+    "square-after-all": Limit(
+        0.05,
+        "AutoAttack's square, which sees no gradient, broke {square-after-all:.0%} of all images after the parts with "
+        "one had given them up: gradients are masked",
+    ),
+    "black-box-after-all": Limit(
+        0.05,
+        "attacks that do not see this network's gradient broke {black-box-after-all:.0%} of all images that those that "
+        "do left standing: gradients are masked",
+    ),
     "single-step": Limit(
         0.05,
         "one step breaks {single-step:.0%} of {n} images that PGD leaves standing: iterations lose their way, as "
@@ -153,34 +163,26 @@ def _attacked(
     return found
 
 
-def compare_traces(traces: Mapping[str, Trace], names: Mapping[str, Attack]) -> tuple[dict[str, float], list[Finding]]:
-    """The same comparisons among whole evaluations of the same images at one radius, where these include both kinds.
+def compare_traces(traces: Mapping[str, Trace], attacks: Mapping[str, Attack]) -> dict[str, float]:
+    """The same comparison among whole evaluations of the same images at one radius, for :func:`findings`.
 
-    names: the attack of each trace. Black-box attacks are square and transfers; AutoAttack's square is compared with
-    the parts before it.
+    attacks: the attack of each trace. ``square-after-all``: the share that AutoAttack's square broke after its parts
+    with a gradient. ``black-box-after-all``: that square alone or transfers broke and no attack with a gradient did.
     """
-    first: dict[str, Tensor] = {}
-    kinds: dict[str, Tensor] = {}
+    measured: dict[str, float] = {}
+    black, white = [], []
     for key, trace in traces.items():
-        attack = names[key]
-        if attack.name == "autoattack" and len(attack.stages) > 3:
-            first["autoattack's square"] = trace.broken == 4
-        kind = "black" if attack.name.startswith(("square", "transfer")) else "white"
-        if attack.name not in ("clean", "fgsm"):
-            kinds[kind] = kinds[kind] & trace.correct if kind in kinds else trace.correct
-    measured, said = {}, []
-    if len(kinds) == 2:
-        first["square or transferred attacks"] = kinds["white"] & ~kinds["black"]
-    for who, broke in first.items():
-        share = _share(broke)
-        measured[f"black-box: {who}"] = share
-        if share > LIMITS["black-box"].most:
-            message = (
-                f"{who}, without a gradient of this network, broke {share:.0%} of {len(broke)} images that the attacks "
-                "with one left standing: gradients are masked"
-            )
-            said.append(Finding("black-box", message))
-    return measured, said
+        name, stages = attacks[key].name, [stage.name for stage in attacks[key].stages]
+        if name == "autoattack" and "square" in stages:
+            measured["square-after-all"] = _share(trace.broken == 1 + stages.index("square"))
+        if name.startswith(("square", "transfer")):
+            black.append(trace.correct)
+        elif name not in ("clean", "fgsm"):
+            white.append(trace.correct)
+    if black and white:
+        standing = torch.stack(white).all(0)
+        measured["black-box-after-all"] = _share(standing & ~torch.stack(black).all(0))
+    return measured
 
 
 def _share(which: Tensor) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,6 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from torch import nn
 
 from .. import flags
 from ..data import ImageSet, load_data
@@ -22,9 +21,9 @@ from ..models import MODELS, ActivationName
 from ..plan import resolve_device
 from ..train.rundir import RunDir, Which
 from .attacks import ATTACKS, Attack, ball, radius_text
-from .checks import check, compare_traces, findings
+from .doubts import record_checks
 from .evaluation import attacks_at
-from .result import Score
+from .result import Finding, Score
 from .robust import Trace
 from .store import Store
 from .target import Target, from_checkpoint, from_run
@@ -205,7 +204,7 @@ class Job:
         self.target, self.images, self.attacks, self.options = target, images, attacks, options
         self.norm, self.usual, self.console = norm, usual, console
         self.data = images.sha256()[:16]
-        self.said: dict[str, list[str]] = {}
+        self.said: dict[str, list[Finding]] = {}
         self.unions: dict[str, float] = {}
 
     def evaluate(self, name: str) -> dict[str, Score]:
@@ -236,44 +235,21 @@ class Job:
                 self.console.print(f"{name}  {key}  {score.accuracy:.1%}  ({score.seconds:.1f} s)", highlight=False)
                 found[key] = score
             bar = bars.add_task(f"{name}: checks", total=None, said="")
-            self._check(name, model, store, lambda what: bars.update(bar, said=what))
+            radius = self.usual if self.usual >= 0 else max((a.epsilon for a in self.attacks), default=0.0)
+            self.said[name] = record_checks(
+                self.target.run,
+                store,
+                self.images,
+                self.norm,
+                radius,
+                self.options.checks,
+                again=self.options.again,
+                progress=lambda what: bars.update(bar, said=what),
+            )
         here = [t.correct for key, t in store.traces.items() if store.attacks[key].epsilon in (0.0, self.usual)]
         if len(here) > 1:
             self.unions[name] = torch.stack(here).all(0).float().mean().item()
         return found
-
-    def _check(self, name: str, model: nn.Module, store: Store, progress: Callable[[str], None]) -> None:
-        """Into checks.json: what throws doubt on these results. What is known of the network is not measured again."""
-        run, options = self.target.run, self.options
-        known = run.read_json("checks.json") if (run.path / "checks.json").exists() else {}
-        known = known if isinstance(known, dict) else {}
-        radius = self.usual if self.usual >= 0 else max((a.epsilon for a in self.attacks), default=0.0)
-        of = {"weights": store.weights, "norm": self.norm, "epsilon": radius, "examples": options.checks}
-        entry: dict[str, Any] = known[name] if isinstance(known.get(name), dict) else {}
-        measured: dict[str, float] = {}
-        if options.checks:
-            measured = entry.get("network", {}) if entry.get("of") == of and not options.again else {}
-            if not measured:
-                few = self.images.sample(options.checks)
-                measured, _ = check(
-                    model,
-                    few,
-                    ball(self.norm, radius),
-                    seed=options.seed,
-                    batch_size=options.batch_size,
-                    progress=progress,
-                )
-        traces = {key: t for key, t in store.traces.items() if store.attacks[key].epsilon in (0.0, radius)}
-        compared, said = compare_traces(traces, store.attacks)
-        reasons = [*findings(measured), *said]
-        self.said[name] = [str(reason) for reason in reasons]
-        known[name] = {
-            "warnings": [{"name": reason.name, "message": reason.message} for reason in reasons],
-            "measured": {**measured, **compared},
-            "network": measured,
-            "of": of,
-        }
-        run.write_json("checks.json", known)
 
     def remember(self, words: list[str]) -> None:
         """Add the command to those that made what is there."""

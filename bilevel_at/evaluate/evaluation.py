@@ -15,7 +15,7 @@ from ..data import Images, ImageSet
 from ..errors import InputError
 from ..modes import attack_mode
 from .attacks import Attack, attack_from_name, ball, radius_text
-from .checks import check, compare_traces
+from .checks import check, compare_traces, findings
 from .result import Evaluation, Progress, Score, result_name
 from .robust import Trace, attack_examples
 
@@ -116,10 +116,10 @@ def evaluate(
         )
         for one in [space] if len(spaces) < 2 else spaces:
             here = {n: t for n, t in result.traces.items() if one is None or by_name[n].epsilon in (0, _radius(one))}
-            measured, said = compare_traces(here, by_name)
-            at = f" at ε = {radius_text(_radius(one))}" if one is not None and len(spaces) > 1 else ""
-            result.measured |= {f"{key}{at}": value for key, value in measured.items()}
-            result.warnings += said
+            compared = compare_traces(here, by_name)
+            at = f"@{radius_text(_radius(one))}" if one is not None and len(spaces) > 1 else ""
+            result.measured |= {f"{key}{at}": value for key, value in compared.items()}
+            result.warnings += findings(compared)
         for finding in result.warnings:
             warnings.warn(str(finding), EvaluationWarning, stacklevel=2)
     return result

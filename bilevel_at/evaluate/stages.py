@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
@@ -105,10 +106,10 @@ class Watched:
 class Margins:
     """BETA's lower level (Robey et al., 2023, Algorithm 1) on all classes, or on some of the ranks by clean margin.
 
-    steps: RMSprop's, for each class, in all. rate: the first, falling to 0 linearly. starts: of several, each gets a
-    fifth of the steps, and the best goes on with the rest from a quarter of the rate: what a single start misses is
-    mostly a matter of luck (docs/evaluation.md). ranks: the first and the last + 1, from 0; (N, None) is all but the N
-    nearest. Every step counts, not only the last.
+    steps: the optimizer's, for each class, in all; each counts, not only the last. rate: the first, falling to 0
+    linearly. starts: of several, each gets a fifth of the steps, and the best goes on with the rest from a quarter of
+    the rate: what a single start misses is mostly a matter of luck (docs/evaluation.md). ranks: the first and the last
+    + 1, from 0; (N, None) is all but the N nearest. optimizer: any elementwise one of torch's.
     """
 
     constraint: Constraint
@@ -117,6 +118,7 @@ class Margins:
     restart: int = 0
     ranks: tuple[int, int | None] | None = None
     starts: int = 1
+    optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.RMSprop
 
     @property
     def name(self) -> str:
@@ -141,7 +143,7 @@ class Margins:
 
         def descend(steps: int, rate: float, anchor: Tensor | None = None) -> None:
             down = partial(LinearLR, start_factor=1.0, end_factor=1 / steps, total_iters=steps)
-            lower = Targeted(self.constraint, seen, steps=steps, step=rate, schedule=down, ranks=chosen)
+            lower = Targeted(self.constraint, seen, self.optimizer, steps, rate, schedule=down, ranks=chosen)
             lower.solve(model, batch, anchor, generator)
 
         if self.starts == 1:

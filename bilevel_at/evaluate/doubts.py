@@ -1,0 +1,70 @@
+"""``checks.json``: what was measured of each network, and the reasons for doubt that follow from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ..data import ImageSet
+from ..errors import InputError
+from ..train.rundir import RunDir
+from .attacks import Norm, ball
+from .checks import check, compare_traces, findings
+from .result import Finding
+from .store import Store
+
+__all__ = ["record_checks"]
+
+
+def record_checks(
+    run: RunDir,
+    store: Store,
+    images: ImageSet,
+    norm: Norm,
+    radius: float,
+    examples: int,
+    *,
+    again: bool = False,
+    progress: Callable[[str], None] = lambda what: None,
+) -> list[Finding]:
+    """Measure what is not known yet of the store's network, on ``examples`` images, and compare the store's traces.
+
+    What is known of the same weights is kept: comparisons of earlier commands, and, with ``examples=0``, measurements.
+    """
+    known = _object(run)
+    entry = _part(known, store.which)
+    of = {"weights": store.weights, "norm": norm, "epsilon": radius, "examples": examples}
+    before = _part(entry, "of")
+    if not examples and before.get("weights") == store.weights:
+        of = before
+    measured = _part(entry, "network") if before == of and not again else {}
+    if examples and not measured:
+        few = images.sample(examples)
+        space = ball(norm, radius)
+        measured, _ = check(store.model, few, space, seed=store.seed, batch_size=store.batch_size, progress=progress)
+    compared = _part(entry, "compared") if before.get("weights") == store.weights else {}
+    traces = {key: trace for key, trace in store.traces.items() if store.attacks[key].epsilon in (0.0, radius)}
+    compared = {**compared, **compare_traces(traces, store.attacks)}
+    try:
+        reasons = [*findings(measured), *findings(compared)]
+    except (KeyError, TypeError, ValueError):
+        raise InputError(f"{run}/checks.json is damaged; remove it, and it is made anew") from None
+    known[store.which] = {
+        "warnings": [{"name": reason.name, "message": reason.message} for reason in reasons],
+        "measured": {**measured, **compared},
+        "network": measured,
+        "compared": compared,
+        "of": of,
+    }
+    run.write_json("checks.json", known)
+    return reasons
+
+
+def _object(run: RunDir) -> dict[str, Any]:
+    found = run.read_json("checks.json") if (run.path / "checks.json").exists() else {}
+    return found if isinstance(found, dict) else {}
+
+
+def _part(entry: Mapping[str, Any], name: str) -> dict[str, Any]:
+    found = entry.get(name)
+    return found if isinstance(found, dict) else {}
