@@ -21,7 +21,7 @@ from rich.table import Table
 from . import figures, flags
 from .data import ImageSet, load_data
 from .errors import BilevelError, InputError
-from .evaluate import Attack, Score, attack_from_name
+from .evaluate import Attack, Score, attack_from_name, norm_of
 from .evaluate.store import Store
 from .plan import PROG, Plan, build, probe, resolve_device, understand
 from .train import Epoch, RunDir, Trainer, catastrophic_overfitting, rank
@@ -128,7 +128,13 @@ def _say(epoch: Epoch) -> str:
 
 
 def _evaluate(
-    trainer: Trainer, run: RunDir, test: ImageSet, attacks: Sequence[Attack], console: Console, usual: float
+    trainer: Trainer,
+    run: RunDir,
+    test: ImageSet,
+    attacks: Sequence[Attack],
+    console: Console,
+    usual: float,
+    norm: str | None,
 ) -> dict[str, dict[str, Score]]:
     """Best and last epoch (and the last good one) on the test set, into ``results.json``, which grows with each attack.
 
@@ -142,7 +148,7 @@ def _evaluate(
                 (run.path / "last_good.pt").unlink(missing_ok=True)  # it was kept in case
                 continue
             trainer.model.load_state_dict(weights(run.restore(f"{which}.pt", test.device)))
-            store = Store(run, which, trainer.model, test, usual=usual, data=data)
+            store = Store(run, which, trainer.model, test, usual=usual, norm=norm, data=data)
             scores[which] = {}
             for attack in attacks:
                 status.update(f"{which} epoch: {attack.name}")
@@ -205,7 +211,7 @@ def run(args: Sequence[str]) -> int:
     )
     try:
         _train(trainer, run_dir, console)
-        scores = _evaluate(trainer, run_dir, test, attacks, console, epsilon)
+        scores = _evaluate(trainer, run_dir, test, attacks, console, epsilon, norm_of(constraint))
     except KeyboardInterrupt:
         missing = [] if options.out else [f"--out {run_dir}"]
         missing += [] if options.resume else ["--resume"]

@@ -19,7 +19,7 @@ from ..losses import cross_entropy, minus
 from ..lower import Linearized
 from ..problem import LowerProblem
 from .ensemble import COMPONENTS, VERSIONS, Component
-from .stages import Descent, Margins, OnSurrogate
+from .stages import Descent, Margins, NormalizedSteps, OnSurrogate
 
 __all__ = ["ATTACKS", "Attack", "Norm", "Stage", "attack_from_name", "ball", "in_255ths", "norm_of", "radius_text"]
 
@@ -122,7 +122,8 @@ def attack_from_name(name: str, constraint: Constraint | float, seed: int = 0) -
 
     The names are those of :data:`ATTACKS`. FGSM and PGD take steepest steps, the sign of the gradient in ℓ∞ and its
     direction elsewhere (:meth:`Constraint.attack_step`), PGD of a quarter of the radius. BETA (Robey et al., 2023,
-    Algorithm 1) takes K steps for each class in all, at rates that fall from ε/2 to 0, and every one of them counts;
+    Algorithm 1) takes K steps for each class in all, of RMSprop or, outside ℓ∞, along the gradient, at rates that fall
+    from ε/2 to 0, and every one of them counts;
     from ten on, they are three short descents and a longer one from the best (:class:`Margins`). seed: of AutoAttack
     and its parts, which take their own. Attacks see the model in eval mode.
 
@@ -150,7 +151,8 @@ def _stages(name: str, constraint: Constraint, seed: int) -> list[Stage]:
         groups = [None] if not top else [(0, top), (top, None)]
         starts = 3 if steps >= 10 else 1
         rate = radius / 2 or 1.0
-        by = _optimizer(match[4] or "rmsprop", name)
+        usual = torch.optim.RMSprop if direction == "sign" else NormalizedSteps
+        by = _optimizer(match[4], name) if match[4] else usual
         return [Margins(constraint, steps, rate, i, group, starts, by) for i in range(restarts) for group in groups]
     if name in COMPONENTS or name in VERSIONS:
         norm = norm_of(constraint)

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -64,7 +64,7 @@ class Options:
 
     attacks: tuple[str, ...] = ("clean", "pgd-50-10")
     epsilon: tuple[float, ...] = ()
-    norm: str | None = None
+    norm: Literal["linf", "l2"] | None = None
     which: tuple[Which, ...] = ()
     examples: int | None = None
     checks: int = 100
@@ -108,13 +108,14 @@ def command(args: Sequence[str]) -> int:
     images = images.to(device)
 
     norm = options.norm or target.norm
-    radii = options.epsilon or (() if target.epsilon is None else (target.epsilon,))
+    same = norm == target.norm
+    radii = options.epsilon or (() if target.epsilon is None or not same else (target.epsilon,))
     if norm is None or (not radii and set(options.attacks) != {"clean"}):
         raise InputError(f"{args[0]} does not say which ball to attack in; give --norm linf and --epsilon 8/255, say")
     attacks = attacks_at(options.attacks, [ball(norm, radius) for radius in dict.fromkeys(radii)], options.seed)
-    usual = target.epsilon if norm == target.norm else None
-    if usual is None and len(radii) == 1:
-        usual = radii[0]
+    usual = target.epsilon if same else None
+    if not (target.run.path / "config.json").exists():
+        target.run.write_json("config.json", target.about)
 
     console = Console()
     told = f"{len(images)} test images on {device}"
@@ -164,17 +165,17 @@ def _target(path: Path, options: Options) -> tuple[Target, ImageSet]:
     data = options.data or "digits"
     images = _images(data, options.data_dir or "data", options, None)
     out = Path(options.out) if options.out else path.with_name(f"{path.stem}-evaluation")
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out} is a file; it must be a directory, or not exist")
     epsilon = options.epsilon[0] if options.epsilon else None
     constraint = {"norm": options.norm or "linf", "epsilon": epsilon}
     record = {"data": data, "constraint": constraint}
     mean, std = options.mean or None, options.std or None
     target = from_checkpoint(path, images, options.model, options.activation, mean, std, out, record)
     known = target.run.read_json("config.json") if (out / "config.json").exists() else None
-    if known is None:
-        target.run.write_json("config.json", target.about)
-    elif not isinstance(known, dict) or known.get("checkpoint") != str(path):
+    if known is not None and (not isinstance(known, dict) or known.get("checkpoint") != str(path.resolve())):
         raise InputError(f"{out} holds something else; choose another --out")
-    else:
+    if known is not None:
         constraint = known.get("constraint", constraint)
     target.norm, target.epsilon = str(constraint["norm"]), epsilon
     if isinstance(constraint["epsilon"], float):
@@ -216,6 +217,7 @@ class Job:
             model,
             self.images,
             usual=self.usual,
+            norm=self.target.norm,
             seed=self.options.seed,
             batch_size=self.options.batch_size,
             data=self.data,
@@ -243,6 +245,7 @@ class Job:
                 self.norm,
                 radius,
                 self.options.checks,
+                key=name if self.norm == self.target.norm else f"{name}-{self.norm}",
                 again=self.options.again,
                 progress=lambda what: bars.update(bar, said=what),
             )
@@ -254,7 +257,10 @@ class Job:
     def remember(self, words: list[str]) -> None:
         """Add the command to those that made what is there."""
         folder = RunDir(self.target.run.path / "evaluation")
-        known: Any = folder.read_json("commands.json") if (folder.path / "commands.json").exists() else []
+        try:
+            known: Any = folder.read_json("commands.json") if (folder.path / "commands.json").exists() else []
+        except InputError:  # damaged
+            known = []
         commands = known if isinstance(known, list) else []
         if words not in commands:
             folder.write_json("commands.json", [*commands, words])

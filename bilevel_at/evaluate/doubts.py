@@ -24,32 +24,34 @@ def record_checks(
     radius: float,
     examples: int,
     *,
+    key: str | None = None,
     again: bool = False,
     progress: Callable[[str], None] = lambda what: None,
 ) -> list[Finding]:
     """Measure what is not known yet of the store's network, on ``examples`` images, and compare the store's traces.
 
     What is known of the same weights is kept: comparisons of earlier commands, and, with ``examples=0``, measurements.
+    key: the entry's name, the checkpoint's if not given.
     """
+    key = store.which if key is None else key
     known = _object(run)
-    entry = _part(known, store.which)
-    of = {"weights": store.weights, "norm": norm, "epsilon": radius, "examples": examples}
+    entry = _part(known, key)
+    images_and_draws = {"data": store.data, "seed": store.seed}
+    of = {"weights": store.weights, **images_and_draws, "norm": norm, "epsilon": radius, "examples": examples}
     before = _part(entry, "of")
-    if not examples and before.get("weights") == store.weights:
+    same = (before.get("weights"), before.get("data")) == (store.weights, store.data)
+    if not examples and same:
         of = before
     measured = _part(entry, "network") if before == of and not again else {}
     if examples and not measured:
         few = images.sample(examples)
         space = ball(norm, radius)
         measured, _ = check(store.model, few, space, seed=store.seed, batch_size=store.batch_size, progress=progress)
-    compared = _part(entry, "compared") if before.get("weights") == store.weights else {}
+    compared = _part(entry, "compared") if same else {}
     traces = {key: trace for key, trace in store.traces.items() if store.attacks[key].epsilon in (0.0, radius)}
     compared = {**compared, **compare_traces(traces, store.attacks)}
-    try:
-        reasons = [*findings(measured), *findings(compared)]
-    except (KeyError, TypeError, ValueError):
-        raise InputError(f"{run}/checks.json is damaged; remove it, and it is made anew") from None
-    known[store.which] = {
+    reasons = [*findings(measured), *findings(compared)]
+    known[key] = {
         "warnings": [{"name": reason.name, "message": reason.message} for reason in reasons],
         "measured": {**measured, **compared},
         "network": measured,
@@ -61,8 +63,14 @@ def record_checks(
 
 
 def _object(run: RunDir) -> dict[str, Any]:
-    found = run.read_json("checks.json") if (run.path / "checks.json").exists() else {}
-    return found if isinstance(found, dict) else {}
+    """What the file says; nothing where it is not there or damaged: it is made anew."""
+    try:
+        found = run.read_json("checks.json") if (run.path / "checks.json").exists() else {}
+        for entry in found.values():
+            findings(_part(entry, "network")), findings(_part(entry, "compared"))
+    except (AttributeError, InputError, KeyError, TypeError, ValueError):
+        return {}
+    return dict(found)
 
 
 def _part(entry: Mapping[str, Any], name: str) -> dict[str, Any]:

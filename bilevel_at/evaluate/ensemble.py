@@ -9,6 +9,7 @@ kept is this library's own record; the file that pyautoattack 0.2.0 writes canno
 from __future__ import annotations
 
 import logging
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -33,7 +34,6 @@ class Component:
     """One part of AutoAttack: ``part`` of ``version``, in the ``norm`` ball of radius ``epsilon`` around [0, 1] images.
 
     seed: what every batch starts from, as in pyautoattack. queries: of square alone, 5,000 if not given.
-    Raises :class:`InputError` where the network has too few classes for the part's loss.
     """
 
     part: str
@@ -50,16 +50,22 @@ class Component:
     def rows(self, classes: int) -> int:
         return 1
 
-    def __call__(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> Tensor:
-        from pyautoattack import AutoAttack
-
-        with torch.no_grad():
-            classes = model(batch.x[:1]).shape[-1]
+    def check(self, batch: Batch, classes: int) -> None:
+        """Raise :class:`InputError` where the network has too few classes for the part's loss, or square no images."""
         if classes < _LEAST_CLASSES.get(self.part, 2):
             raise InputError(
                 f"attack {self.part} needs a network of at least {_LEAST_CLASSES.get(self.part, 2)} classes, and this "
                 f"one has {classes}; apgd-ce, fab-t and square take any"
             )
+        if self.part == "square" and batch.x.ndim != 4:
+            raise InputError(f"attack square changes squares of images [B, C, H, W]; inputs are {list(batch.x.shape)}")
+
+    def __call__(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> Tensor:
+        from pyautoattack import AutoAttack
+
+        with torch.no_grad():
+            classes = model(batch.x[:1]).shape[-1]
+        self.check(batch, classes)
         norm = {"linf": "Linf", "l2": "L2"}[self.norm]
         attack = AutoAttack(
             model, norm=norm, eps=self.epsilon, version=self.version, seed=self.seed, device=batch.x.device
@@ -69,6 +75,7 @@ class Component:
             targeted.n_target_classes = min(targeted.n_target_classes, classes - 1)
         if self.queries is not None:
             attack.square.n_queries, attack.square.resc_schedule = self.queries, True
+        tracer = sys.gettrace()  # it switches debuggers off
         devices = [batch.x.device] if batch.x.is_cuda else []
         logger, level = attack.logger, attack.logger.level
         logger.setLevel(logging.ERROR)  # its remarks on masking are this package's checks, which measure more
@@ -77,5 +84,6 @@ class Component:
                 attacked, _ = attack.run_standard_evaluation(batch.x, batch.y, batch_size=len(batch))
         finally:
             logger.setLevel(level)
+            sys.settrace(tracer)
         found: Tensor = attacked.detach()
         return found

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -26,9 +27,10 @@ class EvaluationWarning(UserWarning):
     """A robust accuracy that may not mean what it says."""
 
 
-def attacks_at(names: Iterable[str | Attack], spaces: Sequence[Constraint], seed: int = 0) -> list[Attack]:
+def attacks_at(names: str | Iterable[str | Attack], spaces: Sequence[Constraint], seed: int = 0) -> list[Attack]:
     """Every attack in every one of the sets; attacks that are made already, and ``clean``, once."""
     made: list[Attack] = []
+    names = names.split() if isinstance(names, str) else names
     for name in dict.fromkeys(names):
         if isinstance(name, Attack):
             made.append(name)
@@ -48,28 +50,33 @@ def as_images(data: Any, model: nn.Module) -> ImageSet:
     tensors = [*model.parameters(), *model.buffers()]
     device = tensors[0].device if tensors else torch.device("cpu")
     if isinstance(data, ImageSet):
+        if len(data) == 0:
+            raise InputError("data is empty; it needs at least one image")
         return data if data.device == device else data.to(device)
     if isinstance(data, DataLoader):
-        pairs = [(x, y) for x, y, *_ in data]
+        with torch.random.fork_rng():  # a loader draws a seed, even where it does not shuffle
+            pairs = [(x, y) for x, y, *_ in data]
         data = tuple(torch.cat(part) for part in zip(*pairs, strict=True))
     if not (isinstance(data, (tuple, list)) and len(data) == 2 and all(isinstance(part, Tensor) for part in data)):
         raise InputError(f"data is {type(data).__name__}; pass (x, y) tensors, a DataLoader of them, or an ImageSet")
-    x, y = (part.to(device) for part in data)
+    x, y = (part.detach().to(device) for part in data)
     if len(x) != len(y) or len(x) == 0:
         raise InputError(f"data has {len(x)} inputs and {len(y)} labels; it needs as many of both, at least one")
     if not x.is_floating_point():
         raise InputError(f"x is {x.dtype}; inputs are floating point in [0, 1] (divide uint8 by 255)")
     with torch.no_grad(), attack_mode(model, "eval"):
         out = model(x[:1])
-    if out.ndim != 2:
-        raise InputError(f"the model's output has shape {tuple(out.shape)}; logits are [1, classes]")
+    if not isinstance(out, Tensor) or out.ndim != 2:
+        shape = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        raise InputError(f"the model's output for one input is {shape}; logits are a tensor of shape [1, classes]")
     return Images(x, y, out.shape[1])
 
 
+@torch.inference_mode(False)
 def evaluate(
     model: nn.Module,
     data: ImageSet | tuple[Tensor, Tensor] | DataLoader[Any],
-    attacks: Sequence[str | Attack] = ("clean", "pgd-50-10"),
+    attacks: str | Sequence[str | Attack] = ("clean", "pgd-50-10"),
     epsilon: float | Sequence[float] | None = None,
     *,
     norm: str = "linf",
@@ -90,15 +97,16 @@ def evaluate(
 
     Raises :class:`InputError` for an unknown attack, and where inputs are not in [0, 1]: ε would mean something else.
     """
-    radii = [] if epsilon is None else [epsilon] if isinstance(epsilon, (int, float)) else list(epsilon)
-    spaces: list[Constraint] = [ball(norm, radius) for radius in radii]
+    if checks < 0:
+        raise InputError(f"checks is {checks}; it must be at least 0")
+    spaces: list[Constraint] = [ball(norm, radius) for radius in _radii(epsilon)]
     if constraint is not None:
         spaces.append(constraint)
     made = attacks_at(attacks, spaces, seed)
     in_train_mode = any(module.training for module in model.modules())
     images = as_images(data, model)
     fingerprint = images.sha256()[:16]
-    usual = made[-1].epsilon if len(spaces) < 2 else -1.0
+    usual = -1.0 if len(spaces) > 1 else _radius(spaces[0]) if spaces else None
     result, by_name = Evaluation(), {}
     for attack in made:
         name = result_name(attack, usual if attack.name != "clean" else None)
@@ -125,5 +133,13 @@ def evaluate(
     return result
 
 
+def _radii(epsilon: Any) -> list[Any]:
+    if epsilon is None:
+        return []
+    if isinstance(epsilon, (str, bool)):
+        return [epsilon]  # which a ball refuses
+    return list(np.atleast_1d(np.asarray(epsilon, dtype=float)).tolist())
+
+
 def _radius(space: Constraint) -> float:
-    return space.attack_step()[1]
+    return Attack("", space).epsilon

@@ -76,8 +76,11 @@ class Finding:
         return self.message
 
 
-def result_name(attack: Attack, usual: float | None) -> str:
-    """The attack's name, with the radius where that is not the usual one: ``pgd-50-10``, ``pgd-50-10@4/255``."""
+def result_name(attack: Attack, usual: float | None, norm: str | None = None) -> str:
+    """The attack's name, with what is not usual: ``pgd-50-10``, ``pgd-50-10@4/255``, ``pgd-50-10-l2@0.5``."""
+    other = norm_of(attack.constraint)
+    if norm is not None and other not in (None, norm):
+        return f"{attack.name}-{other}@{radius_text(attack.epsilon)}"
     if usual is None or math.isnan(attack.epsilon) or abs(attack.epsilon - usual) < 1e-9:
         return attack.name
     return f"{attack.name}@{radius_text(attack.epsilon)}"

@@ -16,6 +16,7 @@ from ..data import ImageSet
 from ..errors import InputError
 from ..modes import attack_mode
 from .attacks import Attack, Stage
+from .ensemble import Component
 
 __all__ = ["Trace", "attack_examples", "attacked", "robust_correct"]
 
@@ -113,22 +114,27 @@ def attack_examples(
         while trace.batch < len(parts):
             start = time.perf_counter()
             rows = parts[trace.batch]
-            batch = Batch(images[rows].pixels(), images.y[rows])
             generator = torch.Generator(images.device)
-            generator.manual_seed((1_000_003 * seed + trace.stage) * 1_000_003 + trace.batch)
-            with attack_mode(model, "eval"):  # inside, because callers do as they like between two batches
+            generator.manual_seed(((1_000_003 * seed + trace.stage) * 1_000_003 + trace.batch) % 2**63)
+            # Inside, because callers do as they like between two batches.
+            with attack_mode(model, "eval"), torch.inference_mode(False):
+                batch = Batch(images[rows].pixels(), images.y[rows])
                 moved = stage(model, batch, generator)
                 with torch.no_grad():
                     out = model(moved)
             if trace.stage == 0:
                 _look(batch, out)
+                for later in attack.stages if trace.batch == 0 else ():
+                    if isinstance(later, Component):
+                        later.check(batch, out.shape[1])
             answer = out.argmax(1)
             wrong = answer != batch.y
             if attack.constraint is not None and trace.stage > 0:
                 delta = moved - batch.x
-                off = (delta - attack.constraint.project(delta, batch.x)).flatten(1).abs().amax(1) > CLOSE_ENOUGH
-                trace.outside += int((wrong & off).sum())
-                wrong &= ~off
+                distance = (delta - attack.constraint.project(delta, batch.x)).flatten(1).abs().amax(1)
+                inside = distance <= CLOSE_ENOUGH  # which NaN is not
+                trace.outside += int((wrong & ~inside).sum())
+                wrong &= inside
             fell = rows[wrong]
             # Together, so that an interruption finds a trace that is whole.
             trace.broken[fell], trace.said[fell] = trace.stage, answer[wrong]
@@ -140,10 +146,11 @@ def attack_examples(
         trace.stage, trace.batch = trace.stage + 1, 0
 
 
-def _look(batch: Batch, out: Tensor) -> None:
+def _look(batch: Batch, out: Any) -> None:
     """What every later line takes for granted, looked at with the clean images."""
-    if out.ndim != 2 or len(out) != len(batch):
-        raise InputError(f"the model's output has shape {tuple(out.shape)}; logits are [{len(batch)}, classes]")
+    shape = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+    if not isinstance(out, Tensor) or out.ndim != 2 or len(out) != len(batch):
+        raise InputError(f"the model's output is {shape}; logits are a tensor of shape [{len(batch)}, classes]")
     batch.check(out.shape[1])
 
 

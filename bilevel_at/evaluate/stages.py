@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from ..targeted import Targeted
 if TYPE_CHECKING:
     from .attacks import Stage
 
-__all__ = ["Descent", "Margins", "OnSurrogate"]
+__all__ = ["Descent", "Margins", "NormalizedSteps", "OnSurrogate"]
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,26 @@ class Descent:
         if not self.any_step and delta is not None:
             attacked = batch.x + delta
         return attacked
+
+
+class NormalizedSteps(torch.optim.Optimizer):
+    """η_i ← η_i − lr · ∇_i / ‖∇_i‖₂, each row by itself: to a ball what elementwise optimisers are to a box."""
+
+    def __init__(self, params: Iterable[Tensor], lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for row in group["params"]:
+                if row.grad is not None:
+                    length = row.grad.flatten(1).norm(dim=1).clamp(min=1e-38)
+                    row.sub_(row.grad / per_sample(length, row.grad), alpha=group["lr"])
+        return loss
 
 
 class Best:
@@ -109,7 +129,8 @@ class Margins:
     steps: the optimizer's, for each class, in all; each counts, not only the last. rate: the first, falling to 0
     linearly. starts: of several, each gets a fifth of the steps, and the best goes on with the rest from a quarter of
     the rate: what a single start misses is mostly a matter of luck (docs/evaluation.md). ranks: the first and the last
-    + 1, from 0; (N, None) is all but the N nearest. optimizer: any elementwise one of torch's.
+    + 1, from 0; (N, None) is all but the N nearest. optimizer: any elementwise one of torch's, or
+    :class:`NormalizedSteps`, without which nothing gets far in an ℓ2 ball.
     """
 
     constraint: Constraint

@@ -13,6 +13,7 @@ import platform
 import re
 import time
 import zipfile
+import zlib
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -35,8 +36,8 @@ SAVE_EVERY = 2.0  # seconds
 
 
 def fingerprint(model: nn.Module) -> str:
-    """The first 16 digits of a SHA-256 of the weights and buffers, with their names."""
-    digest = hashlib.sha256()
+    """The first 16 digits of a SHA-256 of the network's layers, and of its weights and buffers with their names."""
+    digest = hashlib.sha256(repr(model).encode())
     for name, value in model.state_dict().items():
         digest.update(name.encode())
         if isinstance(value, torch.Tensor):
@@ -69,8 +70,8 @@ class Store:
         for attack in attacks:
             score = store.score(attack)
 
-    usual: the radius whose results need no ``@radius`` in their names. Entries of fewer images than one that is there
-    are named ``pgd-50-10[n=100]`` beside it. Source of the layout: docs/evaluation.md.
+    usual, norm: the ball whose results need no ``@radius`` in their names, nor ``-l2``. A result on fewer images than
+    one that is there is named ``pgd-50-10[n=100]`` and stands beside it.
     """
 
     def __init__(
@@ -81,12 +82,13 @@ class Store:
         images: ImageSet,
         *,
         usual: float | None,
+        norm: str | None = "linf",
         seed: int = 0,
         batch_size: int = 250,
         data: str | None = None,
     ) -> None:
         self.run, self.which, self.model, self.images = run, which, model, images
-        self.usual, self.seed, self.batch_size = usual, seed, batch_size
+        self.usual, self.norm, self.seed, self.batch_size = usual, norm, seed, batch_size
         self.data = images.sha256()[:16] if data is None else data
         self.weights = fingerprint(model)
         self.traces: dict[str, Trace] = {}
@@ -152,7 +154,7 @@ class Store:
     def _place(self, attack: Attack) -> tuple[str, Score | None]:
         """The name that the result has or will have, and the entry of that name."""
         known = self.results()[self.which]
-        name = result_name(attack, self.usual if attack.name != "clean" else None)
+        name = result_name(attack, self.usual, self.norm) if attack.name != "clean" else "clean"
         entry = score_from(known.get(name))
         if entry is not None and entry.n > len(self.images):
             name = f"{name}[n={len(self.images)}]"
@@ -185,11 +187,13 @@ class Store:
     def _read(self, path: Path, identity: str, attack: Attack) -> Trace | None:
         """The trace in the file; None where there is none, or it is of another evaluation, or damaged."""
         try:
-            with np.load(path, allow_pickle=False) as arrays:
-                if str(arrays["identity"]) != identity:
-                    return None
-                trace = Trace.from_arrays(arrays, self.images.device)
-        except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):
+            with np.load(path, allow_pickle=False) as archive:
+                arrays = {name: archive[name] for name in archive.files}
+            trace = Trace.from_arrays(arrays, self.images.device)
+            expected = self._arrays(identity, attack, trace)
+            if arrays.keys() != expected.keys() or not all(np.array_equal(arrays[k], v) for k, v in expected.items()):
+                return None
+        except (AttributeError, OSError, KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile, zlib.error):
             return None
         whole = len(trace.broken) == len(self.images) and 0 <= trace.stage <= len(attack.stages) + 1
         return trace if whole else None
@@ -198,16 +202,18 @@ class Store:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.partial")
         with open(partial, "wb") as file:
-            np.savez(
-                file,
-                label=self.images.y.cpu().numpy(),
-                correct=trace.correct.cpu().numpy(),
-                stages=np.array(["clean", *(stage.name for stage in attack.stages)]),
-                identity=np.array(identity),
-                finished=np.array(trace.stage > len(attack.stages)),
-                **trace.arrays(),
-            )
+            np.savez(file, **self._arrays(identity, attack, trace))
         partial.replace(path)
+
+    def _arrays(self, identity: str, attack: Attack, trace: Trace) -> dict[str, Any]:
+        return {
+            "label": self.images.y.cpu().numpy(),
+            "correct": trace.correct.cpu().numpy(),
+            "stages": np.array(["clean", *(stage.name for stage in attack.stages)]),
+            "identity": np.array(identity),
+            "finished": np.array(trace.stage > len(attack.stages)),
+            **trace.arrays(),
+        }
 
 
 def _device_name(device: torch.device) -> str:

@@ -17,7 +17,7 @@ from ..data import ImageSet
 from ..errors import InputError
 from ..models import ActivationName, Normalized, build_model
 from ..problem_file import ProblemFile
-from ..train.rundir import RunDir, Which, load
+from ..train.rundir import RunDir, Which, load, load_tensors
 
 __all__ = ["Target", "from_checkpoint", "from_run"]
 
@@ -86,11 +86,7 @@ def from_checkpoint(
     and ``std`` say how. Raises :class:`InputError` where they do not fit, and for a file that holds anything but
     tensors and plain values, which is not unpickled.
     """
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged files fail in many ways, all of them inside torch.load
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{path} is not a file of tensors that can be loaded safely: {reason[:160]}") from None
+    found = load_tensors(path)
     state = _state_dict(found)
     if not state:
         raise InputError(f"{path} holds {type(found).__name__} without a state_dict; save model.state_dict()")
@@ -110,23 +106,20 @@ def from_checkpoint(
     except RuntimeError as error:
         said = " ".join(" ".join(str(error).splitlines()[1:]).split()) or str(error)
         raise InputError(f"{path} does not fit the model {model} for {images.shape} images: {said[:200]}") from None
-    record = {**about, "model": model, "activation": activation, "checkpoint": str(path), **_here(images)}
+    record = {**about, "model": model, "activation": activation, "checkpoint": str(path.resolve()), **_here(images)}
     return Target(RunDir(out), ["model"], record, network=network.eval())
 
 
 def _state_dict(found: Any) -> dict[str, Tensor]:
     """The tensors by name in what was loaded, without the prefixes that wrappers add; empty where there are none."""
-    while isinstance(found, Mapping):
-        inside = [found[key] for key in WRAPPERS if isinstance(found.get(key), Mapping)]
-        if not inside:
-            break
-        found = inside[0]
+    for _ in range(5):  # a dictionary may contain itself
+        inside = [found[key] for key in WRAPPERS if isinstance(found, Mapping) and isinstance(found.get(key), Mapping)]
+        found = inside[0] if inside else found
     if not isinstance(found, Mapping):
         return {}
     state = {str(k): v for k, v in found.items() if isinstance(v, Tensor)}
-    for prefix in PREFIXES:
-        if state and all(k.startswith(prefix) for k in state):
-            state = {k.removeprefix(prefix): v for k, v in state.items()}
+    while prefix := next((p for p in PREFIXES if state and all(k.startswith(p) for k in state)), ""):
+        state = {k.removeprefix(prefix): v for k, v in state.items()}
     return state
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 import zipfile
 import zlib
@@ -22,15 +23,28 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..models import build_model
 
-__all__ = ["RunDir", "Which", "load", "plainly", "weights"]
+__all__ = ["RunDir", "Which", "load", "load_tensors", "plainly", "weights"]
 
 Which = Literal["best", "last", "last_good"]
 
 
 def weights(state: dict[str, Any]) -> dict[str, Tensor]:
-    """The weights to evaluate in a checkpoint: their moving average where there is one."""
-    kept: dict[str, Tensor] = state["average"] if "average" in state else state["model"]
+    """The weights to evaluate in a checkpoint: their moving average where there is one. KeyError where it has none."""
+    kept = (state["average"] if "average" in state else state["model"]) if isinstance(state, dict) else None
+    if not isinstance(kept, dict):
+        raise KeyError("model")
     return kept
+
+
+def load_tensors(file: Path, device: torch.device | str = "cpu") -> Any:
+    """What ``torch.save`` wrote, if that is tensors and plain values; otherwise :class:`InputError`: nothing runs."""
+    try:
+        return torch.load(file, map_location=device, weights_only=True)
+    except pickle.UnpicklingError:
+        said = "it is damaged, or holds something else, which is not unpickled because that can run code"
+    except Exception as error:  # damaged files fail in many ways, all of them inside torch.load
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    raise InputError(f"{file} is not a checkpoint of tensors that can be loaded: {said[:160]}")
 
 
 def plainly(value: Any) -> str:
@@ -99,11 +113,7 @@ class RunDir:
         file = self.path / name
         if not file.is_file():
             raise InputError(f"{self.path} has no {name}")
-        try:
-            return torch.load(file, map_location=device, weights_only=True)
-        except Exception as error:  # damaged files fail in many ways, all of them inside torch.load
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise InputError(f"{file} is not a checkpoint of tensors that can be loaded: {reason}") from None
+        return load_tensors(file, device)
 
     def append_metrics(self, line: dict[str, Any]) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
