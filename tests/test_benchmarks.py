@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -93,3 +95,27 @@ def test_digits_makes_a_table_and_a_figure():
     assert Path("docs/digits.png").read_bytes()[:4] == b"\x89PNG"
     with pytest.raises(ba.InputError, match="--methods fast is not known"):
         script("digits").command(["--methods", "fast"])
+
+
+def test_attacks_are_compared(monkeypatch):
+    attacks = script("attacks")
+    run, load = attacks.main_job.run, attacks.load_data
+    monkeypatch.setattr(attacks, "METHODS", ("fastat",))
+    monkeypatch.setattr(attacks.main_job, "run", lambda args: run([*args, "--epochs", "3"]))
+    monkeypatch.setattr(attacks, "load_data", lambda name: (None, load(name)[1][slice(0, 8)]))
+    attacks.command(["--seeds", "1", "--write", "attacks.md"])
+    page = Path("attacks.md").read_text()
+    rows = dict(re.findall(r"^\| ([^|]+) \| [^|]+ \| ([\d.]+) \|$", page, re.M))
+    assert len(rows) == 7 and all(0 <= float(value) <= 100 for value in rows.values())
+    assert float(rows["AutoAttack"]) <= float(rows["PGD-50-10"]) + 12.5  # one image of eight
+    with pytest.raises(ba.InputError, match="--seeds is 0"):
+        attacks.command(["--seeds", "0"])
+
+
+def test_gradient_norms_make_a_page_and_two_figures():
+    flags = ["--seeds", "1", "--epochs", "1", "--examples", "60", "--steps", "1.25", "--jobs", "1"]
+    command = [sys.executable, str(FOLDER / "gradient_norms.py"), *flags, "--write", "docs/norms.md"]
+    subprocess.run(command, check=True, capture_output=True)
+    page = Path("docs/norms.md").read_text()
+    assert "| lowest 20 % | " in page and "| random 40 % | " in page and "(norms.png)" in page
+    assert Path("docs/norms.png").read_bytes()[:4] == Path("docs/norms-epochs.png").read_bytes()[:4] == b"\x89PNG"

@@ -11,6 +11,7 @@ from rich.console import Console
 from .. import flags
 from ..errors import InputError
 from .build import report
+from .diagnosis import FIRST_IMAGES
 
 __all__ = ["main"]
 
@@ -18,10 +19,11 @@ PROG = "bilevel_at.report"
 ABOUT = "One self-contained HTML page about runs, and its figures as PNG files."
 
 
-def _options(out: str | None = None, measure: bool = True) -> None:
+def _options(out: str | None = None, measure: bool = True, images: tuple[int, ...] = FIRST_IMAGES) -> None:
     """The flags.
 
     out: folder for index.html and figures/; RUN/report if not given, for several runs a folder report beside the first.
+    images: positions of the test images whose loss landscapes are drawn.
     measure: also what needs the networks: loss landscapes, sizes of perturbations.
     """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ from ..errors import BilevelError, InputError
 from .accuracy import accuracy
 from .concerns import concerns
 from .cost import cost, device
-from .diagnosis import examples_in_training, filters, implicit_term, loss_around_images, perturbations
+from .diagnosis import FIRST_IMAGES, examples_in_training, filters, implicit_term, loss_around_images, perturbations
 from .groups import Group, all_runs, group
 from .numbers import radius
 from .page import Notes, Section, page
@@ -56,13 +57,15 @@ def report(
     out: str | Path | None = None,
     *,
     measure: bool = True,
+    images: Sequence[int] = FIRST_IMAGES,
     progress: Callable[[str], None] = lambda name: None,
 ) -> Path:
     """Write ``index.html``, one page that needs nothing else, and ``figures/*.png`` into ``out``; the page's path.
 
     runs: run directories, or those of evaluated checkpoints. Runs that differ in their seed only share a row.
     out: a folder, made where it is not there; :func:`default_out` where not given. measure: also make the sections that
-    need the networks and the test images. progress: told each section's name before it is made. Raises
+    need the networks and the test images. images: positions of the test images whose loss landscapes are drawn.
+    progress: told each section's name before it is made. Raises
     :class:`InputError` where a run cannot be read, is given twice, or ``out`` not written.
     """
     found = read_all(runs)
@@ -75,6 +78,8 @@ def report(
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Glyph")  # a name may have letters that the figures' font has not
             makers = [make for make in SECTIONS if measure or make not in MEASURED]
+            chosen = functools.wraps(loss_around_images)(functools.partial(loss_around_images, images=images))
+            makers = [chosen if make is loss_around_images else make for make in makers]
             sections = [s for make in makers if (s := _make(make, groups, folder / "figures", progress))]
         partial, file = folder / ".index.html.partial", folder / "index.html"
         partial.write_text(page(_title(groups), _lead(groups), _facts(found), sections), encoding="utf-8")

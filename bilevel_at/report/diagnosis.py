@@ -21,6 +21,7 @@ from ..diagnose import (
     random_step_norm,
     read_history,
 )
+from ..errors import InputError
 from ..evaluate import attack_from_name
 from ..figures import diagnosis as figures
 from ..figures.landscape import filters as draw_filters
@@ -33,6 +34,7 @@ from .page import Figure, Part, Section, Table
 __all__ = ["examples_in_training", "filters", "implicit_term", "loss_around_images", "perturbations"]
 
 ATTACK = "pgd-20-1"
+FIRST_IMAGES = (0, 1, 2, 3)
 SEEN = 256  # test images that are measured
 
 
@@ -61,19 +63,22 @@ def implicit_term(groups: Sequence[Group], folder: Path) -> Section | None:
     return Section("What the implicit term changes", parts) if parts else None
 
 
-def loss_around_images(groups: Sequence[Group], folder: Path) -> Section | None:
-    """Loss landscapes of four test images, and the alignment of input gradients."""
+def loss_around_images(groups: Sequence[Group], folder: Path, images: Sequence[int] = FIRST_IMAGES) -> Section | None:
+    """Loss landscapes of chosen test images, and the alignment of input gradients."""
     parts: list[Part] = []
     rows = []
     for place, subject in enumerate(subjects(groups)):
-        few = subject.images[slice(0, 4)]
+        beyond = [i for i in images if not 0 <= i < len(subject.images)]
+        if beyond or not images:
+            raise InputError(f"--images {beyond or 'names none'}; there are {len(subject.images)}, from 0 on")
+        few = subject.images[torch.tensor(list(images), device=subject.images.device)]
         epsilon = subject.space.epsilon
         flat = isinstance(subject.space, LinfBall)
         reach = 2 * epsilon if flat else 2 * epsilon / math.sqrt(math.prod(few.shape))
         points = 41 if math.prod(few.shape) <= 1_000 else 21
         found = loss_landscape(subject.model, few.pixels(), few.y, reach, points=points)
         path = folder / f"landscape-{place}.png"
-        draw_landscapes(found, path, epsilon if flat else None)
+        draw_landscapes(found, path, epsilon if flat else None, len(few))
         middle = points // 2
         along = found.margin[:, :, middle]  # b = 0
         inside = found.sign_offsets.abs() <= reach / 2 * (1 + 1e-6)
@@ -83,8 +88,8 @@ def loss_around_images(groups: Sequence[Group], folder: Path) -> Section | None:
             Figure(
                 path,
                 f"{subject.said}: from x to the edge of the ball along the gradient's signs the mean loss of these "
-                f"four goes from {losses[0]:.2g} to {losses[1]:.2g}, and {crossed} of them cross the decision boundary "
-                "on that line within it. Straight, even contours mean that one gradient step sees the whole ball.",
+                f"{len(few)} goes from {losses[0]:.2g} to {losses[1]:.2g}, and {crossed} of them cross the decision "
+                "boundary on that line within it. Straight, even contours mean that one gradient step sees the whole ball.",
                 f"Loss landscapes, {subject.said}",
             )
         )
