@@ -89,7 +89,7 @@ def loss_around_images(groups: Sequence[Group], folder: Path, images: Sequence[i
                 path,
                 f"{subject.said}: from x to the edge of the ball along the gradient's signs the mean loss of these "
                 f"{len(few)} goes from {losses[0]:.2g} to {losses[1]:.2g}, and {crossed} of them cross the decision "
-                "boundary on that line within it. Straight, even contours mean that one gradient step sees the whole ball.",
+                "boundary on that line within it. Straight, even contours mean that one step sees the whole ball.",
                 f"Loss landscapes, {subject.said}",
             )
         )
