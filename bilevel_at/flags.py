@@ -67,7 +67,7 @@ class Flag:
         """What the help says of the default: ``otherwise`` where there is one, nothing for None."""
         if self.otherwise:
             return f"({self.otherwise})"
-        return "" if self.default is None else lambda default: f"(default: {default})"
+        return "" if self.default in (None, ()) else lambda default: f"(default: {default})"
 
 
 def _readable(kind: Any) -> bool:
@@ -209,6 +209,9 @@ def _one_line(box: str) -> str:
         said[0].replace("'None', ", "").replace(", 'None'", "")
         if said
         else "the command line cannot be read; --help lists the flags"
+    )
+    line = re.sub(
+        r"Could not find valid parse for arguments: \[(.*?)\]", r"\1 cannot be read (0.03 and 8/255 are numbers)", line
     )
     return re.sub(r"^Error parsing (\S+):", r"\1:", line)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 from collections.abc import Sequence
@@ -165,9 +166,11 @@ def _stages(name: str, constraint: Constraint, seed: int) -> list[Stage]:
         return [Component(part, norm, radius, version, seed) for part in parts]
     if name.startswith("transfer:"):
         return _transferred(name, constraint, seed)
+    known = ["fgsm", "pgd-50-10", "beta-30", *COMPONENTS, *VERSIONS]
+    close = difflib.get_close_matches(name, known, 1)
     raise InputError(
         f"attack {name!r} is not known; attacks are clean, fgsm, pgd-STEPS-RESTARTS such as pgd-50-10, beta-STEPS, "
-        f"{', '.join([*COMPONENTS, *VERSIONS])} and transfer:RUN"
+        f"{', '.join([*COMPONENTS, *VERSIONS])} and transfer:RUN{f'; did you mean {close[0]}?' if close else ''}"
     )
 
 

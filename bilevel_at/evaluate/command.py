@@ -110,6 +110,8 @@ def command(args: Sequence[str]) -> int:
     norm = options.norm or target.norm
     same = norm == target.norm
     radii = options.epsilon or (() if target.epsilon is None or not same else (target.epsilon,))
+    if not radii and not same and target.norm:
+        raise InputError(f"{args[0]} was trained in {target.norm}; for --norm {norm} give --epsilon, too")
     if norm is None or (not radii and set(options.attacks) != {"clean"}):
         raise InputError(f"{args[0]} does not say which ball to attack in; give --norm linf and --epsilon 8/255, say")
     attacks = attacks_at(options.attacks, [ball(norm, radius) for radius in dict.fromkeys(radii)], options.seed)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -192,8 +191,6 @@ class OnSurrogate:
         return self.stage.rows(classes)
 
     def __call__(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> Tensor:
-        surrogate = self.surrogate
-        if next(surrogate.parameters()).device != batch.x.device:
-            surrogate = copy.deepcopy(surrogate).to(batch.x.device)
+        surrogate = self.surrogate.to(batch.x.device)
         with attack_mode(surrogate, "eval"):
             return self.stage(surrogate, batch, generator)

@@ -48,7 +48,7 @@ class Recorder:
             self._norm[rows] = gradient.flatten(1).float().norm(dim=1)
         step = solution.step
         if step is not None and not (isinstance(step, Tensor) and step.ndim and len(step) != len(rows)):
-            self._step[rows] = torch.as_tensor(step, dtype=torch.float32, device=rows.device).expand(len(rows))
+            self._step[rows] = step.to(self._step) if isinstance(step, Tensor) else step
 
     def close_epoch(self, model: nn.Module) -> None:
         """The epoch is done."""
