@@ -87,6 +87,10 @@ class Constraint:
             f"{type(self).__name__} does not define attack_step(); it needs one to be attacked with FGSM or PGD"
         )
 
+    def attack_reach(self) -> float:
+        """How far steps of standard attacks have to go to reach everything: the radius, in a ball."""
+        return self.attack_step()[1]
+
     def unbounded(self) -> Constraint:
         """The same set without the input range: what perturbations of unseen pixels are drawn from."""
         return self
@@ -380,6 +384,10 @@ class Polyhedron(Constraint):
         if radius <= 0:
             raise InputError("every b of this polyhedron is at most 0, so it has no scale for FGSM or PGD to step by")
         return "normalized", radius
+
+    def attack_reach(self) -> float:
+        """√d times the distance of the farthest face, at which a box has its corners."""
+        return math.sqrt(self.B.shape[1]) * self.attack_step()[1]
 
     def unbounded(self) -> Polyhedron:
         return Polyhedron(self.B, self.b, None, self.tol)

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import datetime
 import inspect
+import math
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from .batch import Batch
 from .constraints import Constraint
 from .data import DATA_NAMES, ImageSet
 from .errors import InputError
-from .evaluate import norm_of
+from .evaluate import Attack, norm_of
 from .models import MODELS, ActivationName, build_model
 from .problem import BilevelProblem
 from .problem_file import ProblemFile, packaged_problems
@@ -195,7 +196,8 @@ def known_names() -> str:
 
 def _radius(constraint: Constraint | None) -> float | None:
     """The constraint's radius; None where it has none."""
-    return constraint.attack_step()[1] if norm_of(constraint) and constraint else None
+    radius = Attack("", constraint).epsilon
+    return None if constraint is None or math.isnan(radius) else radius
 
 
 def _solver_flag(name: str, common: Sequence[flags.Flag]) -> str:

@@ -203,6 +203,8 @@ class LowerProblem:
                 raise InputError(
                     f"the attack loss has shape {tuple(values.shape)}; it must be one value per sample, [{len(batch)}]"
                 )
+            if not values.requires_grad:
+                raise InputError("the model's output has no gradient in its input; only square attacks need none")
             (gradient,) = torch.autograd.grad(values.sum(), delta, create_graph=create_graph)
         return gradient
 

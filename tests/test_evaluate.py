@@ -437,3 +437,24 @@ def test_what_leaves_the_ball_does_not_count(norm, move):
     assert result["cheat"].accuracy == 1.0
     honest = Attack("honest", ball(norm, 0.1), [Fixed(lambda x: x.clone())])
     assert evaluate(model, images, [honest], **QUIET)["honest"].outside == 0
+
+
+def test_results_of_weights_that_are_gone_are_dropped(robust, tmp_path):
+    """A run that was trained on: what is known of the old checkpoint says nothing of the new one."""
+    other = mlp().eval()
+    for model in (robust, other):
+        store = Store(RunDir(tmp_path), "best", model, FEW, usual=EPS)
+        for name in ("clean", "fgsm") if model is robust else ("clean",):
+            store.score(attack_from_name(name, EPS))
+    assert set(store.results()["best"]) == {"clean"}
+
+
+def test_a_polyhedron_is_reached_by_steps_as_a_ball_is(robust):
+    """The box as a polyhedron: PGD gets about as far in it as in the ball that it is; with steps of the distance of a
+    face it left 15 % of the images more."""
+    box = ba.Polyhedron(torch.cat([torch.eye(64), -torch.eye(64)]), torch.full((128,), EPS), bounds=(0, 1))
+    at = {
+        c: evaluate(robust, FEW, [attack_from_name("pgd-50-1", c)], **QUIET)["pgd-50-1"]
+        for c in (box, ba.LinfBall(EPS))
+    }
+    assert at[box].accuracy <= at[ba.LinfBall(EPS)].accuracy + 0.05

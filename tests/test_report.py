@@ -317,10 +317,54 @@ def test_warnings_come_first_and_say_of_what():
     assert said.index(message) < said.index("Test accuracy") and "Best checkpoint:" in said
     assert "catastrophic overfitting in epoch 3" in said and "difference" in said
     fine = make("fine")
-    (fine / "checks.json").write_text(json.dumps({"best": {"warnings": [], "measured": {}}}))
+    (fine / "checks.json").write_text(json.dumps({"best": {"warnings": [], "measured": {"pgd": 0.4}}}))
     said = made(fine, out="fine-out").said
     assert "Warnings: none" in said and "found nothing to warn of" in said
     assert "Not checked." in made(make("unchecked"), out="u").said
+    (fine / "checks.json").write_text(json.dumps({"best": {"warnings": [], "measured": {}, "network": {}}}))
+    said = made(fine, out="compared").said  # with --checks 0
+    assert "Not checked." in said and "found nothing" not in said
+    (fine / "checks.json").write_text(json.dumps({"best": {"warnings": [], "network": {"n": 100, "random": 0.0}}}))
+    assert "The checks of best had no radius to attack in" in made(fine, out="half").said
+
+
+def kept(run, name, correct, **identity):
+    """A record of examples, as bilevel_at.evaluate writes it; the entry that it is of."""
+    (run / "evaluation" / "best").mkdir(parents=True, exist_ok=True)
+    settings = {"attack": name, "data": "d" * 16, "weights": "w", "seed": 0, "batch_size": 250}
+    arrays = {"label": np.zeros(len(correct), np.int64), "correct": np.array(correct, dtype=bool)}
+    finished = identity.pop("finished", True)
+    said = json.dumps({**settings, **identity})
+    np.savez(run / f"evaluation/best/{name}.npz", **arrays, finished=np.array(finished), identity=np.array(said))
+    return {**entry(sum(correct) / len(correct), n=len(correct)), **settings, "file": f"evaluation/best/{name}.npz"}
+
+
+@pytest.mark.parametrize("how", [{"finished": False}, {"seed": 1}, {"weights": "other"}])
+def test_records_that_are_not_of_their_entry_are_not_put_together(how):
+    run = make("r", results={})
+    entries = {name: kept(run, name, [True, False, True, c]) for name, c in (("pgd-2-1", True), ("beta-2", False))}
+    (run / "results.json").write_text(json.dumps({"best": entries}))
+    assert "worst case of all" in made(run, out="whole").said
+    kept(run, "beta-2", [False, False, False, False], **how)
+    assert "worst case of all" not in made(run, out="partial").said
+
+
+def test_another_norm_and_fewer_images_do_not_enter_the_row():
+    """At the same radius, and on a few images of which there is a result on all."""
+    best = {
+        "clean": entry(0.9, epsilon=0.0),
+        "pgd-2-1": entry(0.5, norm="linf"),
+        "pgd-2-1-l2@0.2": entry(0.1, norm="l2"),
+        "pgd-2-1[n=10]": entry(0.2, n=10, norm="linf"),
+        "autoattack": entry(0.3, n=10, norm="linf"),
+    }
+    text = made(make("r", results={"best": best}, constraint={"norm": "linf", "epsilon": 0.2}))
+    assert "l2" not in " ".join(text.rows[0]) and "n=10" not in " ".join(text.rows[0])
+    assert "30.0 n = 10" in " ".join(" ".join(row(text, "fastat")).split())
+    # what is on fewer images is shown, and is not what the sentence ranks; the error is that of the named accuracy
+    error = 100 * math.sqrt(0.5 * 0.5 / 100)
+    assert "keeps 50.0% under pgd-2-1, of 90.0% without an attack. One of 100 images is 1.0 points; " in text.said
+    assert f"the sampling error of such an accuracy is about {error:.1f}." in text.said
 
 
 def test_unfinished_runs_are_said_to_be():

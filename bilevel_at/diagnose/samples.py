@@ -81,7 +81,8 @@ def read_history(run_path: str | Path) -> History | None:
 def average_gradient_norm(history: History) -> Tensor:
     """GN(x_i) = (1/n) Σ_j ‖∇_δ ℓ_atk(θ_j, z_i^j)‖₂ over the n epochs j where it is known, ``[N]``; NaN where n = 0.
 
-    z_i^j is where example i's attack began in epoch j. Source: ATAS (Huang et al., 2023), section III.
+    z_i^j is the anchor of example i in epoch j: where a single step begins, and where the last one of several does.
+    Source: ATAS (Huang et al., 2023), section III.
     """
     return history.gradient_norm.nanmean(0)
 

@@ -37,6 +37,18 @@ ATTACKS = {
 """Every attack by name, a line on each."""
 
 Norm = str
+ELEMENTWISE = (
+    torch.optim.Adadelta,
+    torch.optim.Adagrad,
+    torch.optim.Adam,
+    torch.optim.AdamW,
+    torch.optim.Adamax,
+    torch.optim.NAdam,
+    torch.optim.RAdam,
+    torch.optim.RMSprop,
+    torch.optim.SGD,
+)
+"""Optimisers that treat examples and classes separately."""
 _BALLS: dict[str, type[LinfBall] | type[L2Ball]] = {"linf": LinfBall, "l2": L2Ball}
 
 
@@ -102,8 +114,8 @@ def ball(norm: Norm, epsilon: float) -> LinfBall | L2Ball:
 
 def norm_of(constraint: Constraint | None) -> Norm | None:
     """linf or l2 for a ball around images in [0, 1]; None for anything else."""
-    known = (name for name, kind in _BALLS.items() if type(constraint) is kind)
-    return next(known, None)
+    in_range = getattr(constraint, "bounds", None) == (0, 1)
+    return next((name for name, kind in _BALLS.items() if in_range and type(constraint) is kind), None)
 
 
 def in_255ths(epsilon: float) -> int | None:
@@ -140,7 +152,8 @@ def attack_from_name(name: str, constraint: Constraint | float, seed: int = 0) -
 
 def _stages(name: str, constraint: Constraint, seed: int) -> list[Stage]:
     direction, radius = constraint.attack_step()
-    start, step = ("zero", radius) if name == "fgsm" else ("uniform", radius / 4)
+    reach = constraint.attack_reach()
+    start, step = ("zero", reach) if name == "fgsm" else ("uniform", reach / 4)
     descend = Linearized(minus(cross_entropy), constraint, start, direction, step or 1.0)
     if name == "fgsm":
         return [Descent(descend)]
@@ -151,7 +164,7 @@ def _stages(name: str, constraint: Constraint, seed: int) -> list[Stage]:
         steps, restarts, top = int(match[1]), int(match[2] or 1), match[3] and int(match[3])
         groups = [None] if not top else [(0, top), (top, None)]
         starts = 3 if steps >= 10 else 1
-        rate = radius / 2 or 1.0
+        rate = reach / 2 or 1.0
         usual = torch.optim.RMSprop if direction == "sign" else NormalizedSteps
         by = _optimizer(match[4], name) if match[4] else usual
         return [Margins(constraint, steps, rate, i, group, starts, by) for i in range(restarts) for group in groups]
@@ -175,22 +188,20 @@ def _stages(name: str, constraint: Constraint, seed: int) -> list[Stage]:
 
 
 def _optimizer(name: str, attack: str) -> type[torch.optim.Optimizer]:
-    known = {
-        k.lower(): v for k, v in vars(torch.optim).items() if isinstance(v, type) and k not in ("Optimizer", "LBFGS")
-    }
+    known = {kind.__name__.lower(): kind for kind in ELEMENTWISE}
     if name not in known:
-        raise InputError(
-            f"attack {attack!r}: optimiser {name!r} is not known; torch.optim has {', '.join(sorted(known))}"
-        )
+        raise InputError(f"attack {attack!r}: optimiser {name!r} is not known; choose from {', '.join(sorted(known))}")
     return known[name]
 
 
 def _transferred(name: str, constraint: Constraint, seed: int) -> list[Stage]:
-    from ..train.rundir import load  # it needs this package
+    from ..train.rundir import RunDir, load  # they need this package
+    from .target import model_of_file
 
     run, attack = name.removeprefix("transfer:"), "pgd-50-10"
     if ":" in run and not Path(run).exists():
         run, attack = run.rsplit(":", 1)
     if attack.startswith(("transfer", "clean")):
         raise InputError(f"attack {name!r} transfers {attack!r}; it takes an attack that looks at a network")
-    return [OnSurrogate(stage, load(run)) for stage in _stages(attack, constraint, seed)]
+    surrogate = load(run, model=model_of_file(RunDir(run).read_json("config.json")))
+    return [OnSurrogate(stage, surrogate, run) for stage in _stages(attack, constraint, seed)]

@@ -127,9 +127,11 @@ def check(
         measured["train-mode"] = _differs(model, images, batch_size, "train")
     measured["random"] = _differs(model, images, batch_size, "eval")
     clean = attacked(model, images, Attack("clean"), seed=seed, batch_size=batch_size)
-    measured["vanishing-gradients"] = _vanishing(model, images[clean.correct.nonzero().flatten()], batch_size)
+    differentiable = _differentiable(model, images, batch_size)
+    right = images[clean.correct.nonzero().flatten()]
+    measured["vanishing-gradients"] = _vanishing(model, right, batch_size) if differentiable else 1.0
     norm = norm_of(constraint)
-    if norm is not None and constraint is not None and constraint.attack_step()[1] > 0:
+    if differentiable and norm is not None and constraint is not None and constraint.attack_step()[1] > 0:
         measured |= _attacked(model, images, norm, constraint.attack_step()[1], seed, batch_size, progress)
     return measured, findings(measured)
 
@@ -234,6 +236,17 @@ def _differs(model: nn.Module, images: ImageSet, batch_size: int, other: Mode) -
         same = (first - second).abs().amax(1) / scale <= 1e-3  # rounding may differ from pass to pass
         differs.append(~same)
     return _share(torch.cat(differs)) if differs else 0.0
+
+
+def _differentiable(model: nn.Module, images: ImageSet, batch_size: int) -> bool:
+    batch = next(_batches(images, batch_size))
+    with attack_mode(model, "eval"), torch.enable_grad():
+        return bool(model(batch.x.detach().requires_grad_()).requires_grad and _depends(model, batch))
+
+
+def _depends(model: nn.Module, batch: Batch) -> bool:
+    x = batch.x.detach().requires_grad_()
+    return torch.autograd.grad(model(x).sum(), x, allow_unused=True)[0] is not None
 
 
 def _vanishing(model: nn.Module, images: ImageSet, batch_size: int) -> float:

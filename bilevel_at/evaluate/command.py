@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -121,20 +122,22 @@ def command(args: Sequence[str]) -> int:
 
     console = Console()
     told = f"{len(images)} test images on {device}"
-    console.print(f"{args[0]}: {', '.join(target.names)}; {told}; {norm}", highlight=False)
+    console.print(f"{args[0]}: {', '.join(target.names)}; {told}; {norm}", highlight=False, markup=False)
     job = Job(target, images, attacks, options, norm, usual if usual is not None else -1.0, console)
     try:
         found = {name: job.evaluate(name) for name in target.names}
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"what is done is in {target.run}; the same command goes on") from None
+        same_command = "the same command" + (" without --again" if options.again else "")
+        raise KeyboardInterrupt(f"what is done is in {target.run}; {same_command} goes on") from None
     job.remember([PROG, *args])
     console.print(job.table(found))
     for name in target.names:
         for finding in job.said.get(name, []):
-            console.print(f"warning ({name}): {finding}", highlight=False, soft_wrap=True)
+            console.print(f"warning ({name}): {finding}", highlight=False, markup=False, soft_wrap=True)
     console.print(
         f"{target.run}: results.json, checks.json, evaluation/; python -m bilevel_at.report {target.run} makes a page",
         highlight=False,
+        markup=False,
         soft_wrap=True,
     )
     return 0
@@ -169,9 +172,9 @@ def _target(path: Path, options: Options) -> tuple[Target, ImageSet]:
     out = Path(options.out) if options.out else path.with_name(f"{path.stem}-evaluation")
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out} is a file; it must be a directory, or not exist")
-    epsilon = options.epsilon[0] if options.epsilon else None
+    epsilon = next((e for e in options.epsilon if e > 0), 0.0) if options.epsilon else None
     constraint = {"norm": options.norm or "linf", "epsilon": epsilon}
-    record = {"data": data, "constraint": constraint}
+    record = {"data": data, "constraint": constraint}  # what a run's config.json says, too
     mean, std = options.mean or None, options.std or None
     target = from_checkpoint(path, images, options.model, options.activation, mean, std, out, record)
     known = target.run.read_json("config.json") if (out / "config.json").exists() else None
@@ -233,13 +236,14 @@ class Job:
         found: dict[str, Score] = {}
         with Progress(*columns, console=self.console, disable=not self.console.is_terminal, transient=True) as bars:
             for attack in self.attacks:
-                bar = bars.add_task(f"{name}: {attack.name}", total=None, said="")
+                bar = bars.add_task(escape(f"{name}: {attack.name}"), total=None, said="")
                 key, score = store.score(attack, functools.partial(_show, bars, bar, name), self.options.again)
                 bars.remove_task(bar)
-                self.console.print(f"{name}  {key}  {score.accuracy:.1%}  ({score.seconds:.1f} s)", highlight=False)
+                said = f"{name}  {key}  {score.accuracy:.1%}  ({score.seconds:.1f} s)"
+                self.console.print(said, highlight=False, markup=False)
                 found[key] = score
             bar = bars.add_task(f"{name}: checks", total=None, said="")
-            radius = self.usual if self.usual >= 0 else max((a.epsilon for a in self.attacks), default=0.0)
+            radius = self.usual if self.usual > 0 else max((a.epsilon for a in self.attacks), default=0.0)
             self.said[name] = record_checks(
                 self.target.run,
                 store,
@@ -277,7 +281,9 @@ class Job:
             table.add_column(name.replace("_", " "), justify="right")
         keys = list(dict.fromkeys(key for scores in found.values() for key in scores))
         for key in keys:
-            table.add_row(key, *(f"{scores[key].accuracy:.1%}" if key in scores else "" for scores in found.values()))
+            table.add_row(
+                escape(key), *(f"{scores[key].accuracy:.1%}" if key in scores else "" for scores in found.values())
+            )
         if self.unions:
             table.add_section()
             table.add_row(
@@ -289,4 +295,4 @@ class Job:
 def _show(bars: Progress, bar: Any, which: str, name: str, stage: str, done: int, of: int, trace: Trace) -> None:
     standing = trace.correct.sum().item() if trace.stage else math.nan
     said = f"{stage}" + ("" if math.isnan(standing) else f"  {standing / len(trace.broken):.1%} standing")
-    bars.update(bar, description=f"{which}: {name}", completed=done, total=of, said=said)
+    bars.update(bar, description=escape(f"{which}: {name}"), completed=done, total=of, said=said)

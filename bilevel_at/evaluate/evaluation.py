@@ -118,7 +118,8 @@ def evaluate(
         result.scores[name] = Score.of(trace, attack, data=fingerprint, seed=seed, batch_size=batch_size)
     if checks:
         few = images.sample(checks)
-        space = spaces[0] if spaces else next((a.constraint for a in made if a.constraint is not None), None)
+        sets = [*spaces, *(a.constraint for a in made if a.constraint is not None)]
+        space = next((one for one in sets if _radius(one) > 0), sets[0] if sets else None)
         result.measured, result.warnings = check(
             model, few, space, seed=seed, batch_size=batch_size, left_in_train_mode=in_train_mode
         )

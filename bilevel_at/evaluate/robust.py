@@ -17,6 +17,7 @@ from ..errors import InputError
 from ..modes import attack_mode
 from .attacks import Attack, Stage
 from .ensemble import Component
+from .stages import OnSurrogate
 
 __all__ = ["Trace", "attack_examples", "attacked", "robust_correct"]
 
@@ -125,7 +126,7 @@ def attack_examples(
             if trace.stage == 0:
                 _look(batch, out)
                 for later in attack.stages if trace.batch == 0 else ():
-                    if isinstance(later, Component):
+                    if isinstance(later, (Component, OnSurrogate)):
                         later.check(batch, out.shape[1])
             answer = out.argmax(1)
             wrong = answer != batch.y

@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LinearLR
 
 from ..batch import Batch, per_sample
 from ..constraints import Constraint
+from ..errors import InputError
 from ..losses import margins
 from ..modes import attack_mode
 from ..problem import LowerProblem
@@ -182,6 +183,19 @@ class OnSurrogate:
 
     stage: Stage
     surrogate: nn.Module = field(repr=False)
+    source: str = "the surrogate"
+
+    def check(self, batch: Batch, classes: int) -> None:
+        """Raise :class:`InputError` where the surrogate does not take such images, or knows other classes."""
+        surrogate = self.surrogate.to(batch.x.device)
+        try:
+            with torch.no_grad(), attack_mode(surrogate, "eval"):
+                found: Any = tuple(surrogate(batch.x[:1]).shape)
+        except RuntimeError:
+            found = "an error"
+        if found != (1, classes):
+            shape = list(batch.x.shape[1:])
+            raise InputError(f"{self.source} gives {found} for an image of {shape}; a transfer needs (1, {classes})")
 
     @property
     def name(self) -> str:

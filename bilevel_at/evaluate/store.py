@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from ..data import ImageSet
+from ..errors import InputError
 from ..train.rundir import RunDir
 from .attacks import Attack
 from .result import Score, result_name
@@ -131,8 +132,12 @@ class Store:
                 if time.monotonic() - saved > SAVE_EVERY:
                     self._write(path, identity, attack, trace)
                     saved = time.monotonic()
-        finally:  # an interruption, too, leaves what is done
+        except InputError:  # nothing was begun
+            raise
+        except BaseException:  # an interruption leaves what is done
             self._write(path, identity, attack, trace)
+            raise
+        self._write(path, identity, attack, trace)
         self.traces[name], self.attacks[name] = trace, attack
         score = Score.of(
             trace,
@@ -147,7 +152,9 @@ class Store:
             versions=_versions(),
         )
         results = self.results()
-        results[self.which][name] = score.asdict()
+        # What is there of other weights is of a network that this checkpoint no longer is.
+        kept = {k: v for k, v in results[self.which].items() if self._current(v)}
+        results[self.which] = {**kept, name: score.asdict()}
         self.run.write_json("results.json", results)
         return name, score
 
@@ -160,6 +167,9 @@ class Store:
             name = f"{name}[n={len(self.images)}]"
             entry = score_from(known.get(name))
         return name, entry
+
+    def _current(self, entry: Any) -> bool:
+        return not isinstance(entry, dict) or entry.get("weights", self.weights) in ("", self.weights)
 
     def _same(self, entry: Score, attack: Attack) -> bool:
         """Whether an entry is of this attack, network, images and draws."""

@@ -19,7 +19,7 @@ from ..models import ActivationName, Normalized, build_model
 from ..problem_file import ProblemFile
 from ..train.rundir import RunDir, Which, load, load_tensors
 
-__all__ = ["Target", "from_checkpoint", "from_run"]
+__all__ = ["Target", "from_checkpoint", "from_run", "model_of_file"]
 
 PREFIXES = ("module.", "_orig_mod.")  # of DataParallel, and of torch.compile
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "weights")
@@ -47,7 +47,7 @@ class Target:
         if self.network is not None:
             return self.network
         which: Any = name
-        return load(self.run.path, which, _model_of_file(self.about))
+        return load(self.run.path, which, model_of_file(self.about))
 
 
 def from_run(path: Path, which: tuple[Which, ...] | None) -> Target:
@@ -133,12 +133,12 @@ def _here(images: ImageSet) -> dict[str, Any]:
     return {
         "shape": list(images.shape),
         "classes": images.classes,
-        "date": datetime.date.today().isoformat(),
+        "evaluated": datetime.date.today().isoformat(),
         "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
     }
 
 
-def _model_of_file(config: Mapping[str, Any]) -> nn.Module | None:
+def model_of_file(config: Mapping[str, Any]) -> nn.Module | None:
     """The network that a run's own problem file defines, where it trained that; None otherwise."""
     if config.get("model") != "file":
         return None

@@ -114,12 +114,12 @@ def gradient_norms(history: History, path: Path, groups: Deciles | None = None) 
     groups: the deciles, those of this history if not given. The steps have a panel where they vary.
     """
     groups = deciles(average_gradient_norm(history)) if groups is None else groups
-    panels = [("mean ‖∇ℓ‖₂ at the start of the attack", history.gradient_norm)]
+    panels = [("mean ‖∇ℓ‖₂ where the last step begins", history.gradient_norm)]
     known = history.step[~history.step.isnan()]
     if len(known) and known.min() < known.max():
         panels.append(("mean step 1/λ", history.step))
     figure, axes = plt.subplots(
-        1, len(panels), figsize=(1 + 4.25 * len(panels), 3.7), layout="constrained", squeeze=False
+        1, len(panels), figsize=(7.4 if len(panels) == 1 else 9.5, 3.7), layout="constrained", squeeze=False
     )
     epochs = range(1, len(history.gradient_norm) + 1)
     names = {1: "1st decile (smallest norms)", 5: "5th decile", 10: "10th decile (largest norms)"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,11 @@ def landscapes(found: Landscape, path: Path, epsilon: float | None = None, count
         panel.set(xlabel="b, along random signs", aspect="equal", xlim=(b[0], b[-1]), ylim=(a[0], a[-1]))
         panel.locator_params(nbins=5)
         panel.tick_params(labelsize=8)
-        bar = figure.colorbar(filled, ax=panel, orientation="horizontal", shrink=0.95, ticks=LogLocator(numticks=4))
+        bar = figure.colorbar(filled, ax=panel, orientation="horizontal", shrink=0.95)
+        decades = top / low > 30
+        bar.set_ticks(LogLocator(numticks=4) if decades else [low, math.sqrt(low * top), top])
+        if not decades:
+            bar.ax.set_xticklabels([f"{value:.2g}" for value in (low, math.sqrt(low * top), top)])
         bar.ax.minorticks_off()
         bar.ax.tick_params(labelsize=8)
         bar.set_label("cross-entropy, log scale", fontsize=9)

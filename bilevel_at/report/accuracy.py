@@ -34,7 +34,9 @@ def accuracy(groups: Sequence[Group], folder: Path) -> Section | None:
         if several_radii:
             cells.append(Cell("–" if group.epsilon is None else radius(group.epsilon)))
         for name in columns:
-            cells.append(_cell(group, group.accuracy(which, name), (group.label, which, name) in marked))
+            fewer = group.images(which, name) != {max(group.images(which), default=0)} and group.images(which, name)
+            of_few = f"n = {span(f'{n:,}' for n in fewer)}" if fewer else ""
+            cells.append(_cell(group, group.accuracy(which, name), (group.label, which, name) in marked, of_few))
         if union_shown:
             union = unions[group.label, which]
             aside = f"of {len(union.attacks)}" if union and differ else ""
@@ -71,10 +73,7 @@ def _cell(group: Group, spread: Spread | None, best: bool, aside: str = "") -> C
 
 
 def _n(group: Group, which: str) -> str:
-    sizes = [
-        e["n"] for run in group.runs for e in run.at_training_radius(which).values() if isinstance(e.get("n"), int)
-    ]
-    return "–".join(f"{n:,}" for n in sorted({min(sizes), max(sizes)})) if sizes else "–"
+    return f"{max(sizes):,}" if (sizes := group.images(which)) else "–"
 
 
 def _best(

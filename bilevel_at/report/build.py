@@ -118,7 +118,7 @@ def _facts(runs: Sequence[Run]) -> list[tuple[str, str]]:
     norms = {"linf": "ℓ∞", "l2": "ℓ2"}
     at = [(norms.get(run.norm or "", run.norm or ""), run.epsilon) for run in runs if run.epsilon is not None]
     facts = {
-        "data": [str(run.part("options").get("data") or "") for run in runs],
+        "data": [str(run.part("options").get("data") or run.config.get("data") or "") for run in runs],
         "network": [str(run.config.get("model") or "") for run in runs],
         "constraint": [f"{norm} ε = {radius(epsilon)}".strip() for norm, epsilon in at],
         "seeds": [_seeds(runs)],

@@ -23,14 +23,18 @@ def concerns(groups: Sequence[Group], folder: Path) -> Section | None:
     grave += [(_who(names[run.path]), f"{run.collapse}.") for run in runs if run.collapse]
     grave += [(_who(), note) for note in _incomparable(groups)]
     mild = [note for run in runs for note in _missing(run, names[run.path])]
-    unchecked = [run for run in runs if run.results and not run.checks]
+    unchecked = [run for run in runs if run.results and not any(map(_measures, run.checks.values()))]
     if unchecked:
         which = "" if len(unchecked) == len(runs) else f" of {', '.join(run.name for run in unchecked)}"
         mild.append(
             ("Not checked.", f"No checks for gradient masking are on record{which}; bilevel_at.evaluate makes them.")
         )
     parts: list[Part] = [Notes(grave, grave=True)] if grave else []
-    checked = [(run, which) for run in runs for which in run.checks]
+    checked = [(run, which) for run in runs for which in run.checks if _measures(run.checks[which])]
+    no_attack = [f"{names[run.path]} {which}".strip() for run, which in checked if not _attacks(run.checks[which])]
+    if no_attack:
+        said = f"The checks of {', '.join(no_attack)} had no radius to attack in; only gradients were looked at."
+        mild.append(("Half checked.", said))
     if checked and not any(_warnings(run, "") for run in runs):
         of = ", ".join(dict.fromkeys(which.replace("_", " ") for _, which in checked))
         parts.append(
@@ -46,6 +50,17 @@ def concerns(groups: Sequence[Group], folder: Path) -> Section | None:
         if parts
         else None
     )
+
+
+def _measures(section: Mapping[str, Any]) -> bool:
+    """Whether the network was measured, and not only attacks compared."""
+    found = section.get("network", section.get("measured"))
+    return isinstance(found, dict) and bool(found)
+
+
+def _attacks(section: Mapping[str, Any]) -> bool:
+    found = section.get("network")
+    return not isinstance(found, dict) or "pgd" in found
 
 
 def _who(name: str = "", which: str = "") -> str:
@@ -86,8 +101,6 @@ def _missing(run: Run, name: str) -> list[tuple[str, str]]:
         said.append(f"{done} of {planned:.0f} epochs are done; the numbers are of an unfinished run.")
     if not run.results:
         said.append("no evaluation is on record; bilevel_at.evaluate makes one.")
-    elif run.metrics and not any("alignment" in line for line in run.metrics):
-        pass  # an older run; the figure leaves the quantity out
     return [(_who(name), sentence) for sentence in said]
 
 

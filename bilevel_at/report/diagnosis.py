@@ -11,6 +11,7 @@ import torch
 from ..batch import Batch
 from ..constraints import LinfBall
 from ..diagnose import (
+    Perturbations,
     alignment_by_filter,
     average_gradient_norm,
     deciles,
@@ -27,7 +28,7 @@ from ..figures import diagnosis as figures
 from ..figures.landscape import filters as draw_filters
 from ..figures.landscape import landscapes as draw_landscapes
 from .groups import Group
-from .networks import MOST, subjects
+from .networks import MOST, left_out, subjects
 from .numbers import percent, radius
 from .page import Figure, Part, Section, Table
 
@@ -35,6 +36,7 @@ __all__ = ["examples_in_training", "filters", "implicit_term", "loss_around_imag
 
 ATTACK = "pgd-20-1"
 FIRST_IMAGES = (0, 1, 2, 3)
+AT_ONCE = 64  # of them, in a pass: networks may be large
 SEEN = 256  # test images that are measured
 
 
@@ -56,7 +58,7 @@ def implicit_term(groups: Sequence[Group], folder: Path) -> Section | None:
                 path,
                 f"{group.label}: the implicit term is {first:.2g} of the direct gradient's length in the first epoch "
                 f"and {last:.2g} in the last, and turns it by at most {max(angles):.2g}° (epoch means). At 0° a KKT "
-                "solver would train as ZeroIG does.",
+                "solver would move θ in ZeroIG's direction.",
                 f"Size and angle of the implicit term, {group.label}",
             )
         )
@@ -68,6 +70,8 @@ def loss_around_images(groups: Sequence[Group], folder: Path, images: Sequence[i
     parts: list[Part] = []
     rows = []
     for place, subject in enumerate(subjects(groups)):
+        if tuple(images) == FIRST_IMAGES:
+            images = range(min(len(FIRST_IMAGES), len(subject.images)))
         beyond = [i for i in images if not 0 <= i < len(subject.images)]
         if beyond or not images:
             raise InputError(f"--images {beyond or 'names none'}; there are {len(subject.images)}, from 0 on")
@@ -80,54 +84,68 @@ def loss_around_images(groups: Sequence[Group], folder: Path, images: Sequence[i
         path = folder / f"landscape-{place}.png"
         draw_landscapes(found, path, epsilon if flat else None, len(few))
         middle = points // 2
-        along = found.margin[:, :, middle]  # b = 0
-        inside = found.sign_offsets.abs() <= reach / 2 * (1 + 1e-6)
-        crossed = int((along[:, inside] > 0).any(1).sum())
+        forward = (found.sign_offsets >= 0) & (found.sign_offsets <= reach / 2 * (1 + 1e-6))
+        along = found.margin[:, forward, middle] > 0  # b = 0, from x on
+        wrong = along[:, 0]
+        crossed, right = int((along.any(1) & ~wrong).sum()), int((~wrong).sum())
         losses = [found.loss[:, i, middle].mean().item() for i in (middle, middle + middle // 2)]
         parts.append(
             Figure(
                 path,
                 f"{subject.said}: from x to the edge of the ball along the gradient's signs the mean loss of these "
-                f"{len(few)} goes from {losses[0]:.2g} to {losses[1]:.2g}, and {crossed} of them cross the decision "
-                "boundary on that line within it. Straight, even contours mean that one step sees the whole ball.",
+                f"{len(few)} goes from {losses[0]:.2g} to {losses[1]:.2g}; of the {right} that are classified "
+                f"correctly, {crossed} cross the decision boundary on that line within the ball. Straight, even "
+                "contours mean that one step sees the whole ball.",
                 f"Loss landscapes, {subject.said}",
             )
         )
-        seen = subject.images[slice(0, SEEN)]
+        seen = subject.images.sample(SEEN)
         aligned = gradient_alignment(subject.model, seen, subject.space).nanmean().item()
         rows.append([subject.said, f"{aligned:.3f}"])
     if not parts:
         return None
     caption = (
-        f"Cosine of the input gradients at x and at a random point of the ball, mean of the first {SEEN} test images; "
+        f"Cosine of the input gradients at x and at a random point of the ball, mean of up to {SEEN} test images; "
         "near 0 after catastrophic overfitting."
     )
-    return Section("The loss around images", [*parts, Table(["network", "gradient alignment"], rows, caption)])
+    table = Table(["network", "gradient alignment"], rows, caption)
+    return Section("The loss around images", [*parts, table, *left_out(groups)])
 
 
 def perturbations(groups: Sequence[Group], folder: Path) -> Section | None:
     """Sizes of what PGD finds, and what a random start does to a single step."""
     parts: list[Part] = []
     for place, subject in enumerate(subjects(groups)):
-        few = subject.images[slice(0, SEEN)]
-        batch = Batch(few.pixels(), few.y)
-        attack = attack_from_name(ATTACK, subject.space)
-        attacked = attack.perturb(subject.model, batch, torch.Generator(batch.x.device).manual_seed(0))
-        sizes = perturbation_sizes(subject.space.project(attacked - batch.x, batch.x), subject.space, batch.x)
+        few = subject.images.sample(SEEN)
+        attack, generator = attack_from_name(ATTACK, subject.space), torch.Generator(few.device).manual_seed(0)
+        x, found = few.pixels(), []
+        for part, label in zip(x.split(AT_ONCE), few.y.split(AT_ONCE), strict=True):
+            moved = attack.perturb(subject.model, Batch(part, label), generator)
+            found.append(subject.space.project(moved - part, part))
+        sizes = perturbation_sizes(torch.cat(found), subject.space, x)
         path = folder / f"perturbations-{place}.png"
         figures.perturbations(sizes, path, f"{ATTACK} on {len(few)} test images, {subject.said}")
         parts.append(
             Figure(
                 path,
-                f"{subject.said}, under {ATTACK}: {percent(sizes.at_bound)}% of all coordinates end at ε = "
-                f"{radius(subject.space.epsilon)} and {percent(sizes.at_range)}% at the end of the input range. The "
-                "rest is free, and only there does a KKT solver's implicit term come from.",
+                f"{subject.said}, under {ATTACK}: " + _held(sizes, subject.space.epsilon),
                 f"Histograms of perturbation sizes, {subject.said}",
             )
         )
         if place == 0 and isinstance(subject.space, LinfBall):
             parts.append(_random_step(subject.model, few, subject.space.epsilon, subject.said, folder))
-    return Section("How large perturbations are", parts) if parts else None
+    return Section("How large perturbations are", [*parts, *left_out(groups)]) if parts else None
+
+
+def _held(sizes: Perturbations, epsilon: float) -> str:
+    at_range = f"{percent(sizes.at_range)}% of all coordinates at the end of the input range"
+    if sizes.on_sphere is not None:
+        return f"{percent(sizes.on_sphere)}% of the examples end on the sphere of radius {radius(epsilon)}, {at_range}."
+    free = 1 - sizes.at_bound - sizes.at_range
+    return (
+        f"{percent(sizes.at_bound)}% of all coordinates end at ε = {radius(epsilon)} and {at_range}. The "
+        f"{percent(free)}% between are free; where training's own attacker leaves none free, the implicit term is 0."
+    )
 
 
 def _random_step(model: torch.nn.Module, images: object, epsilon: float, said: str, folder: Path) -> Figure:
@@ -162,8 +180,8 @@ def examples_in_training(groups: Sequence[Group], folder: Path) -> Section | Non
             Figure(
                 path,
                 f"{group.label}: over training, the tenth of the examples with the largest input gradients has {ratio}"
-                f"those of the smallest tenth (means {high:.2g} and {low:.2g}). Lines that do not cross mean that the "
-                "norm belongs to the example rather than to the epoch.",
+                f"those of the smallest (means {high:.2g} and {low:.2g}). Tenths are by the average over epochs; "
+                "where their lines cross, norms belong to the epoch more than to the example.",
                 f"Gradient norms of training examples by decile, {group.label}",
             )
         )
@@ -181,7 +199,7 @@ def filters(groups: Sequence[Group], folder: Path) -> Section | None:
             continue
         path = folder / f"filters-{place}.png"
         draw_filters(history.filters, path)
-        whole, without = alignment_by_filter(subject.model, subject.images[slice(0, SEEN)], subject.space)
+        whole, without = alignment_by_filter(subject.model, subject.images.sample(SEEN), subject.space)
         most = max(range(len(without)), key=lambda i: without[i])
         parts.append(
             Figure(

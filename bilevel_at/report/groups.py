@@ -46,6 +46,12 @@ class Group:
         values = tuple(number(entry["accuracy"]) for entry in entries if entry is not None)
         return Spread(values) if values else None
 
+    def images(self, which: str, attack: str | None = None) -> set[int]:
+        """On how many images the attack, or any, was evaluated at the ε of training."""
+        entries = [run.at_training_radius(which) for run in self.runs]
+        sizes = [e.get("n") for found in entries for name, e in found.items() if attack in (None, name)]
+        return {n for n in sizes if isinstance(n, int)}
+
     def seeds(self) -> str:
         """'1 run', '5 seeds'."""
         return f"{len(self.runs)} seeds" if len(self.runs) > 1 else "1 run"

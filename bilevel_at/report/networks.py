@@ -11,12 +11,14 @@ from torch import nn
 
 from ..constraints import L2Ball, LinfBall
 from ..data import ImageSet, load_data
+from ..errors import InputError
 from ..evaluate import ball
+from ..evaluate.target import model_of_file
 from ..train import load
 from .groups import Group
 from .runs import Run
 
-__all__ = ["MOST", "Subject", "subjects"]
+__all__ = ["MOST", "Subject", "left_out", "subjects"]
 
 MOST = 3  # groups that are measured: figures of each
 
@@ -38,19 +40,40 @@ class Subject:
 
 
 def subjects(groups: Sequence[Group]) -> list[Subject]:
-    """Of the first groups that have a checkpoint and a ball; :class:`InputError` where their images are not there."""
+    """Of the first groups that have a checkpoint, a ball, and their images; :func:`left_out` says which have not."""
+    return _looked_at(groups)[0]
+
+
+def left_out(groups: Sequence[Group]) -> list[str]:
+    """A sentence for what is not measured, and why; of a group with several seeds only the first is."""
+    found, missing = _looked_at(groups)
+    beyond = [g.label for g in groups if any(r.metrics for r in g.runs)]
+    beyond = [label for label in beyond if label not in {s.group.label for s in found} | set(missing)]
+    said = [f"Not measured: {label}: {why}." for label, why in missing.items()]
+    if beyond:
+        said.append(f"Not measured: {', '.join(beyond)}; the first {MOST} trainings with a ball are.")
+    if any(len(subject.group.runs) > 1 for subject in found):
+        said.append("Of several seeds, the first is shown.")
+    return said
+
+
+def _looked_at(groups: Sequence[Group]) -> tuple[list[Subject], dict[str, str]]:
     found: list[Subject] = []
+    missing: dict[str, str] = {}
     for group in groups:
         run, which = group.runs[0], group.main if group.main in ("best", "last", "last_good") else "best"
         if len(found) == MOST or not run.metrics or run.norm is None or not run.epsilon:
             continue
         if (run.path / f"{which}.pt").is_file():
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-            model = load(run.path, which).to(device)  # type: ignore[arg-type]  # one of the three names
             options = run.part("options")
-            images = _images(str(options.get("data")), str(options.get("data_dir") or "data")).to(device)
-            found.append(Subject(group, run, which, model, images, ball(run.norm, run.epsilon)))
-    return found
+            try:
+                model = load(run.path, which, model_of_file(run.config)).to(device)  # type: ignore[arg-type]  # one of three
+                images = _images(str(options.get("data")), str(options.get("data_dir") or "data")).to(device)
+                found.append(Subject(group, run, which, model, images, ball(run.norm, run.epsilon)))
+            except InputError as error:
+                missing[group.label] = str(error)
+    return found, missing
 
 
 @functools.lru_cache(maxsize=4)

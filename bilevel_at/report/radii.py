@@ -30,6 +30,8 @@ def radii(groups: Sequence[Group], folder: Path) -> Section | None:
     epsilon = next(iter(trained)) if len(trained) == 1 else None
     every = [e for panel in panels.values() for curve in panel.values() for e, _ in curve if e > 0]
     path = folder / "radii.png"
+    if any(name.endswith(("-l2", "-linf")) for name in panels):
+        epsilon = None  # the ε of training is of another norm
     ticks = all(in_255ths(e) is not None for e in every)
     comparison.accuracy_by_radius(panels, path, epsilon, ticks, [group.label for group in groups])
     said = [_caption(attack, panel, epsilon) for attack, panel in panels.items()]

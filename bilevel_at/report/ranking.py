@@ -7,7 +7,7 @@ from statistics import fmean
 
 from .groups import Group, all_runs
 
-__all__ = ["CLEAN", "comparable", "strongest", "table_columns"]
+__all__ = ["CLEAN", "comparable", "on_all_images", "strongest", "table_columns"]
 
 CLEAN = "clean"
 
@@ -26,13 +26,17 @@ def table_columns(groups: Sequence[Group]) -> list[str]:
 
 
 def strongest(groups: Sequence[Group]) -> str | None:
-    """The strongest attack that every group was put to at its main checkpoint."""
-    shared = [
-        name
-        for name in table_columns(groups)
-        if name != CLEAN and all(g.main is not None and g.accuracy(g.main, name) is not None for g in groups)
-    ]
+    """The strongest attack that every group was put to at its main checkpoint, on all the images it has."""
+    shared = [name for name in table_columns(groups) if name != CLEAN and all(on_all_images(g, name) for g in groups)]
     return shared[-1] if shared else None
+
+
+def on_all_images(group: Group, attack: str) -> bool:
+    """Whether the group's main checkpoint has that attack, on no fewer images than any other of its attacks."""
+    if group.main is None or group.accuracy(group.main, attack) is None:
+        return False
+    sizes = group.images(group.main)
+    return not sizes or group.images(group.main, attack) == {max(sizes)}
 
 
 def comparable(groups: Sequence[Group]) -> bool:

@@ -85,10 +85,17 @@ class Run:
             return None
 
     def at_training_radius(self, which: str) -> dict[str, Mapping[str, Any]]:
-        """The entries of a checkpoint at the ε of training, ``clean`` among them, by the attack's name."""
+        """The entries of a checkpoint in the ball of training, ``clean`` among them, by the attack's name.
+
+        Those in another norm, and those on a few images of what there is a result on more of, are left out.
+        """
         found: dict[str, Mapping[str, Any]] = {}
         for name, entry in self.results.get(which, {}).items():
             attack, at = attack_and_radius(name)
+            if name.endswith("]") and "[n=" in name:
+                continue
+            if self.norm is not None and entry.get("norm") not in (None, self.norm):
+                continue
             if at is None:
                 found[name] = entry
             elif self.epsilon is not None and abs(number(entry.get("epsilon")) - self.epsilon) < 1e-9:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import zipfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -57,12 +58,13 @@ def per_example(run: Run, which: str) -> dict[str, np.ndarray]:
     if not kinds:
         return {}
     kind = kinds.most_common(1)[0][0]
-    kept = [n for n in entries if _kind(entries[n]) == kind or (n == "clean" and entries[n]["data"] == kind[0])]
+    kept = [n for n in entries if _kind(entries[n]) == kind or (n == "clean" and _kind(entries[n])[:2] == kind[:2])]
     return _same_images({name: found for name in kept if (found := _load(run, entries[name])) is not None})
 
 
-def _kind(entry: Mapping[str, Any]) -> tuple[str, str, float]:
-    return entry["data"], str(entry.get("norm")), round(number(entry.get("epsilon")), 9)
+def _kind(entry: Mapping[str, Any]) -> tuple[str, str, str, float]:
+    at = round(number(entry.get("epsilon")), 9)
+    return entry["data"], str(entry.get("weights")), str(entry.get("norm")), at
 
 
 def _load(run: Run, entry: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray] | None:
@@ -73,6 +75,8 @@ def _load(run: Run, entry: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray] |
     try:
         with np.load(file, allow_pickle=False) as arrays:
             label, correct = arrays["label"], arrays["correct"]
+            if "identity" in arrays.files and not _is_of(arrays, entry):
+                return None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"{file} is not an evaluation's arrays (label, correct): {reason}") from None
@@ -81,6 +85,16 @@ def _load(run: Run, entry: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray] |
             f"{file}: correct is {correct.dtype}{list(correct.shape)}; it must be bool, one for each label"
         )
     return label, correct
+
+
+def _is_of(arrays: Any, entry: Mapping[str, Any]) -> bool:
+    """Whether a file is the finished record of an entry, and not what a later, unfinished evaluation has left."""
+    try:
+        identity = json.loads(str(arrays["identity"]))
+        settings = [identity[name] == entry[name] for name in ("attack", "data", "weights", "seed", "batch_size")]
+        return bool(arrays["finished"]) and all(settings)
+    except (KeyError, TypeError, ValueError):
+        return False
 
 
 def _same_images(found: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, np.ndarray]:

@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence, Set
 
 from .groups import Group
-from .numbers import Spread, number, percent, points, radius
-from .ranking import CLEAN, comparable, strongest
+from .numbers import Spread, percent, points, radius
+from .ranking import CLEAN, comparable, on_all_images, strongest
 from .union import WorstCase
 
 __all__ = ["about_unions", "caption", "lead"]
@@ -34,7 +34,7 @@ def lead(groups: Sequence[Group], columns: Sequence[str]) -> str:
     attack = strongest(groups)
     if attack is None:
         return "No attack has been run on every training here, so there is no one number to compare."
-    attacks = [name for name in columns if name != CLEAN]
+    attacks = [n for n in columns if n != CLEAN and all(on_all_images(g, n) for g in groups if g.main is not None)]
     which_of = f"the strongest of {len(attacks)} attacks here" if attack == attacks[-1] and len(attacks) > 1 else ""
     under = f"under {attack}" + (f", {which_of}," if which_of else "")
     start = under[0].upper() + under[1:]
@@ -43,16 +43,18 @@ def lead(groups: Sequence[Group], columns: Sequence[str]) -> str:
         group, spread = found[0]
         clean = group.accuracy(group.main or "", CLEAN)
         of = f", of {clean}% without an attack" if clean else ""
-        return f"{group.label} keeps {spread}% {under}".rstrip(",") + f"{of}.{_granularity(group)}"
+        return f"{group.label} keeps {spread}% {under}".rstrip(",") + f"{of}.{_granularity(group, attack)}"
     if not comparable(groups):
         each = ", ".join(f"{g.label} {s}%" for g, s in found)
         return f"{start} accuracy is: {each}. These rows differ in ε, norm or images; no best is marked."
     (first, high), (second, low), *_ = sorted(found, key=lambda pair: -pair[1].mean)
     if percent(high.mean) == percent(low.mean):
-        return f"{start} {first.label} and {second.label} are level, at {high}% and {low}%.{_granularity(first)}"
+        return (
+            f"{start} {first.label} and {second.label} are level, at {high}% and {low}%.{_granularity(first, attack)}"
+        )
     return (
         f"{start} {first.label} keeps the most, {high}%; {second.label} follows with {low}%"
-        f"{_apart(high, low)}.{_granularity(first)}"
+        f"{_apart(high, low)}.{_granularity(first, attack)}"
     )
 
 
@@ -68,11 +70,11 @@ def _apart(high: Spread, low: Spread) -> str:
     return said + (f", or {difference / larger:.1f} standard deviations over seeds" if larger else "")
 
 
-def _granularity(group: Group) -> str:
-    entries = list(group.runs[0].at_training_radius(group.main or "").values())
-    n, a = (number(entries[-1].get("n")), number(entries[-1]["accuracy"])) if entries else (math.nan, 0.0)
-    if not n > 0 or n >= 5000:
+def _granularity(group: Group, attack: str) -> str:
+    n, spread = max(group.images(group.main or "", attack), default=0), group.accuracy(group.main or "", attack)
+    if spread is None or n == 0 or n >= 5000:
         return ""
+    a = spread.mean
     error = percent(math.sqrt(a * (1 - a) / n))
     return (
         f" One of {n:.0f} images is {percent(1 / n)} points; the sampling error of such an accuracy is about {error}."

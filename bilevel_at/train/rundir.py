@@ -93,7 +93,7 @@ class RunDir:
     def save_arrays(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
         def write(path: Path) -> None:
             with open(path, "wb") as file:  # given a path, numpy would add to its name
-                np.savez_compressed(file, **arrays)  # type: ignore[arg-type]  # numpy types what it takes too narrowly
+                np.savez(file, **arrays)  # type: ignore[arg-type]  # numpy types what it takes too narrowly
 
         self._replace(name, write)
 
