@@ -58,7 +58,7 @@ def test_the_report_looks_into_the_network(problem, model, tmp_path, monkeypatch
     assert ("filters-0.png" in drawn) == (model == "one_layer_cnn")
     assert "Not shown" not in page
     aligned = diagnose.gradient_alignment(ba.load("out"), _test().sample(256), ba.LinfBall(0.2)).nanmean().item()
-    assert f">{aligned:.3f}<" in page
+    assert f">{aligned:.3f}<" in page and "best epoch" in page and "last epoch" in page
     chosen = report(["out"], "chosen", images=(17, 5)).read_text()
     assert "the mean loss of these 2 goes" in chosen
     assert "--images [360]; there are 360, from 0 on" in report(["out"], "chosen", images=(5, 360)).read_text()

@@ -178,8 +178,11 @@ class Store:
 
     def _identity(self, attack: Attack) -> str:
         surrogates = [fingerprint(stage.surrogate) for stage in attack.stages[:1] if isinstance(stage, OnSurrogate)]
+        # What the stages do, without the addresses of objects that say no more of themselves.
+        said = re.sub(r" at 0x[0-9a-f]+", "", repr(list(attack.stages)))
         stated = {
             "attack": attack.name,
+            "settings": hashlib.sha256(said.encode()).hexdigest()[:16],
             "constraint": hashlib.sha256(repr(attack.constraint).encode()).hexdigest()[:16],
             "epsilon": attack.epsilon,
             "stages": [stage.name for stage in attack.stages],

@@ -100,8 +100,9 @@ def loss_around_images(groups: Sequence[Group], folder: Path, images: Sequence[i
             )
         )
         seen = subject.images.sample(SEEN)
-        aligned = gradient_alignment(subject.model, seen, subject.space).nanmean().item()
-        rows.append([subject.said, f"{aligned:.3f}"])
+        for which, model in subject.checkpoints():
+            aligned = gradient_alignment(model, seen, subject.space).nanmean().item()
+            rows.append([f"{subject.group.label}, {which.replace('_', ' ')} epoch", f"{aligned:.3f}"])
     if not parts:
         return None
     caption = (

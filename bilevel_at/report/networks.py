@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from ..errors import InputError
 from ..evaluate import ball
 from ..evaluate.target import model_of_file
 from ..train import load
+from ..train.rundir import Which
 from .groups import Group
 from .runs import Run
 
@@ -37,6 +39,12 @@ class Subject:
     @property
     def said(self) -> str:
         return f"{self.group.label}, {self.which.replace('_', ' ')} epoch"
+
+    def checkpoints(self) -> Iterator[tuple[str, nn.Module]]:
+        """Every network that the run has kept, by the checkpoint's name."""
+        for which in get_args(Which):
+            if (self.run.path / f"{which}.pt").is_file():
+                yield which, load(self.run.path, which, model_of_file(self.run.config)).to(self.images.device)
 
 
 def subjects(groups: Sequence[Group]) -> list[Subject]:
