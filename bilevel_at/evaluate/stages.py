@@ -127,9 +127,9 @@ class Margins:
     """BETA's lower level (Robey et al., 2023, Algorithm 1) on all classes, or on some of the ranks by clean margin.
 
     steps: the optimizer's, for each class, in all; each counts, not only the last. rate: the first, falling to 0
-    linearly. starts: of several, each gets a fifth of the steps, and the best goes on with the rest from a quarter of
-    the rate: what a single start misses is mostly a matter of luck (docs/evaluation.md). ranks: the first and the last
-    + 1, from 0; (N, None) is all but the N nearest. optimizer: any elementwise one of torch's, or
+    linearly. starts: several share two thirds of the steps, and the best goes on with the rest from a quarter of the
+    rate: what a single start misses is mostly a matter of luck (docs/evaluation.md). ranks: the first and the last + 1,
+    from 0; (N, None) is all but the N nearest. optimizer: any elementwise one of torch's, or
     :class:`NormalizedSteps`, without which nothing gets far in an ℓ2 ball.
     """
 
@@ -170,7 +170,7 @@ class Margins:
         if self.starts == 1:
             descend(self.steps, self.rate)
         else:
-            short = max(1, self.steps // 5)
+            short = max(1, 2 * self.steps // (3 * self.starts))
             for _ in range(self.starts):
                 descend(short, self.rate)
             descend(max(1, self.steps - self.starts * short), self.rate / 4, seen.aimed.delta)
