@@ -84,15 +84,16 @@ def beta_by_the_book(model, batch, constraint, steps, radius, seed):
     """Algorithm 1, a class of an example at a time: RMSprop on M_j, projection, and the widest margin on the way.
 
     In an l2 ball the steps go along the gradient, rate times its direction.
-    From ten steps on, five starts share two thirds of them; the rest go on from where M_j was largest, at a quarter of
-    the rate.
+    In l∞, from ten steps on, five starts share two thirds of them; the rest go on from where M_j was largest, at a
+    quarter of the rate.
     """
     classes = model(batch.x).shape[1]
     g, wide = torch.Generator().manual_seed(seed), batch.x.repeat_interleave(classes - 1, 0)
-    starts = [constraint.sample(wide, g) for _ in range(5 if steps >= 10 else 1)]
+    several = steps >= 10 and isinstance(constraint, ba.LinfBall)
+    starts = [constraint.sample(wide, g) for _ in range(5 if several else 1)]
     short = 2 * steps // 15
     legs = [(short, radius / 2)] * 5 + [(steps - 5 * short, radius / 8)]
-    legs = legs if steps >= 10 else [(steps, radius / 2)]
+    legs = legs if several else [(steps, radius / 2)]
     found = []
     for i, (x, y) in enumerate(zip(batch.x, batch.y, strict=True)):
         widest, worst = -torch.inf, None

@@ -136,9 +136,9 @@ def attack_from_name(name: str, constraint: Constraint | float, seed: int = 0) -
     The names are those of :data:`ATTACKS`. FGSM and PGD take steepest steps, the sign of the gradient in ℓ∞ and its
     direction elsewhere (:meth:`Constraint.attack_step`), PGD of a quarter of the radius. BETA (Robey et al., 2023,
     Algorithm 1) takes K steps for each class in all, of RMSprop or, outside ℓ∞, along the gradient, at rates that fall
-    from ε/2 to 0, and every one of them counts;
-    from ten on, they are five short descents and a longer one from the best (:class:`Margins`). seed: of AutoAttack
-    and its parts, which take their own. Attacks see the model in eval mode.
+    from ε/2 to 0, and every one of them counts; from ten on, in ℓ∞, they are five short descents and a longer one from
+    the best (:class:`Margins`). seed: of AutoAttack and its parts, which take their own. Attacks see the model in eval
+    mode.
 
     Raises :class:`InputError` for an unknown name, and where AutoAttack does not know the constraint.
     """
@@ -163,7 +163,7 @@ def _stages(name: str, constraint: Constraint, seed: int) -> list[Stage]:
     if match := re.fullmatch(r"beta-([1-9]\d*)(?:-([1-9]\d*))?(?:-top([1-9]\d*))?(?:-([a-z]+))?", name):
         steps, restarts, top = int(match[1]), int(match[2] or 1), match[3] and int(match[3])
         groups = [None] if not top else [(0, top), (top, None)]
-        starts = 5 if steps >= 10 else 1
+        starts = 5 if steps >= 10 and direction == "sign" else 1  # a ball without corners needs no luck
         rate = reach / 2 or 1.0
         usual = torch.optim.RMSprop if direction == "sign" else NormalizedSteps
         by = _optimizer(match[4], name) if match[4] else usual
