@@ -43,11 +43,6 @@ class Run:
         return found if isinstance(found, dict) else {}
 
     @property
-    def has_history(self) -> bool:
-        """Whether there are gradient norms and filters of every epoch (``history.npz``)."""
-        return (self.path / "history.npz").is_file()
-
-    @property
     def epsilon(self) -> float | None:
         """The radius of the constraint in training, or what the evaluations took for it."""
         for part in ("constraint", "problem"):
