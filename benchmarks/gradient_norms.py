@@ -32,7 +32,7 @@ from matplotlib import pyplot as plt
 from rich.console import Console
 from rich.progress import Progress
 from scipy.stats import spearmanr
-from torch import Tensor, nn
+from torch import Tensor
 
 from bilevel_at import flags
 from bilevel_at.data import Images, load_data
@@ -68,23 +68,7 @@ LOOKS = 15
 ATTACK = "pgd-10-1"
 
 
-class Recorder(ZeroIG):
-    """ZeroIG, keeping each example's input gradient norm and step as it passes them on."""
-
-    def __init__(self, examples: int) -> None:
-        self.norm, self.step = (torch.full((examples,), torch.nan) for _ in range(2))
-
-    def backward(self, problem: Any, model: nn.Module, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        found = super().backward(problem, model, batch, *args, **kwargs)
-        solution = found.solution
-        self.norm[batch.index] = solution.attack_gradient.flatten(1).norm(dim=1).cpu()
-        self.step[batch.index] = torch.as_tensor(solution.step).cpu()
-        return found
-
-
-def start(
-    method: str, images: Images, test: Images, setting: dict[str, Any], solver: Any, seed: int, **arguments: Any
-) -> Trainer:
+def start(method: str, images: Images, test: Images, setting: dict[str, Any], seed: int, **arguments: Any) -> Trainer:
     torch.set_num_threads(1)
     file = ProblemFile(method)
     torch.manual_seed(seed)
@@ -95,7 +79,7 @@ def start(
     recipe = Recipe(epochs=epochs, batch_size=setting["batch"], lr=setting["lr"])
     epsilon = setting["epsilon"]
     problem = file.problem(epsilon=epsilon, **arguments)
-    return Trainer(problem, solver, model, images, test, recipe, attack_from_name(ATTACK, epsilon), seed)
+    return Trainer(problem, ZeroIG(), model, images, test, recipe, attack_from_name(ATTACK, epsilon), seed)
 
 
 def data_of(setting: dict[str, Any]) -> tuple[Images, Images]:
@@ -109,24 +93,18 @@ def data_of(setting: dict[str, Any]) -> tuple[Images, Images]:
 def measure(method: str, seed: int, setting: dict[str, Any]) -> dict[str, Any]:
     """Train on everything; every example's gradient norm and step in every epoch, as a run's history has them."""
     images, test = data_of(setting)
-    recorder = Recorder(len(images))
     arguments = {"max_step": 2 * setting["epsilon"]} if method == "atas" else {}
-    trainer = start(method, images, test, setting, recorder, seed, **arguments)
-    norms, steps = [], []
+    trainer = start(method, images, test, setting, seed, **arguments)
     for epoch in range(trainer.recipe.epochs):
         trainer.train_epoch(epoch)
-        norms.append(recorder.norm.clone())
-        steps.append(recorder.step.clone())
-    return {"gradient_norm": torch.stack(norms).numpy(), "step": torch.stack(steps).numpy(), "label": images.y.numpy()}
+    return {name: values for name, values in trainer.recorder.arrays().items() if name != "filters"}
 
 
 def train(part: str, rows: list[int], step: float, seed: int, setting: dict[str, Any]) -> list[dict[str, Any]]:
     """Fast-AT on these training examples, and what it can do at LOOKS moments spread over the training."""
     images, test = data_of(setting)
     # Another network than the one that the norms were measured on.
-    trainer = start(
-        "fastat", images[torch.tensor(rows)], test, setting, ZeroIG(), 1000 + seed, step=step * setting["epsilon"]
-    )
+    trainer = start("fastat", images[torch.tensor(rows)], test, setting, 1000 + seed, step=step * setting["epsilon"])
     lines, epochs = [], trainer.recipe.epochs
     clean = attack_from_name("clean", setting["epsilon"])
     for epoch in range(epochs):

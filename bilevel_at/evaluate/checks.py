@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..batch import Batch
 from ..constraints import Constraint, LinfBall
 from ..data import ImageSet
-from ..losses import cross_entropy
+from ..diagnose.alignment import input_gradient
 from ..modes import Mode, attack_mode
 from .attacks import Attack, Stage, attack_from_name, ball, norm_of
 from .ensemble import Component
@@ -239,26 +239,17 @@ def _differs(model: nn.Module, images: ImageSet, batch_size: int, other: Mode) -
 
 
 def _differentiable(model: nn.Module, images: ImageSet, batch_size: int) -> bool:
-    batch = next(_batches(images, batch_size))
+    x = next(_batches(images, batch_size)).x.detach().requires_grad_()
     with attack_mode(model, "eval"), torch.enable_grad():
-        return bool(model(batch.x.detach().requires_grad_()).requires_grad and _depends(model, batch))
-
-
-def _depends(model: nn.Module, batch: Batch) -> bool:
-    x = batch.x.detach().requires_grad_()
-    return torch.autograd.grad(model(x).sum(), x, allow_unused=True)[0] is not None
+        out = model(x).sum()
+        return out.requires_grad and torch.autograd.grad(out, x, allow_unused=True)[0] is not None
 
 
 def _vanishing(model: nn.Module, images: ImageSet, batch_size: int) -> float:
     """The share of images at which ∇_x ℓ is exactly 0 in every value."""
-    zero = []
-    with attack_mode(model, "eval"), torch.enable_grad():
-        for batch in _batches(images, batch_size):
-            delta = torch.zeros_like(batch.x).requires_grad_()
-            loss = cross_entropy(model, batch, delta).sum()
-            gradient = torch.autograd.grad(loss, delta, allow_unused=True)[0] if loss.requires_grad else None
-            flat = torch.zeros_like(batch.x) if gradient is None else gradient
-            zero.append((flat == 0).flatten(1).all(1))
+    with attack_mode(model, "eval"):
+        gradients = (input_gradient(model, b, torch.zeros_like(b.x)) for b in _batches(images, batch_size))
+        zero = [(gradient == 0).flatten(1).all(1) for gradient in gradients]
     return _share(torch.cat(zero)) if zero else 0.0
 
 
@@ -266,12 +257,9 @@ def _shorter_steps(model: nn.Module, images: ImageSet, epsilon: float, batch_siz
     """Which images a fraction of the FGSM step breaks, ``[N]`` bool (Kim et al., 2021, call them distorted)."""
     broken = []
     for batch in _batches(images, batch_size):
-        delta = torch.zeros_like(batch.x).requires_grad_()
-        with attack_mode(model, "eval"), torch.enable_grad():
-            loss = cross_entropy(model, batch, delta).sum()
-            (gradient,) = torch.autograd.grad(loss, delta)
         fell = torch.zeros(len(batch), dtype=torch.bool, device=batch.x.device)
         with attack_mode(model, "eval"), torch.no_grad():
+            gradient = input_gradient(model, batch, torch.zeros_like(batch.x))
             for part in torch.linspace(0.1, 0.9, 9).tolist():
                 moved = (batch.x + part * epsilon * gradient.sign()).clamp(0, 1)
                 fell |= model(moved).argmax(1) != batch.y

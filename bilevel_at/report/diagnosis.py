@@ -28,7 +28,7 @@ from ..figures import diagnosis as figures
 from ..figures.landscape import filters as draw_filters
 from ..figures.landscape import landscapes as draw_landscapes
 from .groups import Group
-from .networks import MOST, left_out, subjects
+from .networks import MOST, subjects
 from .numbers import percent, radius
 from .page import Figure, Part, Section, Table
 
@@ -69,7 +69,8 @@ def loss_around_images(groups: Sequence[Group], folder: Path, images: Sequence[i
     """Loss landscapes of chosen test images, and the alignment of input gradients."""
     parts: list[Part] = []
     rows = []
-    for place, subject in enumerate(subjects(groups)):
+    looked_at, left_out = subjects(groups)
+    for place, subject in enumerate(looked_at):
         if tuple(images) == FIRST_IMAGES:
             images = range(min(len(FIRST_IMAGES), len(subject.images)))
         beyond = [i for i in images if not 0 <= i < len(subject.images)]
@@ -110,13 +111,14 @@ def loss_around_images(groups: Sequence[Group], folder: Path, images: Sequence[i
         "near 0 after catastrophic overfitting."
     )
     table = Table(["network", "gradient alignment"], rows, caption)
-    return Section("The loss around images", [*parts, table, *left_out(groups)])
+    return Section("The loss around images", [*parts, table, *left_out])
 
 
 def perturbations(groups: Sequence[Group], folder: Path) -> Section | None:
     """Sizes of what PGD finds, and what a random start does to a single step."""
     parts: list[Part] = []
-    for place, subject in enumerate(subjects(groups)):
+    looked_at, left_out = subjects(groups)
+    for place, subject in enumerate(looked_at):
         few = subject.images.sample(SEEN)
         attack, generator = attack_from_name(ATTACK, subject.space), torch.Generator(few.device).manual_seed(0)
         x, found = few.pixels(), []
@@ -135,7 +137,7 @@ def perturbations(groups: Sequence[Group], folder: Path) -> Section | None:
         )
         if place == 0 and isinstance(subject.space, LinfBall):
             parts.append(_random_step(subject.model, few, subject.space.epsilon, subject.said, folder))
-    return Section("How large perturbations are", [*parts, *left_out(groups)]) if parts else None
+    return Section("How large perturbations are", [*parts, *left_out]) if parts else None
 
 
 def _held(sizes: Perturbations, epsilon: float) -> str:
@@ -192,7 +194,7 @@ def examples_in_training(groups: Sequence[Group], folder: Path) -> Section | Non
 def filters(groups: Sequence[Group], folder: Path) -> Section | None:
     """The filters of one-layer networks before and after training, and what each does to gradient alignment."""
     parts: list[Part] = []
-    for place, subject in enumerate(subjects(groups)):
+    for place, subject in enumerate(subjects(groups)[0]):
         if subject.run.config.get("model") != "one_layer_cnn":
             continue
         history = read_history(subject.run.path)

@@ -20,7 +20,7 @@ from ..train.rundir import Which
 from .groups import Group
 from .runs import Run
 
-__all__ = ["MOST", "Subject", "left_out", "subjects"]
+__all__ = ["MOST", "Subject", "subjects"]
 
 MOST = 3  # groups that are measured: figures of each
 
@@ -43,17 +43,17 @@ class Subject:
     def checkpoints(self) -> Iterator[tuple[str, nn.Module]]:
         """Every network that the run has kept, by the checkpoint's name."""
         for which in get_args(Which):
-            if (self.run.path / f"{which}.pt").is_file():
+            if which == self.which:
+                yield which, self.model
+            elif (self.run.path / f"{which}.pt").is_file():
                 yield which, load(self.run.path, which, model_of_file(self.run.config)).to(self.images.device)
 
 
-def subjects(groups: Sequence[Group]) -> list[Subject]:
-    """Of the first groups that have a checkpoint, a ball, and their images; :func:`left_out` says which have not."""
-    return _looked_at(groups)[0]
+def subjects(groups: Sequence[Group]) -> tuple[list[Subject], list[str]]:
+    """Of the first groups that have a checkpoint, a ball, and their images; and a sentence on each thing left out.
 
-
-def left_out(groups: Sequence[Group]) -> list[str]:
-    """A sentence for what is not measured, and why; of a group with several seeds only the first is."""
+    Of a group with several seeds only the first is looked at.
+    """
     found, missing = _looked_at(groups)
     beyond = [g.label for g in groups if any(r.metrics for r in g.runs)]
     beyond = [label for label in beyond if label not in {s.group.label for s in found} | set(missing)]
@@ -62,7 +62,7 @@ def left_out(groups: Sequence[Group]) -> list[str]:
         said.append(f"Not measured: {', '.join(beyond)}; the first {MOST} trainings with a ball are.")
     if any(len(subject.group.runs) > 1 for subject in found):
         said.append("Of several seeds, the first is shown.")
-    return said
+    return found, said
 
 
 def _looked_at(groups: Sequence[Group]) -> tuple[list[Subject], dict[str, str]]:
