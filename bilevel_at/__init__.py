@@ -6,6 +6,8 @@ only repeats.
 
 from __future__ import annotations
 
+from pathlib import Path as _Path
+
 from . import testing
 from .anchors import Anchor, Corner, Gaussian, Remembered, Steps, Uniform, Zero
 from .batch import Batch, CropFlip
@@ -69,3 +71,9 @@ __all__ = [
     "negative_margin",
     "testing",
 ]
+
+# In a checkout, problems/ and solvers/ are beside this folder. Searching there makes them this checkout's own, even where
+# another checkout is installed. In an installed package they are inside this folder, and nothing is added.
+_checkout = _Path(__file__).resolve().parent.parent
+if (_checkout / "pyproject.toml").is_file() and (_checkout / "solvers" / "full_kkt.py").is_file():
+    __path__.append(str(_checkout))
