@@ -72,8 +72,8 @@ __all__ = [
     "testing",
 ]
 
-# In a checkout, problems/ and solvers/ are beside this folder. Searching there makes them this checkout's own, even where
-# another checkout is installed. In an installed package they are inside this folder, and nothing is added.
+# In a checkout, problems/ and solvers/ are beside this folder. Searching there makes them this checkout's own, even
+# where another is installed. In an installed package they are inside this folder, and nothing is added.
 _checkout = _Path(__file__).resolve().parent.parent
 if (_checkout / "pyproject.toml").is_file() and (_checkout / "solvers" / "full_kkt.py").is_file():
     __path__.append(str(_checkout))
