@@ -178,7 +178,7 @@ def run(args: Sequence[str]) -> int:
         raise InputError(f"{plan.file.path}: the lower problem has no constraint")
     attacks = [attack_from_name(name, constraint) for name in dict.fromkeys(options.attacks)]
     select = attack_from_name(options.select, constraint)
-    epsilon = constraint.attack_step()[1]
+    epsilon = constraint.radius
     train, test = load_data(options.data, options.data_dir, options.download)
     if options.examples is not None:
         train = train.sample(options.examples)

@@ -17,10 +17,10 @@ not tuned there.
 from __future__ import annotations
 
 import bilevel_at as ba
+from bilevel_at.errors import positive
 from bilevel_at.modes import Mode
 from bilevel_at.problems import atta
 from bilevel_at.solvers import ZeroIG
-from bilevel_at.steps import positive
 from bilevel_at.train import DIGITS, Recipe
 
 
@@ -58,8 +58,9 @@ def problem(
         high=1.75 * epsilon if longest is None else longest,
         warmup_step=epsilon,
         warmup_epochs=warmup_epochs,
+        follow_warmup=True,
     )
-    anchor = ba.Remembered(reset_every, size)
+    anchor = ba.Remembered(reset_every=reset_every, size=size)
     lower = ba.Linearized(ba.minus(ba.cross_entropy), ba.LinfBall(epsilon), anchor, "sign", policy, mode)
     return ba.BilevelProblem(ba.UpperProblem(), lower)
 

@@ -15,7 +15,6 @@ training.
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import torch
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import bilevel_at as ba
+from bilevel_at.errors import at_least
 from bilevel_at.modes import Mode
 from bilevel_at.solvers import ZeroIG
 from bilevel_at.train import CIFAR, DIGITS, Recipe
@@ -44,13 +44,12 @@ class Misclassification(ba.UpperProblem):
     """f = BCE(p(x + δ), y) + weight · KL(p(x) ‖ p(x + δ)) · (1 − p_y(x)), ``[B]``. weight: at least 0."""
 
     def __init__(self, weight: float) -> None:
-        super().__init__()
-        if not 0 <= weight < math.inf:
-            raise ba.InputError(f"weight is {weight:g}; it must be a finite number, at least 0")
-        self.weight = weight
+        self.weight = at_least("weight", weight)
 
-    def loss(self, model: nn.Module, batch: ba.Batch, delta: Tensor) -> Tensor:
-        moved = ba.logits(model, batch, delta)
+    def loss_at(
+        self, model: nn.Module, batch: ba.Batch, solution: ba.Solution, generator: torch.Generator | None = None
+    ) -> Tensor:
+        moved = ba.logits(model, batch, solution.delta)
         losses = boosted_cross_entropy(moved, batch.y)
         if self.weight == 0:
             return losses

@@ -14,7 +14,6 @@ the digits K = 7 and step ε/4, as for min-max training.
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import torch
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import bilevel_at as ba
+from bilevel_at.errors import at_least
 from bilevel_at.modes import Mode
 from bilevel_at.solvers import ZeroIG
 from bilevel_at.train import CIFAR, DIGITS, Recipe
@@ -31,17 +31,16 @@ class Tradeoff(ba.UpperProblem):
     """f = ℓ_CE(f_θ(x)) + weight · KL(f_θ(x) ‖ f_θ(x + δ)), ``[B]``. weight: at least 0."""
 
     def __init__(self, weight: float) -> None:
-        super().__init__()
-        if not 0 <= weight < math.inf:
-            raise ba.InputError(f"weight is {weight:g}; it must be a finite number, at least 0")
-        self.weight = weight
+        self.weight = at_least("weight", weight)
 
-    def loss(self, model: nn.Module, batch: ba.Batch, delta: Tensor) -> Tensor:
+    def loss_at(
+        self, model: nn.Module, batch: ba.Batch, solution: ba.Solution, generator: torch.Generator | None = None
+    ) -> Tensor:
         clean = ba.logits(model, batch, torch.zeros_like(batch.x))
         losses = F.cross_entropy(clean, batch.y, reduction="none")
         if self.weight == 0:
             return losses
-        log_clean, log_moved = F.log_softmax(clean, 1), F.log_softmax(ba.logits(model, batch, delta), 1)
+        log_clean, log_moved = F.log_softmax(clean, 1), F.log_softmax(ba.logits(model, batch, solution.delta), 1)
         return losses + self.weight * F.kl_div(log_moved, log_clean, reduction="none", log_target=True).sum(1)
 
 

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .. import losses
 from ..batch import Batch, per_sample
 from ..constraints import Constraint
 from ..data import ImageSet
-from ..losses import cross_entropy
+from ..errors import whole_number
 from ..modes import attack_mode
-from ..steps import whole_number
 
 __all__ = ["gradient_alignment", "input_gradient"]
 
@@ -54,10 +54,7 @@ def gradient_alignment(
 
 def input_gradient(model: nn.Module, batch: Batch, delta: Tensor) -> Tensor:
     """∇_x ℓ(x + δ) of the cross-entropy, each example's own, ``[B, ...]``, in the mode the model is in."""
-    delta = delta.detach().requires_grad_()
-    with torch.enable_grad():
-        (gradient,) = torch.autograd.grad(cross_entropy(model, batch, delta).sum(), delta)
-    return gradient
+    return losses.input_gradient(losses.cross_entropy, model, batch, delta)[0]
 
 
 def _cosine(a: Tensor, b: Tensor) -> Tensor:

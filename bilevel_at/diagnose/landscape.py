@@ -9,9 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..batch import Batch
-from ..errors import InputError
+from ..errors import InputError, positive, whole_number
 from ..modes import attack_mode
-from ..steps import positive, whole_number
 from .alignment import input_gradient
 
 __all__ = ["Landscape", "loss_landscape"]

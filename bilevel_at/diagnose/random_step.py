@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from ..batch import Batch
 from ..constraints import LinfBall
 from ..data import ImageSet
-from ..errors import InputError
+from ..errors import InputError, positive, whole_number
 from ..modes import attack_mode
-from ..steps import positive, whole_number
 from .alignment import input_gradient
 
 __all__ = ["RandomStepNorms", "lemma_1", "random_step_norm"]

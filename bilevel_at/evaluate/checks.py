@@ -131,8 +131,8 @@ def check(
     right = images[clean.correct.nonzero().flatten()]
     measured["vanishing-gradients"] = _vanishing(model, right, batch_size) if differentiable else 1.0
     norm = norm_of(constraint)
-    if differentiable and norm is not None and constraint is not None and constraint.attack_step()[1] > 0:
-        measured |= _attacked(model, images, norm, constraint.attack_step()[1], seed, batch_size, progress)
+    if differentiable and norm is not None and constraint is not None and constraint.radius > 0:
+        measured |= _attacked(model, images, norm, constraint.radius, seed, batch_size, progress)
     return measured, findings(measured)
 
 
