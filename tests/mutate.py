@@ -3,7 +3,7 @@
     python tests/mutate.py            # about eight minutes
     python tests/mutate.py 2 7        # only these
 
-Each mutation is made in a copy of the checkout; the copy's ``tests/test_hypergradient.py`` must then fail. Exits 0 if
+Each mutation is made in a copy of the checkout; the copy's ``tests/language/test_hypergradient.py`` must then fail. Exits 0 if
 every mutation was noticed. The list stands in that file's docstring too.
 """
 
@@ -74,7 +74,16 @@ def survives(file: str, old: str, new: str) -> bool:
         source = target.read_text()
         assert source.count(old) == 1, f"{file} has {source.count(old)} times {old!r}; the mutation must be renewed"
         target.write_text(source.replace(old, new))
-        tests = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/test_hypergradient.py"]
+        tests = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-x",
+            "-p",
+            "no:cacheprovider",
+            "tests/language/test_hypergradient.py",
+        ]
         done = subprocess.run(
             tests, cwd=folder, env={**os.environ, "PYTHONPATH": folder}, capture_output=True, text=True
         )
