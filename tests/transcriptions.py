@@ -230,7 +230,7 @@ def visits(draw, n=5, image=None, kinks=False):
     return Visits(x, y, model, copy.deepcopy(model), epsilon, lr, draw(bst.seeds))
 
 
-class Kept:
+class Memory:
     """x_i^{j−1} of Algorithm 1 as δ, v_i and v̂_i, for every example."""
 
     def __init__(self, n, epsilon, generator):
@@ -239,7 +239,7 @@ class Kept:
         self.epsilon, self.generator = epsilon, generator
 
     def start(self, batch):
-        """z_i: what is kept of each example, or Uniform(−ε, ε), projected."""
+        """z_i: the stored perturbation of each example, or Uniform(−ε, ε), projected."""
         # The library draws for the whole batch whatever is known of it.
         fresh = uniform_noise(batch.x.shape, self.epsilon, self.generator)
         rows = [
@@ -247,7 +247,7 @@ class Kept:
         ]
         return clip(torch.stack(rows), batch.x, self.epsilon)
 
-    def keep(self, batch, delta):
+    def store(self, batch, delta):
         for i, row in zip(batch.index.tolist(), delta, strict=True):
             self.delta[i] = row
 
@@ -259,18 +259,18 @@ class Kept:
 
 
 def play(v, problem, solver, update, epochs=3, rtol=1e-9, atol=1e-11):
-    """Train both copies side by side on what ``update(kept, batch, epoch)`` says δ* is."""
+    """Train both copies side by side on what ``update(memory, batch, epoch)`` says δ* is."""
     generator = seeded(v.seed + 1)
-    kept = Kept(len(v.x), v.epsilon, seeded(v.seed + 1))
+    memory = Memory(len(v.x), v.epsilon, seeded(v.seed + 1))
     for epoch, index in v.epochs(epochs):
         problem.set_epoch(epoch, 30)
         batch = v.batch(index)
         step = library_step(problem, solver, v.model, batch, v.lr, generator)
-        delta = update(kept, batch, epoch)
+        delta = update(memory, batch, epoch)
         torch.testing.assert_close(step.solution.delta, delta, rtol=rtol, atol=atol)
         descend_on(v.twin, ce(v.twin, batch.x + delta, batch.y).mean(), v.lr)
         assert_same(v.model, v.twin, rtol, atol)
-    return kept
+    return memory
 
 
 def gaussian_start(s):
@@ -288,9 +288,9 @@ def kl(p_model, q_model):
 
 def rmsprop_margins(model, x, y, starts, steps, lr, epsilon):
     """Algorithm 1: η_j for every j ≠ y of every example, and M_j there; lists ``[B][K − 1]`` in the order of j."""
-    found = []
+    attacks = []
     for i, label in enumerate(y.tolist()):
-        found.append([])
+        attacks.append([])
         others = [j for j in range(model(x[:1]).shape[1]) if j != label]
         for k, j in enumerate(others):
 
@@ -303,8 +303,8 @@ def rmsprop_margins(model, x, y, starts, steps, lr, epsilon):
                 gradient = -input_gradient(margin, eta)
                 square = 0.99 * square + 0.01 * gradient**2
                 eta = clip(eta - lr * gradient / (square.sqrt() + 1e-8), x[i : i + 1], epsilon)
-            found[-1].append((eta, margin(eta).item(), j))
-    return found
+            attacks[-1].append((eta, margin(eta).item(), j))
+    return attacks
 
 
 def beta_starts(s):

@@ -46,7 +46,7 @@ def test_l2_ball_in_the_input_range_against_scipy(seed, epsilon):
     delta, x = points((5,), 1, seed)
     ours = ba.L2Ball(epsilon, bounds=(0, 1)).project(delta, x)[0].numpy()
     u, at = delta[0].numpy(), x[0].numpy()
-    found = minimize(
+    reference = minimize(
         lambda d: 0.5 * np.sum((d - u) ** 2),
         np.zeros(5),
         jac=lambda d: d - u,
@@ -55,7 +55,7 @@ def test_l2_ball_in_the_input_range_against_scipy(seed, epsilon):
         method="SLSQP",
         options={"ftol": 1e-14, "maxiter": 500},
     )
-    np.testing.assert_allclose(ours, found.x, atol=1e-5)
+    np.testing.assert_allclose(ours, reference.x, atol=1e-5)
 
 
 @given(shape=bst.shapes(8), epsilon=st.floats(0.01, 0.5), seed=bst.seeds)

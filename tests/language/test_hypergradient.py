@@ -180,10 +180,10 @@ def test_unconstrained_is_the_implicit_function_theorem(s):
     class Module(torch.nn.Module):
         def __init__(self, parameters):
             super().__init__()
-            self.held = dict(zip(names, parameters, strict=True))
+            self.named = dict(zip(names, parameters, strict=True))
 
         def forward(self, x):
-            return torch.func.functional_call(model, self.held, x)
+            return torch.func.functional_call(model, self.named, x)
 
     def g(flat, *parameters):
         return lower.objective(Module(parameters), batch, flat.reshape(shape), s.anchor).sum()

@@ -173,7 +173,7 @@ def test_proximal_is_where_scipy_finds_it(s):
             return value.item(), torch.autograd.grad(value, d)[0].flatten().numpy()
 
         bounds = list(zip(low[i].flatten().tolist(), high[i].flatten().tolist(), strict=True))
-        found = minimize(
+        reference = minimize(
             value_and_gradient,
             np.zeros(one.x.numel()),
             jac=True,
@@ -181,8 +181,8 @@ def test_proximal_is_where_scipy_finds_it(s):
             method="L-BFGS-B",
             options={"ftol": 1e-16, "gtol": 1e-12},
         )
-        assume(found.success)
-        np.testing.assert_allclose(delta[i].flatten().numpy(), found.x, atol=1e-5)
+        assume(reference.success)
+        np.testing.assert_allclose(delta[i].flatten().numpy(), reference.x, atol=1e-5)
 
 
 def test_a_solution_needs_only_delta_and_anchor():

@@ -16,10 +16,10 @@ def test_memory_grows_and_needs_an_index():
     problem = atas.problem()
     ZeroIG().hypergradient(problem, model, batch)
     more = ba.Batch(batch.x, batch.y, torch.tensor([50, 7, 51, 0]))
-    kept = problem.lower.anchor.memory.values[7].clone()
+    before = problem.lower.anchor.memory.values[7].clone()
     ZeroIG().hypergradient(problem, model, more, anchor=None)
     assert len(problem.lower.anchor.memory.values) >= 52
-    assert not torch.equal(problem.lower.anchor.memory.values[7], kept)
+    assert not torch.equal(problem.lower.anchor.memory.values[7], before)
     with pytest.raises(ba.InputError, match=r"pass Batch\(x, y, index=...\)"):
         ZeroIG().hypergradient(problem, model, ba.Batch(batch.x, batch.y))
 

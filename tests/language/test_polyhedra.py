@@ -21,7 +21,7 @@ def test_polyhedron_against_scipy(data):
     ours = constraint.project(delta, x).flatten(1).numpy()
     B, b = constraint.rows(x)
     for u, right, mine in zip(delta.flatten(1).numpy(), b.numpy(), ours, strict=True):
-        found = minimize(
+        reference = minimize(
             lambda d, u=u: 0.5 * np.sum((d - u) ** 2),
             np.zeros_like(u),
             jac=lambda d, u=u: d - u,
@@ -29,9 +29,9 @@ def test_polyhedron_against_scipy(data):
             method="SLSQP",
             options={"ftol": 1e-14, "maxiter": 500},
         )
-        np.testing.assert_allclose(mine, found.x, atol=1e-5)
+        np.testing.assert_allclose(mine, reference.x, atol=1e-5)
         # ours is at least as close, up to what the other one violates the constraints by
-        assert np.linalg.norm(mine - u) <= np.linalg.norm(found.x - u) + 1e-6
+        assert np.linalg.norm(mine - u) <= np.linalg.norm(reference.x - u) + 1e-6
 
 
 def test_polyhedron_where_scipy_s_nnls_failed():

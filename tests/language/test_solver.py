@@ -41,9 +41,9 @@ def test_backward_accumulates_like_loss_backward():
     assert all(p.grad is None for p in model.parameters())
     # and the returned gradients are not the ones an optimiser or clipping then changes
     step = solver.backward(problem, model, batch)
-    kept = {n: g.clone() for n, g in step.grads.items()}
+    before = {n: g.clone() for n, g in step.grads.items()}
     nn.utils.clip_grad_norm_(model.parameters(), 1e-6)
-    assert all(torch.equal(step.grads[n], kept[n]) for n in kept)
+    assert all(torch.equal(step.grads[n], before[n]) for n in before)
 
 
 def test_frozen_and_unused_parameters_are_as_torch_has_them():

@@ -57,10 +57,10 @@ def test_hypergradcheck_does_not_pass_over_nan():
     class Spoilt(ba.UpperProblem):
         def loss(self, model, batch, delta):
             values = super().loss(model, batch, delta)
-            return values if torch.equal(model[1].weight, kept) else values * float("nan")
+            return values if torch.equal(model[1].weight, initial) else values * float("nan")
 
     model = dense(6, 5, 3)
-    kept = model[1].weight.detach().clone()
+    initial = model[1].weight.detach().clone()
     lower = ba.Linearized(ATK, ba.LinfBall(0.1), "zero", "sign", 0.1)
     with pytest.raises(AssertionError, match="numeric nan"):
         hypergradcheck(ba.BilevelProblem(Spoilt(), lower), ZeroIG(), model, batch_of(3, 6))

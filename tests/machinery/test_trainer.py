@@ -125,7 +125,7 @@ def lines(robust, train, perturbation=0.03):
 
 
 @pytest.mark.parametrize(
-    ("robust", "train", "perturbation", "found"),
+    ("robust", "train", "perturbation", "expected"),
     [
         ([0.30, 0.40, 0.45, 0.02], [0.40, 0.50, 0.55, 0.90], 0.03, (3, 4)),  # collapse, from the best epoch
         ([0.30, 0.40, 0.03, 0.02], [0.40, 0.50, 0.80, 0.90], 0.03, (2, 3)),  # the first epoch of it
@@ -138,11 +138,11 @@ def lines(robust, train, perturbation=0.03):
         ([0.4], [0.5], 0.03, None),
     ],
 )
-def test_catastrophic_overfitting(robust, train, perturbation, found):
+def test_catastrophic_overfitting(robust, train, perturbation, expected):
     collapse = catastrophic_overfitting(lines(robust, train, perturbation))
-    assert (None if collapse is None else (collapse.before["epoch"], collapse.after["epoch"])) == found
+    assert (None if collapse is None else (collapse.before["epoch"], collapse.after["epoch"])) == expected
     if collapse is not None:
-        assert f"epoch {found[1]}" in str(collapse) and "pgd-10" in str(collapse)
+        assert f"epoch {expected[1]}" in str(collapse) and "pgd-10" in str(collapse)
 
 
 def test_the_last_good_epoch_is_the_one_before_the_fall():

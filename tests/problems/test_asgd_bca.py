@@ -18,22 +18,22 @@ def test_asgd_bca(v, eta, momentum):
     """x_k ← Π(x_k + η_x/√v̂_k · ∇ℓ), v̂ never decreasing."""
     record = []
 
-    def update(kept, batch, epoch):
-        z = kept.start(batch)
+    def update(memory, batch, epoch):
+        z = memory.start(batch)
         gradient = ce_gradient(v.twin, batch.x + z, batch.y)
-        kept.follow(batch.index, gradient, momentum)
-        record.append(kept.largest.clone())
-        length = eta / kept.largest[batch.index].sqrt()
+        memory.follow(batch.index, gradient, momentum)
+        record.append(memory.largest.clone())
+        length = eta / memory.largest[batch.index].sqrt()
         delta = clip(z + by_sample(length, z) * gradient, batch.x, v.epsilon)
-        kept.keep(batch, delta)
+        memory.store(batch, delta)
         return delta
 
     problem = asgd_bca.problem(v.epsilon, eta, momentum)
     # The library divides by √v̂ + 1e-12, so that a gradient of zero has a step.
-    kept = play(v, problem, asgd_bca.solver(), update, rtol=1e-7, atol=1e-8)
+    memory = play(v, problem, asgd_bca.solver(), update, rtol=1e-7, atol=1e-8)
     n = len(v.x)
-    torch.testing.assert_close(problem.lower.step.largest.values[:n], kept.largest, rtol=1e-6, atol=1e-9)
-    torch.testing.assert_close(problem.lower.step.memory.values[:n], kept.v, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(problem.lower.step.largest.values[:n], memory.largest, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(problem.lower.step.memory.values[:n], memory.v, rtol=1e-6, atol=1e-9)
     assert all((later >= earlier).all() for earlier, later in zip(record, record[1:], strict=False))
 
 

@@ -21,19 +21,19 @@ from bilevel_at.testing import strategies as bst
 def test_atas(v, c, momentum, top, warm):
     """Algorithm 1 with what the published code adds: a constant step ε at first, and steps clipped to ε/2 … 7ε/4."""
 
-    def update(kept, batch, epoch):
-        z = kept.start(batch)
+    def update(memory, batch, epoch):
+        z = memory.start(batch)
         gradient = ce_gradient(v.twin, batch.x + z, batch.y)
-        followed = kept.follow(batch.index, gradient, momentum)
+        followed = memory.follow(batch.index, gradient, momentum)
         alpha = top * v.epsilon * c / (c + followed.sqrt())
         alpha = torch.full_like(alpha, v.epsilon) if epoch < warm else alpha.clamp(v.epsilon / 2, 7 * v.epsilon / 4)
         delta = clip(z + by_sample(alpha, z) * gradient.sign(), batch.x, v.epsilon)
-        kept.keep(batch, delta)
+        memory.store(batch, delta)
         return delta
 
     problem = atas.problem(v.epsilon, top * v.epsilon, c, momentum, warmup_epochs=warm)
-    kept = play(v, problem, atas.solver(), update)
-    torch.testing.assert_close(problem.lower.step.memory.values[: len(v.x)], kept.v, rtol=1e-9, atol=1e-15)
+    memory = play(v, problem, atas.solver(), update)
+    torch.testing.assert_close(problem.lower.step.memory.values[: len(v.x)], memory.v, rtol=1e-9, atol=1e-15)
 
 
 @pytest.mark.parametrize("how", ["warm-up", "low = high"])

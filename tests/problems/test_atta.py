@@ -33,9 +33,9 @@ from bilevel_at.testing import strategies as bst
 def test_atta(v, factor):
     """x^j = Π(x^{j−1} + α sign ∇ℓ), α constant (ATAS paper, equation 5)."""
 
-    def update(kept, batch, epoch):
-        delta = sign_step(v.twin, batch.x, batch.y, kept.start(batch), factor * v.epsilon, v.epsilon)
-        kept.keep(batch, delta)
+    def update(memory, batch, epoch):
+        delta = sign_step(v.twin, batch.x, batch.y, memory.start(batch), factor * v.epsilon, v.epsilon)
+        memory.store(batch, delta)
         return delta
 
     play(v, atta.problem(v.epsilon, factor * v.epsilon), atta.solver(), update)
@@ -50,7 +50,7 @@ def crop(canvas, top, left, flip, side):
 @pytest.mark.parametrize("file", [atta, atas])
 @given(v=visits(image=(1, 3, 3)), padding=st.integers(1, 2), draws=bst.seeds)
 def test_perturbations_move_with_the_crop_and_flip(file, v, padding, draws):
-    """ATTA's augmentation: the canvas is kept, each visit sees and rewrites the window that its image does."""
+    """ATTA's augmentation: the canvas is remembered, each visit sees and rewrites the window that its image does."""
     side, c = 3, 0.7
     problem = atta.problem(v.epsilon, 0.4 * v.epsilon) if file is atta else atas.problem(v.epsilon, v.epsilon, c=c)
     generator, mirror, crops = seeded(v.seed + 1), seeded(v.seed + 1), seeded(draws)
@@ -101,14 +101,14 @@ def test_perturbations_kept_at_another_size(v, size, step):
         stored = torch.stack([small.get(i, fresh[k]) for k, i in enumerate(index.tolist())])
         z = clip(resized(stored, 3), batch.x, v.epsilon)
         delta = sign_step(v.twin, batch.x, batch.y, z, step * v.epsilon, v.epsilon)
-        found = taken.solution.delta
-        torch.testing.assert_close(found, delta, rtol=1e-9, atol=1e-12)
+        ours = taken.solution.delta
+        torch.testing.assert_close(ours, delta, rtol=1e-9, atol=1e-12)
         low, high = box(batch.x, v.epsilon)
-        assert ((found >= low) & (found <= high)).all()
+        assert ((ours >= low) & (ours <= high)).all()
         for k, i in enumerate(index.tolist()):
             small[i] = resized(delta[k : k + 1], size)[0]
-            kept = problem.lower.anchor.memory.values[i]
-            assert kept.shape == (1, size, size) and kept.abs().max() <= v.epsilon * (1 + 1e-12)
-            torch.testing.assert_close(kept, small[i], rtol=1e-9, atol=1e-12)
+            value = problem.lower.anchor.memory.values[i]
+            assert value.shape == (1, size, size) and value.abs().max() <= v.epsilon * (1 + 1e-12)
+            torch.testing.assert_close(value, small[i], rtol=1e-9, atol=1e-12)
         descend_on(v.twin, ce(v.twin, batch.x + delta, batch.y).mean(), v.lr)
         assert_same(v.model, v.twin)

@@ -28,8 +28,8 @@ def test_beta(s, steps, rate):
     """Equations 20 to 22: the best class's perturbation, and cross-entropy there."""
     problem = beta.problem(s.epsilon, steps, rate)
     taken = library_step(problem, beta.solver(), s.model, s.batch, s.lr, seeded(s.seed))
-    found = rmsprop_margins(s.twin, s.x, s.y, beta_starts(s), steps, rate, s.epsilon)
-    best = [max(row, key=lambda one: one[1]) for row in found]
+    attacks = rmsprop_margins(s.twin, s.x, s.y, beta_starts(s), steps, rate, s.epsilon)
+    best = [max(row, key=lambda one: one[1]) for row in attacks]
     delta = torch.cat([eta for eta, _, _ in best])
     assert taken.solution.batch.target.tolist() == [j for _, _, j in best]
     torch.testing.assert_close(taken.solution.delta, delta, rtol=1e-8, atol=1e-11)

@@ -127,14 +127,14 @@ def test_gradalign_detached_against_central_differences(s, coefficient):
         unit = torch.randn(parameter.shape, generator=seeded(s.seed), dtype=F64)
         unit /= unit.norm()
         with torch.no_grad():
-            kept = parameter.clone()
-            parameter.copy_(kept + h * unit)
+            before = parameter.clone()
+            parameter.copy_(before + h * unit)
         above = value()
         with torch.no_grad():
-            parameter.copy_(kept - h * unit)
+            parameter.copy_(before - h * unit)
         below = value()
         with torch.no_grad():
-            parameter.copy_(kept)
+            parameter.copy_(before)
         analytic = 0.0 if gradient is None else (gradient * unit).sum().item()
         assert abs(analytic - (above - below) / (2 * h)) <= 1e-5 * size + 1e-8
 

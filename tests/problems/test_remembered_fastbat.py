@@ -6,7 +6,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from transcriptions import (
-    Kept,
+    Memory,
     assert_same,
     bat_terms,
     bat_weights,
@@ -29,16 +29,16 @@ def test_remembered_fastbat(v, c, momentum, top, weight):
     problem = remembered_fastbat.problem(v.epsilon, top, c, momentum)
     solver = remembered_fastbat.solver("hessian-free-kkt", v.epsilon, top, ig_factor=weight * top)
     generator = seeded(v.seed + 1)
-    kept = Kept(len(v.x), v.epsilon, seeded(v.seed + 1))
+    memory = Memory(len(v.x), v.epsilon, seeded(v.seed + 1))
     counted = 0
     for _, index in v.epochs(2):
         batch = v.batch(index)
         taken = library_step(problem, solver, v.model, batch, v.lr, generator)
-        z = kept.start(batch)
-        followed = kept.follow(index, ce_gradient(v.twin, batch.x + z, batch.y), momentum)
+        z = memory.start(batch)
+        followed = memory.follow(index, ce_gradient(v.twin, batch.x + z, batch.y), momentum)
         inverse = top * c / (c + followed.sqrt())
         terms = bat_terms(v.twin, batch.x, batch.y, z, inverse, v.epsilon)
-        kept.keep(batch, terms.delta)
+        memory.store(batch, terms.delta)
         torch.testing.assert_close(taken.solution.delta, terms.delta, rtol=1e-9, atol=1e-12)
         cross = terms.cross(by_sample(inverse, z) * (terms.free * terms.v))
         counted += weight * norm(cross) > 1e-3 * norm(terms.direct)

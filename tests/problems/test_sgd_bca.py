@@ -13,10 +13,10 @@ from bilevel_at.problems import sgd_bca
 def test_sgd_bca(v, step):
     """x_k ← Π(x_k + η_x ∇ℓ): ATTA without the sign (ATAS paper, section IV)."""
 
-    def update(kept, batch, epoch):
-        z = kept.start(batch)
+    def update(memory, batch, epoch):
+        z = memory.start(batch)
         delta = clip(z + step * ce_gradient(v.twin, batch.x + z, batch.y), batch.x, v.epsilon)
-        kept.keep(batch, delta)
+        memory.store(batch, delta)
         return delta
 
     play(v, sgd_bca.problem(v.epsilon, step), sgd_bca.solver(), update)

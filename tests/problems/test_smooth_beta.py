@@ -26,10 +26,10 @@ from bilevel_at.solvers import ZeroIG
 from bilevel_at.testing import strategies as bst
 
 
-def smooth_loss(model, x, y, found, mu, hold=False):
+def smooth_loss(model, x, y, attacks, mu, hold=False):
     """Line 9 of Algorithm 3, meaned over the batch; ``hold`` keeps the weights constant."""
     loss = torch.zeros((), dtype=F64)
-    for i, row in enumerate(found):
+    for i, row in enumerate(attacks):
         powers, losses = [], []
         for eta, _, j in row:
             out = model(x[i : i + 1] + eta)[0]
@@ -46,21 +46,21 @@ def test_smooth_beta(s, steps, rate, mu):
     """Equation 34: weights e^{μM_j} / Σ e^{μM_j}, differentiated with the losses they multiply."""
     problem = smooth_beta.problem(s.epsilon, steps, rate, temperature=mu)
     library_step(problem, smooth_beta.solver(), s.model, s.batch, s.lr, seeded(s.seed))
-    found = rmsprop_margins(s.twin, s.x, s.y, beta_starts(s), steps, rate, s.epsilon)
+    attacks = rmsprop_margins(s.twin, s.x, s.y, beta_starts(s), steps, rate, s.epsilon)
 
-    descend_on(s.twin, smooth_loss(s.twin, s.x, s.y, found, mu), s.lr)
+    descend_on(s.twin, smooth_loss(s.twin, s.x, s.y, attacks, mu), s.lr)
     assert_same(s.model, s.twin, rtol=1e-8, atol=1e-10)
 
 
 def test_smooth_beta_differentiates_its_weights():
     """So that the test above would notice if it did not."""
     model, batch = steep_network()
-    found = rmsprop_margins(model, batch.x, batch.y, torch.zeros(12, 8, dtype=F64), 3, 0.02, 0.2)
-    whole, held = (
-        torch.autograd.grad(smooth_loss(model, batch.x, batch.y, found, 1.0, hold), list(model.parameters()))
+    attacks = rmsprop_margins(model, batch.x, batch.y, torch.zeros(12, 8, dtype=F64), 3, 0.02, 0.2)
+    whole, constant = (
+        torch.autograd.grad(smooth_loss(model, batch.x, batch.y, attacks, 1.0, hold), list(model.parameters()))
         for hold in (False, True)
     )
-    assert norm([a - b for a, b in zip(whole, held, strict=True)]) > 0.05 * norm(whole)
+    assert norm([a - b for a, b in zip(whole, constant, strict=True)]) > 0.05 * norm(whole)
 
 
 @given(data=st.data())

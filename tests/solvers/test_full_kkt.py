@@ -41,9 +41,9 @@ def test_full_kkt_names_the_samples_it_refuses(method):
     if method == "dense":
         assert error.value.samples == (1, 3)
     # a negative curvature that a bound holds down is no obstacle
-    held = copy.deepcopy(problem)
-    held.lower.constraint = ba.Polyhedron(torch.eye(3, dtype=F64), torch.full((3,), 0.1, dtype=F64))
-    FullKKT(method=method).hypergradient(held, dense(3, 3), batch)
+    bounded = copy.deepcopy(problem)
+    bounded.lower.constraint = ba.Polyhedron(torch.eye(3, dtype=F64), torch.full((3,), 0.1, dtype=F64))
+    FullKKT(method=method).hypergradient(bounded, dense(3, 3), batch)
     FullKKT(method=method, damping=1.0).hypergradient(problem, dense(3, 3), batch)
 
 
