@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -61,3 +62,18 @@ def test_perturbations_are_redrawn_on_schedule():
         problem.set_epoch(epoch, 10)
         emptied.append(problem.lower.anchor.memory.known is None)
     assert [e for e, gone in enumerate(emptied) if gone] == [2, 5, 8]  # as the third, sixth and ninth of ten begin
+
+
+@pytest.mark.parametrize(("epochs", "expected"), [(9, [2, 5]), (10, [2, 5, 8]), (3, [])])
+def test_nothing_is_redrawn_in_the_last_epoch(epochs, expected):
+    """A network that trains for one more epoch on fresh perturbations would end on weak ones (ATAS' published code)."""
+    anchor = ba.Remembered(reset_every=3)
+    batch = batch_of(4, 6)
+    batch = ba.Batch(batch.x, batch.y, torch.arange(4))
+    cleared = []
+    for epoch in range(epochs):
+        anchor.memory.write(batch, batch.x)
+        anchor.set_epoch(epoch, epochs)
+        if torch.equal(anchor.memory.read(batch, torch.zeros_like(batch.x)), torch.zeros_like(batch.x)):
+            cleared.append(epoch)
+    assert cleared == expected

@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from examples import examples
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from networks import ATK, batch_of, dense, network, proximal, taylor
@@ -59,6 +60,7 @@ def in_normal_cone(constraint, delta, x, gradient):
 @pytest.mark.parametrize(
     "constraint", [lambda s: bst.boxes(), lambda s: bst.l2_balls(), bst.polyhedra], ids=["box", "l2", "polyhedron"]
 )
+@examples(0.3)
 @given(data=st.data())
 def test_closed_form_satisfies_its_kkt_conditions(direction, constraint, data):
     s = data.draw(bst.settings_of(lambda c, m: bst.linearized(c, m, direction), constraint, max_values=8))
@@ -66,6 +68,7 @@ def test_closed_form_satisfies_its_kkt_conditions(direction, constraint, data):
     assert in_normal_cone(s.problem.lower.constraint, delta, s.batch.x, gradient_of_g(s, delta))
 
 
+@examples(0.3)
 @given(s=bst.settings_of(bst.proximal, lambda s: bst.boxes()))
 def test_proximal_satisfies_its_kkt_conditions(s):
     solution = s.problem.lower.solve(s.model, s.batch, anchor=s.anchor)
@@ -157,6 +160,7 @@ def test_proximal_states_where_it_did_not_converge():
     assert set(error.value.samples) <= set(range(5)) and error.value.samples
 
 
+@examples(0.3)
 @given(s=bst.settings_of(bst.proximal, lambda s: bst.boxes(), max_size=3))
 def test_proximal_is_where_scipy_finds_it(s):
     from scipy.optimize import minimize

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from examples import examples
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -22,6 +23,7 @@ def margins(model, x, y):
 
 
 @pytest.mark.parametrize("optimizer", OPTIMISERS, ids=lambda o: o.__name__)
+@examples(0.3)
 @given(data=st.data())
 def test_beta_stays_inside_and_takes_the_best_class(optimizer, data):
     shape, classes = data.draw(bst.shapes(8)), data.draw(st.integers(2, 4))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from examples import examples
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from transcriptions import by_sample, ce_gradient, clip, play, seeded, steep_network, visits
@@ -13,6 +14,7 @@ from bilevel_at.problems import asgd_bca
 from bilevel_at.testing import strategies as bst
 
 
+@examples(0.3)
 @given(v=visits(), eta=st.floats(0.01, 1.0), momentum=st.floats(0.0, 0.9))
 def test_asgd_bca(v, eta, momentum):
     """x_k ← Π(x_k + η_x/√v̂_k · ∇ℓ), v̂ never decreasing."""
@@ -37,6 +39,7 @@ def test_asgd_bca(v, eta, momentum):
     assert all((later >= earlier).all() for earlier, later in zip(record, record[1:], strict=False))
 
 
+@examples(0.3)
 @given(seed=bst.seeds, momentum=st.floats(0.0, 0.8), shrink=st.floats(0.1, 0.5))
 def test_asgd_bca_divides_by_the_largest_v(seed, momentum, shrink):
     """Where gradients shrink v̂ stays and v falls: the second step is shorter than ATAS' preconditioner has it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from examples import examples
 from hypothesis import given
 from hypothesis import strategies as st
 from networks import F64, small
@@ -15,6 +16,7 @@ from bilevel_at.solvers import ZeroIG
 from bilevel_at.testing import strategies as bst
 
 
+@examples(0.3)
 @given(
     v=visits(), c=st.floats(0.05, 3.0), momentum=st.floats(0.0, 0.9), top=st.floats(0.6, 4.0), warm=st.integers(0, 2)
 )
@@ -37,6 +39,7 @@ def test_atas(v, c, momentum, top, warm):
 
 
 @pytest.mark.parametrize("how", ["warm-up", "low = high"])
+@examples(0.3)
 @given(v=visits(n=4))
 def test_atas_with_a_constant_step_is_atta(how, v):
     if how == "warm-up":
@@ -57,6 +60,7 @@ def test_atas_with_a_constant_step_is_atta(how, v):
         assert all(torch.equal(p, q) for p, q in zip(v.model.parameters(), v.twin.parameters(), strict=True))
 
 
+@examples(0.3)
 @given(data=st.data(), epsilon=st.floats(0.02, 0.3), c=st.floats(0.05, 2.0), beta=st.floats(0.0, 0.9))
 def test_recursion_is_algorithm_1(data, epsilon, c, beta):
     """x_i^j for three epochs over six examples in changing order, with the network updated in between."""

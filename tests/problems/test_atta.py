@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from examples import examples
 from hypothesis import given
 from hypothesis import strategies as st
 from networks import F64
@@ -29,6 +30,7 @@ from bilevel_at.problems import atas, atta
 from bilevel_at.testing import strategies as bst
 
 
+@examples(0.3)
 @given(v=visits(kinks=True), factor=st.floats(0.1, 2.0))
 def test_atta(v, factor):
     """x^j = Π(x^{j−1} + α sign ∇ℓ), α constant (ATAS paper, equation 5)."""
@@ -48,6 +50,7 @@ def crop(canvas, top, left, flip, side):
 
 
 @pytest.mark.parametrize("file", [atta, atas])
+@examples(0.3)
 @given(v=visits(image=(1, 3, 3)), padding=st.integers(1, 2), draws=bst.seeds)
 def test_perturbations_move_with_the_crop_and_flip(file, v, padding, draws):
     """ATTA's augmentation: the canvas is remembered, each visit sees and rewrites the window that its image does."""
@@ -89,6 +92,7 @@ def resized(delta, side):
     return F.interpolate(delta, (side, side), mode="bilinear", align_corners=False, antialias=True)
 
 
+@examples(0.3)
 @given(v=visits(n=4, image=(1, 3, 3)), size=st.integers(1, 4), step=st.floats(0.1, 1.5))
 def test_perturbations_kept_at_another_size(v, size, step):
     """Algorithm 2: δ resized to be used, and resized again to be stored; δ* itself is feasible."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from examples import examples
 from hypothesis import given
 from transcriptions import (
     assert_same,
@@ -23,6 +24,7 @@ from bilevel_at.problems import beta, smooth_beta
 from bilevel_at.solvers import FullKKT, HessianFreeKKT, ZeroIG
 
 
+@examples(0.3)
 @given(s=scenes(max_size=3), steps=beta_steps, rate=beta_rates)
 def test_beta(s, steps, rate):
     """Equations 20 to 22: the best class's perturbation, and cross-entropy there."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from examples import examples
 from hypothesis import given
 from networks import network
 from transcriptions import (
@@ -21,6 +22,7 @@ import bilevel_at as ba
 from bilevel_at.problems import fastat
 
 
+@examples(0.3)
 @given(s=scenes(kinks=True))
 def test_fast_at(s):
     """Fast-BAT paper, equations 5 to 7, with the published step 1.25 ε."""

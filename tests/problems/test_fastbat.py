@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from examples import examples
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from networks import F64, SOLVERS, network
@@ -61,6 +62,7 @@ def bat_scenes():
 
 
 @pytest.mark.parametrize("scheme", ["gradient-step", "uniform", "corner", "sign-step"])
+@examples(0.3)
 @given(s=bat_scenes(), step=bat_steps, weight=bat_weights, cross_at=st.sampled_from(["anchor", "solution"]))
 def test_fast_bat_hessian_free(scheme, s, step, weight, cross_at):
     """Equations 9, 13 and 14: w = (1/λ) 1_F ∘ ∇_δ ℓ_tr; ig_weight = α₂/α₁ = ig_factor · λ.
@@ -105,6 +107,7 @@ def proposition_1(hessian, free, v):
     return w
 
 
+@examples(0.3)
 @given(s=bat_scenes(), step=bat_steps, weight=bat_weights)
 def test_fast_bat_hessian_aware(s, step, weight):
     """Proposition 1 as displayed, with H = ∇²_δδ ℓ_atk(θ, δ*) + λI dense, and a test that it is not Corollary 1."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from examples import examples
 from hypothesis import given
 from hypothesis import strategies as st
 from transcriptions import assert_same, box, ce, descend_on, library_step, scenes, seeded, sign_step, uniform_start
@@ -12,6 +13,7 @@ from bilevel_at.problems import fgsm
 
 
 @pytest.mark.parametrize("start", ["zero", "uniform", "corner"])
+@examples(0.3)
 @given(s=scenes(kinks=True), factor=st.one_of(st.none(), st.floats(0.1, 3.0)))
 def test_fgsm(start, s, factor):
     """θ ← θ − lr ∇ mean ℓ(θ, P_C(z − step · sign ∇ℓ_atk)); step ε unless it is given."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
+from examples import examples
 from hypothesis import given
 from hypothesis import strategies as st
 from transcriptions import F64, assert_same, ce, clip, descend, library_step, scenes, seeded
@@ -25,6 +26,7 @@ def free_pass(model, x, y, delta, step, epsilon, lr):
     return (delta + step * towards.sign()).clamp(-epsilon, epsilon)
 
 
+@examples(0.3)
 @given(s=scenes(kinks=True), replays=st.integers(1, 3), factor=st.floats(0.3, 1.2), carry=st.booleans())
 def test_free_at(s, replays, factor, carry):
     """Algorithm 1 of Shafahi et al. over three batches, the last one short."""
@@ -48,6 +50,7 @@ def test_free_at(s, replays, factor, carry):
         torch.testing.assert_close(problem.lower.carried, delta, rtol=1e-12, atol=1e-14)
 
 
+@examples(0.3)
 @given(s=scenes(kinks=True))
 def test_free_at_once_without_carrying_is_standard_training(s):
     ours, theirs = free.problem(s.epsilon, replays=1, carry=False), standard.problem(s.epsilon)
@@ -57,6 +60,7 @@ def test_free_at_once_without_carrying_is_standard_training(s):
         assert all(torch.equal(p, q) for p, q in zip(s.model.parameters(), s.twin.parameters(), strict=True))
 
 
+@examples(0.3)
 @given(s=scenes(), before=st.integers(0, 3), carry=st.booleans())
 def test_free_at_continues_from_its_state(s, before, carry):
     first = free.problem(s.epsilon, replays=2, carry=carry)

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from examples import examples
 from hypothesis import given
 from hypothesis import strategies as st
 from transcriptions import (
@@ -65,6 +66,7 @@ def gradalign_by_hand(s, steps, start, detach, coefficient):
 
 @pytest.mark.parametrize("detach", [True, False])
 @pytest.mark.parametrize(("steps", "start"), [(1, "zero"), (1, "uniform"), (2, "zero"), (2, "uniform")])
+@examples(0.3)
 @given(s=scenes(), coefficient=st.floats(0.05, 5.0))
 def test_gradalign(steps, start, detach, s, coefficient):
     problem = gradalign.problem(s.epsilon, coefficient, steps, start, detach=detach)
@@ -91,6 +93,7 @@ def partly_dead_network(seed, classes=3, d=6):
 
 
 @pytest.mark.parametrize("detach", [True, False])
+@examples(0.3)
 @given(seed=bst.seeds, dead=st.integers(1, 3), alive=st.integers(0, 3), lr=st.floats(0.01, 1.0))
 def test_gradalign_leaves_out_samples_without_a_gradient(detach, seed, dead, alive, lr):
     """Their cosine is undefined; the mean is over the others, and every gradient is finite."""
@@ -110,6 +113,7 @@ def test_gradalign_leaves_out_samples_without_a_gradient(detach, seed, dead, ali
     assert_same(s.model, s.twin, rtol=1e-8, atol=1e-10)
 
 
+@examples(0.3)
 @given(s=scenes(), coefficient=st.floats(0.5, 5.0))
 def test_gradalign_detached_against_central_differences(s, coefficient):
     """Of its loss with the clean gradient held at its value, along a random direction in every parameter."""
@@ -139,6 +143,7 @@ def test_gradalign_detached_against_central_differences(s, coefficient):
         assert abs(analytic - (above - below) / (2 * h)) <= 1e-5 * size + 1e-8
 
 
+@examples(0.3)
 @given(s=scenes(), coefficient=st.floats(0.5, 5.0))
 def test_gradalign_undetached_passes_hypergradcheck(s, coefficient):
     problem = gradalign.problem(s.epsilon, coefficient, detach=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from examples import examples
 from hypothesis import given
 from hypothesis import strategies as st
 from transcriptions import assert_same, descend_on, gaussian_start, kl, library_step, scenes, seeded, sign_step
@@ -19,6 +20,7 @@ def boosted(p, y):
 
 
 @pytest.mark.parametrize("weight", [0.0, 5.0, None])
+@examples(0.3)
 @given(s=scenes(kinks=True), steps=st.integers(1, 3), drawn=st.floats(0.1, 8.0))
 def test_mart(weight, s, steps, drawn):
     """BCE(x + δ*) + weight · KL(p(x) ‖ p(x + δ*)) · (1 − p_y(x)); at weight 0 BCE alone."""

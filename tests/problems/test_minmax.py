@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from examples import examples
 from hypothesis import given
 from hypothesis import strategies as st
 from networks import network
@@ -23,6 +24,7 @@ import bilevel_at as ba
 from bilevel_at.problems import minmax
 
 
+@examples(0.3)
 @given(s=scenes(kinks=True), steps=st.integers(1, 4), factor=st.one_of(st.none(), st.floats(0.1, 1.5)))
 def test_pgd(s, steps, factor):
     """Madry's update: K projected sign steps from a uniform draw, δ* then a constant."""

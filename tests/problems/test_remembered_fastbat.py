@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from examples import examples
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from transcriptions import (
@@ -23,6 +24,7 @@ from transcriptions import (
 from bilevel_at.problems import remembered_fastbat
 
 
+@examples(0.3)
 @given(v=visits(n=4), c=st.floats(0.1, 2.0), momentum=st.floats(0.0, 0.9), top=st.floats(0.1, 0.6), weight=bat_weights)
 def test_remembered_fastbat(v, c, momentum, top, weight):
     """Its docstring's three lines over two visits: 1/λ_i = γ/(c + √v_i), and λ_i a constant of the solve."""

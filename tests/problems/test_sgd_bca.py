@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from examples import examples
 from hypothesis import given
 from hypothesis import strategies as st
 from transcriptions import ce_gradient, clip, play, visits
@@ -9,6 +10,7 @@ from transcriptions import ce_gradient, clip, play, visits
 from bilevel_at.problems import sgd_bca
 
 
+@examples(0.3)
 @given(v=visits(), step=st.floats(0.05, 3.0))
 def test_sgd_bca(v, step):
     """x_k ← Π(x_k + η_x ∇ℓ): ATTA without the sign (ATAS paper, section IV)."""

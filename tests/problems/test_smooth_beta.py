@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from examples import examples
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
@@ -41,6 +42,7 @@ def smooth_loss(model, x, y, attacks, mu, hold=False):
     return loss
 
 
+@examples(0.3)
 @given(s=scenes(max_size=3), steps=beta_steps, rate=beta_rates, mu=st.floats(0.1, 5.0))
 def test_smooth_beta(s, steps, rate, mu):
     """Equation 34: weights e^{μM_j} / Σ e^{μM_j}, differentiated with the losses they multiply."""
@@ -63,6 +65,7 @@ def test_smooth_beta_differentiates_its_weights():
     assert norm([a - b for a, b in zip(whole, constant, strict=True)]) > 0.05 * norm(whole)
 
 
+@examples(0.3)
 @given(data=st.data())
 def test_smooth_beta_is_algorithm_3(data):
     shape, classes = data.draw(bst.shapes(8)), data.draw(st.integers(2, 4))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from examples import examples
 from hypothesis import given
 from hypothesis import strategies as st
 from transcriptions import (
@@ -21,6 +22,7 @@ from transcriptions import (
 from bilevel_at.problems import standard, trades
 
 
+@examples(0.3)
 @given(s=scenes(kinks=True), steps=st.integers(1, 3), weight=st.floats(0.1, 8.0))
 def test_trades(s, steps, weight):
     """ℓ(x) + weight · KL(f(x) ‖ f(x + δ*)) with gradients through both arguments; δ* by sign steps up the KL."""
@@ -36,6 +38,7 @@ def test_trades(s, steps, weight):
     assert_same(s.model, s.twin)
 
 
+@examples(0.3)
 @given(s=scenes(kinks=True))
 def test_trades_at_weight_0_is_standard_training(s):
     library_step(trades.problem(s.epsilon, weight=0.0, steps=2), trades.solver(), s.model, s.batch, s.lr, seeded(0))
