@@ -1,26 +1,66 @@
-"""ATAS against a direct transcription of its Algorithm 1; perturbations through crop and flip; state."""
+"""ATAS against a transcription of its Algorithm 1; its constants; its state."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from examples import examples
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.nn import functional as F
+from networks import F64, small
+from transcriptions import by_sample, ce_gradient, clip, library_step, play, seeded, visits
 
 import bilevel_at as ba
 from bilevel_at.problems import atas, atta
-from bilevel_at.solvers import FullKKT, HessianFreeKKT, ZeroIG
+from bilevel_at.solvers import ZeroIG
 from bilevel_at.testing import strategies as bst
 
-F64 = torch.float64
+
+@examples(0.3)
+@given(
+    v=visits(), c=st.floats(0.05, 3.0), momentum=st.floats(0.0, 0.9), top=st.floats(0.6, 4.0), warm=st.integers(0, 2)
+)
+def test_atas(v, c, momentum, top, warm):
+    """Algorithm 1 with what the published code adds: a constant step ε at first, and steps clipped to ε/2 … 7ε/4."""
+
+    def update(memory, batch, epoch):
+        z = memory.start(batch)
+        gradient = ce_gradient(v.twin, batch.x + z, batch.y)
+        followed = memory.follow(batch.index, gradient, momentum)
+        alpha = top * v.epsilon * c / (c + followed.sqrt())
+        alpha = torch.full_like(alpha, v.epsilon) if epoch < warm else alpha.clamp(v.epsilon / 2, 7 * v.epsilon / 4)
+        delta = clip(z + by_sample(alpha, z) * gradient.sign(), batch.x, v.epsilon)
+        memory.store(batch, delta)
+        return delta
+
+    problem = atas.problem(v.epsilon, top * v.epsilon, c, momentum, warmup_epochs=warm)
+    memory = play(v, problem, atas.solver(), update)
+    torch.testing.assert_close(problem.lower.step.memory.values[: len(v.x)], memory.v, rtol=1e-9, atol=1e-15)
 
 
-def input_gradient(model, x, y):
-    x = x.detach().requires_grad_()
-    return torch.autograd.grad(F.cross_entropy(model(x), y, reduction="sum"), x)[0]
+@pytest.mark.parametrize("how", ["warm-up", "low = high"])
+@examples(0.3)
+@given(v=visits(n=4))
+def test_atas_with_a_constant_step_is_atta(how, v):
+    if how == "warm-up":
+        length, ours = v.epsilon, atas.problem(v.epsilon, warmup_epochs=30)
+    else:
+        length = 0.7 * v.epsilon
+        steps = ba.Adaptive(gamma=1.0, c=0.5, low=length, high=length)
+        loss, ball = ba.minus(ba.cross_entropy), ba.LinfBall(v.epsilon)
+        lower = ba.Linearized(loss, ball, ba.Remembered(), "sign", steps)
+        ours = ba.BilevelProblem(ba.UpperProblem(), lower)
+    theirs = atta.problem(v.epsilon, length)
+    draws = seeded(v.seed), seeded(v.seed)
+    for epoch, index in v.epochs(3):
+        ours.set_epoch(epoch, 30), theirs.set_epoch(epoch, 30)
+        a = library_step(ours, atas.solver(), v.model, v.batch(index), v.lr, draws[0])
+        b = library_step(theirs, atta.solver(), v.twin, v.batch(index), v.lr, draws[1])
+        assert torch.equal(a.solution.delta, b.solution.delta)
+        assert all(torch.equal(p, q) for p, q in zip(v.model.parameters(), v.twin.parameters(), strict=True))
 
 
+@examples(0.3)
 @given(data=st.data(), epsilon=st.floats(0.02, 0.3), c=st.floats(0.05, 2.0), beta=st.floats(0.0, 0.9))
 def test_recursion_is_algorithm_1(data, epsilon, c, beta):
     """x_i^j for three epochs over six examples in changing order, with the network updated in between."""
@@ -54,7 +94,7 @@ def test_recursion_is_algorithm_1(data, epsilon, c, beta):
             for k, i in enumerate(index.tolist()):
                 if adversarial[i] is None:
                     adversarial[i] = x[i] + start[k].clamp(-x[i], 1 - x[i])
-                gradient = input_gradient(model, adversarial[i][None], y[i : i + 1])[0]
+                gradient = ce_gradient(model, adversarial[i][None], y[i : i + 1])[0]
                 v[i] = beta * v[i] + (1 - beta) * gradient.norm() ** 2
                 alpha = 2 * epsilon * c / (c + v[i].sqrt())
                 moved = adversarial[i] + alpha * gradient.sign()
@@ -90,48 +130,6 @@ def test_constant_step_is_atta():
         assert torch.equal(*deltas) and (deltas[0] != 0).any()
 
 
-# --- views --------------------------------------------------------------------------------------------------------
-
-
-@st.composite
-def views(draw, n, padding):
-    g = torch.Generator().manual_seed(draw(bst.seeds))
-    return ba.CropFlip.draw(n, padding, g, torch.device("cpu"))
-
-
-@given(data=st.data(), n=st.integers(1, 4), padding=st.integers(0, 3), h=st.integers(1, 5), w=st.integers(1, 5))
-def test_views_read_what_they_wrote(data, n, padding, h, w):
-    canvas = torch.randn(n, 2, h + 2 * padding, w + 2 * padding)
-    window = torch.randn(n, 2, h, w)
-    view = data.draw(views(n, padding))
-    written = view.write(canvas, window)
-    assert torch.equal(view.apply(written), window)
-    for i in range(n):  # and nothing outside the window moved
-        top, left = view.top[i], view.left[i]
-        outside = torch.ones_like(canvas[i], dtype=torch.bool)
-        outside[:, top : top + h, left : left + w] = False
-        assert torch.equal(written[i][outside], canvas[i][outside])
-        expected = canvas[i, :, top : top + h, left : left + w]
-        assert torch.equal(view.apply(canvas)[i], expected.flip(-1) if view.flip[i] else expected)
-
-
-@given(data=st.data(), n=st.integers(1, 3), padding=st.integers(0, 3))
-def test_perturbations_follow_their_image_exactly(data, n, padding):
-    """Image and perturbation go through the same views: x + δ of a second view is that view of the first x + δ."""
-    lower = ba.Linearized(ba.minus(ba.cross_entropy), ba.LinfBall(0.3, bounds=None), ba.Remembered(), "sign", step=0.1)
-    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 3))
-    images = torch.rand(n, 1, 4, 4)
-    index, y = torch.arange(n), torch.zeros(n).long()
-    first, second = data.draw(views(n, padding)), data.draw(views(n, padding))
-    batch = ba.Batch(first.apply(first.pad(images)), y, index, first)
-    delta = lower.solve(model, batch).delta
-    assert torch.equal(lower.draw_anchor(model, batch, None), delta)
-    canvas = lower.anchor.memory.values[index]
-    again = ba.Batch(second.apply(second.pad(images)), y, index, second)
-    assert torch.equal(lower.draw_anchor(model, again, None), second.apply(canvas))
-    assert torch.equal(first.apply(canvas), delta)
-
-
 def test_perturbations_are_projected_where_the_crop_shows_other_pixels():
     lower = atas.problem(epsilon=0.2).lower
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 3))
@@ -143,15 +141,6 @@ def test_perturbations_are_projected_where_the_crop_shows_other_pixels():
         assert (delta.abs() <= 0.2).all() and (batch.x + delta >= 0).all() and (batch.x + delta <= 1).all()
 
 
-# --- state ----------------------------------------------------------------------------------------------------------
-
-
-def small():
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(6, 3))
-    return model, ba.Batch(torch.rand(4, 6), torch.tensor([0, 1, 2, 0]), torch.tensor([7, 1, 5, 2]))
-
-
 def test_state_survives_saving():
     model, batch = small()
     one, two = atas.problem(epsilon=0.1), atas.problem(epsilon=0.1)
@@ -160,39 +149,3 @@ def test_state_survives_saving():
     two.load_state_dict(one.state_dict())
     a, b = (ZeroIG().hypergradient(p, model, batch).solution for p in (one, two))
     assert torch.equal(a.delta, b.delta) and torch.equal(a.step, b.step)
-
-
-def test_holding_the_anchor_remembers_nothing():
-    model, batch = small()
-    problem = atas.problem(epsilon=0.1)
-    ZeroIG().hypergradient(problem, model, batch)
-    before = (problem.lower.anchor.memory.values.clone(), problem.lower.step.memory.values.clone())
-    for solver in (ZeroIG(), HessianFreeKKT(), FullKKT()):
-        solver.hypergradient(problem, model, batch, anchor=torch.zeros_like(batch.x))
-    assert torch.equal(problem.lower.anchor.memory.values, before[0])
-    assert torch.equal(problem.lower.step.memory.values, before[1])
-
-
-def test_perturbations_are_redrawn_on_schedule():
-    model, batch = small()
-    problem = atas.problem(epsilon=0.1, reset_every=3)
-    ZeroIG().hypergradient(problem, model, batch)
-    emptied = []
-    for epoch in range(10):
-        problem.lower.anchor.memory.known = torch.ones(8, dtype=torch.bool)
-        problem.set_epoch(epoch, 10)
-        emptied.append(problem.lower.anchor.memory.known is None)
-    assert [e for e, gone in enumerate(emptied) if gone] == [2, 5, 8]  # as the third, sixth and ninth of ten begin
-
-
-def test_memory_grows_and_needs_an_index():
-    model, batch = small()
-    problem = atas.problem()
-    ZeroIG().hypergradient(problem, model, batch)
-    more = ba.Batch(batch.x, batch.y, torch.tensor([50, 7, 51, 0]))
-    kept = problem.lower.anchor.memory.values[7].clone()
-    ZeroIG().hypergradient(problem, model, more, anchor=None)
-    assert len(problem.lower.anchor.memory.values) >= 52
-    assert not torch.equal(problem.lower.anchor.memory.values[7], kept)
-    with pytest.raises(ba.InputError, match=r"pass Batch\(x, y, index=...\)"):
-        ZeroIG().hypergradient(problem, model, ba.Batch(batch.x, batch.y))
