@@ -109,7 +109,7 @@ def assert_same_bits(a, b, where="it"):
         assert len(a) == len(b), where
         for i, (one, other) in enumerate(zip(a, b, strict=True)):
             assert_same_bits(one, other, f"{where}[{i}]")
-    elif dataclasses.is_dataclass(a):
+    elif dataclasses.is_dataclass(a) and not isinstance(a, type):
         for f in dataclasses.fields(a):
             assert_same_bits(getattr(a, f.name), getattr(b, f.name), f"{where}.{f.name}")
     else:
