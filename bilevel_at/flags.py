@@ -225,6 +225,11 @@ def _unknown(argument: str, flags: Sequence[Flag]) -> str:
     return f"{name} is not a flag here; " + (f"did you mean {close[0]}?" if close else "--help lists them")
 
 
+def _printable(text: str) -> str:
+    """The text with what moves a terminal's cursor or changes its state written out: files may hold anything."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
 def main(command: Callable[[Sequence[str]], int | None], prog: str) -> int:
     """Run a command on ``sys.argv``: 0 for done, 2 for a mistake in what was asked, said in one line."""
     for stream in (sys.stdout, sys.stderr):
@@ -233,7 +238,7 @@ def main(command: Callable[[Sequence[str]], int | None], prog: str) -> int:
     try:
         return command(sys.argv[1:]) or 0
     except (InputError, BilevelError) as error:
-        print(f"{prog}: {error}", file=sys.stderr)
+        print(f"{prog}: {_printable(str(error))}", file=sys.stderr)
         return 2
     except BrokenPipeError:
         sys.stderr.write(f"{prog}: the output was closed; what is done stays done\n")

@@ -621,7 +621,7 @@ def test_bad_problem_files(source, says):
 def test_a_model_of_the_user_s_own_and_loading_it():
     Path("own.py").write_text(OWN.format(width=10))
     run("own.py", *SHORT, "--out", "out")
-    with pytest.raises(ba.InputError, match=r"own.py; pass one as load\(..., model=...\)"):
+    with pytest.raises(ba.InputError, match=r"'own.py'; pass one as load\(..., model=...\)"):
         ba.load("out")
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
     assert ba.load("out", model=model)(torch.rand(2, 1, 8, 8)).shape == (2, 10)

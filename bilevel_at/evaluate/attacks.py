@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -130,15 +130,17 @@ def radius_text(epsilon: float) -> str:
     return f"{epsilon:.4g}" if k is None else f"{k}/255"
 
 
-def attack_from_name(name: str, constraint: Constraint | float, seed: int = 0) -> Attack:
+def attack_from_name(
+    name: str, constraint: Constraint | float, seed: int = 0, surrogate: Callable[[str], nn.Module] | None = None
+) -> Attack:
     """The attack of that name inside ``constraint``; a number ε stands for ``LinfBall(ε)``.
 
     The names are those of :data:`ATTACKS`. FGSM and PGD take steepest steps, the sign of the gradient in ℓ∞ and its
     direction elsewhere (:meth:`Constraint.attack_step`), PGD of a quarter of the radius. BETA (Robey et al., 2023,
     Algorithm 1) takes K steps for each class in all, of RMSprop or, outside ℓ∞, along the gradient, at rates that fall
     from ε/2 to 0, and every one of them counts; from ten on, in ℓ∞, they are five short descents and a longer one from
-    the best (:class:`Margins`). seed: of AutoAttack and its parts, which take their own. Attacks see the model in eval
-    mode.
+    the best (:class:`Margins`). seed: of AutoAttack and its parts, which take their own. surrogate: the network that
+    ``transfer:RUN`` attacks, from RUN; :func:`bilevel_at.load` if not given. Attacks see the model in eval mode.
 
     Raises :class:`InputError` for an unknown name, and where AutoAttack does not know the constraint.
     """
@@ -146,11 +148,11 @@ def attack_from_name(name: str, constraint: Constraint | float, seed: int = 0) -
         constraint = LinfBall(constraint)
     if name == "clean":
         return Attack(name)
-    stages = _stages(name, constraint, seed)
+    stages = _stages(name, constraint, seed, surrogate)
     return Attack(name, constraint, stages if constraint.attack_step()[1] > 0 else ())
 
 
-def _stages(name: str, constraint: Constraint, seed: int) -> list[Stage]:
+def _stages(name: str, constraint: Constraint, seed: int, surrogate: Callable[[str], nn.Module] | None) -> list[Stage]:
     direction, radius = constraint.attack_step()
     reach = constraint.attack_reach()
     start, step = ("zero", reach) if name == "fgsm" else ("uniform", reach / 4)
@@ -178,7 +180,7 @@ def _stages(name: str, constraint: Constraint, seed: int) -> list[Stage]:
         version, parts = VERSIONS.get(name, ("standard", (name,)))
         return [Component(part, norm, radius, version, seed) for part in parts]
     if name.startswith("transfer:"):
-        return _transferred(name, constraint, seed)
+        return _transferred(name, constraint, seed, surrogate)
     known = ["fgsm", "pgd-50-10", "beta-30", *COMPONENTS, *VERSIONS]
     close = difflib.get_close_matches(name, known, 1)
     raise InputError(
@@ -194,14 +196,15 @@ def _optimizer(name: str, attack: str) -> type[torch.optim.Optimizer]:
     return known[name]
 
 
-def _transferred(name: str, constraint: Constraint, seed: int) -> list[Stage]:
-    from ..train.rundir import RunDir, load  # they need this package
-    from .target import model_of_file
+def _transferred(
+    name: str, constraint: Constraint, seed: int, surrogate: Callable[[str], nn.Module] | None
+) -> list[Stage]:
+    from ..train.rundir import load  # it needs this package
 
     run, attack = name.removeprefix("transfer:"), "pgd-50-10"
     if ":" in run and not Path(run).exists():
         run, attack = run.rsplit(":", 1)
     if attack.startswith(("transfer", "clean")):
         raise InputError(f"attack {name!r} transfers {attack!r}; it takes an attack that looks at a network")
-    surrogate = load(run, model=model_of_file(RunDir(run).read_json("config.json")))
-    return [OnSurrogate(stage, surrogate, run) for stage in _stages(attack, constraint, seed)]
+    network = (surrogate or load)(run)
+    return [OnSurrogate(stage, network, run) for stage in _stages(attack, constraint, seed, surrogate)]

@@ -14,13 +14,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from torch import nn
 
 from .. import flags
 from ..data import ImageSet, load_data
 from ..errors import InputError
 from ..models import MODELS, ActivationName
 from ..plan import resolve_device
-from ..train.rundir import RunDir, Which
+from ..problem_file import ModelFiles
+from ..train.rundir import RunDir, Which, load
 from .attacks import ATTACKS, Attack, ball, radius_text
 from .doubts import record_checks
 from .evaluation import attacks_at
@@ -53,6 +55,7 @@ class Options:
     data_dir: the run's own if not given.
     download: fetch a named data set that is not there.
     model: the network that the weights belong to.
+    model_file: the problem file that defines the network of a run (or of transfer:RUN); it is run.
     activation: of that network.
     mean: per channel, where the weights do not say how inputs are normalised.
     std: per channel, likewise.
@@ -73,6 +76,7 @@ class Options:
     data_dir: str | None = None
     download: bool = True
     model: str | None = None
+    model_file: tuple[str, ...] = ()
     activation: ActivationName = "relu"
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
@@ -105,7 +109,8 @@ def command(args: Sequence[str]) -> int:
     about = "Attack the networks of a run, or weights from elsewhere."
     options = Options(**flags.parse(flags.flags_of(Options), args[1:], f"python -m {PROG} {args[0]}", about))
     device = resolve_device(options.device)
-    target, images = _target(Path(args[0]), options)
+    files = ModelFiles(options.model_file)
+    target, images = _target(Path(args[0]), options, files)
     images = images.to(device)
 
     norm = options.norm or target.norm
@@ -115,7 +120,9 @@ def command(args: Sequence[str]) -> int:
         raise InputError(f"{args[0]} was trained in {target.norm}; for --norm {norm} give --epsilon, too")
     if norm is None or (not radii and set(options.attacks) != {"clean"}):
         raise InputError(f"{args[0]} does not say which ball to attack in; give --norm linf and --epsilon 8/255, say")
-    attacks = attacks_at(options.attacks, [ball(norm, radius) for radius in dict.fromkeys(radii)], options.seed)
+    spaces = [ball(norm, radius) for radius in dict.fromkeys(radii)]
+    attacks = attacks_at(options.attacks, spaces, options.seed, functools.partial(_surrogate, files))
+    target.check()
     usual = target.epsilon if same else None
     if not (target.run.path / "config.json").exists():
         target.run.write_json("config.json", target.about)
@@ -143,13 +150,21 @@ def command(args: Sequence[str]) -> int:
     return 0
 
 
-def _target(path: Path, options: Options) -> tuple[Target, ImageSet]:
+def _surrogate(files: ModelFiles, run: str) -> nn.Module:
+    """The network of ``transfer:RUN``."""
+    return load(run, model=files.network(run, RunDir(run).read_json("config.json")))
+
+
+def _target(path: Path, options: Options, files: ModelFiles) -> tuple[Target, ImageSet]:
     """What is evaluated, and on which images."""
+    transfers = any(name.startswith("transfer:") for name in options.attacks)
     if path.is_dir():
         for name in ("model", "mean", "std", "out"):
             if getattr(options, name):
                 raise InputError(f"--{name} is for weights from elsewhere; {path} is a run, which says so itself")
-        target = from_run(path, options.which or None)
+        target = from_run(path, options.which or None, files)
+        if options.model_file and not transfers and target.about.get("model") != "file":
+            raise InputError(f"--model-file is for runs whose problem file defines the network; {path} is no such run")
         data = options.data or target.data
         images = _images(data, options.data_dir or target.data_dir, options, target.test_examples)
         expected = target.about.get("shape"), target.about.get("classes")
@@ -165,6 +180,8 @@ def _target(path: Path, options: Options) -> tuple[Target, ImageSet]:
         raise InputError(f"{path} is a file of weights; say whose with --model: {', '.join(MODELS)}")
     if options.which:
         raise InputError("--which is for runs; a file of weights has one network")
+    if options.model_file and not transfers:
+        raise InputError("--model-file is for runs; whose weights these are is said with --model")
     if not options.epsilon and set(options.attacks) != {"clean"}:
         raise InputError("--epsilon is missing: weights from elsewhere do not say which radius they were trained for")
     data = options.data or "digits"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,8 +27,16 @@ class EvaluationWarning(UserWarning):
     """A robust accuracy that may not mean what it says."""
 
 
-def attacks_at(names: str | Iterable[str | Attack], spaces: Sequence[Constraint], seed: int = 0) -> list[Attack]:
-    """Every attack in every one of the sets; attacks that are made already, and ``clean``, once."""
+def attacks_at(
+    names: str | Iterable[str | Attack],
+    spaces: Sequence[Constraint],
+    seed: int = 0,
+    surrogate: Callable[[str], nn.Module] | None = None,
+) -> list[Attack]:
+    """Every attack in every one of the sets; attacks that are made already, and ``clean``, once.
+
+    surrogate: the network of ``transfer:RUN``, from RUN.
+    """
     made: list[Attack] = []
     names = names.split() if isinstance(names, str) else names
     for name in dict.fromkeys(names):
@@ -39,7 +47,7 @@ def attacks_at(names: str | Iterable[str | Attack], spaces: Sequence[Constraint]
         elif not spaces:
             raise InputError(f"attack {name!r} needs a radius; pass epsilon=8/255, or a list for a curve")
         else:
-            made += [attack_from_name(name, space, seed) for space in spaces]
+            made += [attack_from_name(name, space, seed, surrogate) for space in spaces]
     if not made:
         raise InputError("attacks names no attack; clean, pgd-50-10, beta-30 and autoattack are some")
     return made

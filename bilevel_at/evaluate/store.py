@@ -212,8 +212,11 @@ class Store:
         return trace if whole else None
 
     def _write(self, path: Path, identity: str, attack: Attack, trace: Trace) -> None:
+        if self.run.path.resolve() not in path.parent.resolve().parents:
+            raise InputError(f"{path.parent} leads out of {self.run}; a run's files are its own")
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.partial")
+        partial.unlink(missing_ok=True)  # a link there would lead what is written to another file
         with open(partial, "wb") as file:
             np.savez(file, **self._arrays(identity, attack, trace))
         partial.replace(path)

@@ -6,7 +6,7 @@ import datetime
 import math
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from ..data import ImageSet
 from ..errors import InputError
 from ..models import ActivationName, Normalized, build_model
-from ..problem_file import ProblemFile
+from ..problem_file import ModelFiles
 from ..train.rundir import RunDir, Which, load, load_tensors
 
-__all__ = ["Target", "from_checkpoint", "from_run", "model_of_file"]
+__all__ = ["Target", "from_checkpoint", "from_run"]
 
 PREFIXES = ("module.", "_orig_mod.")  # of DataParallel, and of torch.compile
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "weights")
@@ -30,6 +30,7 @@ class Target:
     """Networks by name (best, last, last_good, or model), where their results go, and what is known of them.
 
     data, data_dir, test_examples: the images of a run. norm, epsilon: its constraint, None where that is not a ball.
+    files: the problem files that define networks, as far as the user has named them.
     """
 
     run: RunDir
@@ -41,17 +42,26 @@ class Target:
     norm: str | None = None
     epsilon: float | None = None
     network: nn.Module | None = None
+    files: ModelFiles = field(default_factory=ModelFiles)
+
+    def check(self) -> None:
+        """Raise :class:`InputError` where the network is one of a problem file that was not named."""
+        if self.network is None:
+            self.files.network(self.run.path, self.about)
 
     def model(self, name: str) -> nn.Module:
         """The network, in eval mode. Raises :class:`InputError` where the checkpoint is not usable."""
         if self.network is not None:
             return self.network
         which: Any = name
-        return load(self.run.path, which, model_of_file(self.about))
+        return load(self.run.path, which, self.files.network(self.run.path, self.about))
 
 
-def from_run(path: Path, which: tuple[Which, ...] | None) -> Target:
-    """The networks of a run. Raises :class:`InputError` where it is not one, or has no such checkpoint."""
+def from_run(path: Path, which: tuple[Which, ...] | None, files: ModelFiles) -> Target:
+    """The networks of a run; :class:`InputError` where it is not one, or has no such checkpoint.
+
+    files: the problem files that define networks, as far as the user has named them.
+    """
     run = RunDir(path)
     config = run.read_json("config.json")
     try:
@@ -67,7 +77,7 @@ def from_run(path: Path, which: tuple[Which, ...] | None) -> Target:
     missing = [name for name in which or () if name not in there]
     if missing:
         raise InputError(f"{path} has no {missing[0]}.pt; it has {', '.join(f'{name}.pt' for name in there)}")
-    return Target(run, list(which or there), config, data, data_dir, examples, norm, epsilon)
+    return Target(run, list(which or there), config, data, data_dir, examples, norm, epsilon, files=files)
 
 
 def from_checkpoint(
@@ -136,15 +146,3 @@ def _here(images: ImageSet) -> dict[str, Any]:
         "evaluated": datetime.date.today().isoformat(),
         "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
     }
-
-
-def model_of_file(config: Mapping[str, Any]) -> nn.Module | None:
-    """The network that a run's own problem file defines, where it trained that; None otherwise."""
-    if config.get("model") != "file":
-        return None
-    file = ProblemFile(config["file"])
-    if file.sha256 != config.get("file_sha256"):
-        raise InputError(f"{config['file']} has changed since the run, whose model it defines")
-    if file.model is None:
-        raise InputError(f"{config['file']} defines no model(shape, classes)")
-    return file.make(file.model, nn.Module, shape=tuple(config["shape"]), classes=config["classes"])

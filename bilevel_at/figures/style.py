@@ -40,5 +40,7 @@ SERIES = (
 def save(figure: Figure, path: Path) -> None:
     """Write the PNG, and forget the figure."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_symlink():
+        path.unlink()  # the figure replaces a link, not what it leads to
     figure.savefig(path, dpi=130)
     plt.close(figure)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from .. import __version__
 from ..errors import BilevelError, InputError
+from ..problem_file import ModelFiles
 from .accuracy import accuracy
 from .concerns import concerns
 from .cost import cost, device
@@ -58,6 +59,7 @@ def report(
     *,
     measure: bool = True,
     images: Sequence[int] = FIRST_IMAGES,
+    model_file: Sequence[str] = (),
     progress: Callable[[str], None] = lambda name: None,
 ) -> Path:
     """Write ``index.html``, one page that needs nothing else, and ``figures/*.png`` into ``out``; the page's path.
@@ -65,10 +67,13 @@ def report(
     runs: run directories, or those of evaluated checkpoints. Runs that differ in their seed only share a row.
     out: a folder, made where it is not there; :func:`default_out` where not given. measure: also make the sections that
     need the networks and the test images. images: positions of the test images whose loss landscapes are drawn.
-    progress: told each section's name before it is made. Raises
-    :class:`InputError` where a run cannot be read, is given twice, or ``out`` not written.
+    model_file: problem files of runs whose networks they define; without them these networks are not measured.
+    progress: told each section's name before it is made.
+
+    Raises :class:`InputError` where a run cannot be read, is given twice, or ``out`` not written.
     """
-    found = read_all(runs)
+    found = read_all(runs, model_file)
+    ModelFiles(model_file).check_used(run.config for run in found)
     folder = default_out(runs) if out is None else Path(out)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--out {folder} is a file; it must be a directory, or not exist")
@@ -82,6 +87,7 @@ def report(
             makers = [chosen if make is loss_around_images else make for make in makers]
             sections = [s for make in makers if (s := _make(make, groups, folder / "figures", progress))]
         partial, file = folder / ".index.html.partial", folder / "index.html"
+        partial.unlink(missing_ok=True)  # a link there would lead the page to another file
         partial.write_text(page(_title(groups), _lead(groups), _facts(found), sections), encoding="utf-8")
         os.replace(partial, file)
     except OSError as error:

@@ -69,7 +69,7 @@ def loss_around_images(groups: Sequence[Group], folder: Path, images: Sequence[i
     """Loss landscapes of chosen test images, and the alignment of input gradients."""
     parts: list[Part] = []
     rows = []
-    looked_at, left_out = subjects(groups)
+    looked_at, left_out, unusable = subjects(groups)
     for place, subject in enumerate(looked_at):
         if tuple(images) == FIRST_IMAGES:
             images = range(min(len(FIRST_IMAGES), len(subject.images)))
@@ -105,7 +105,7 @@ def loss_around_images(groups: Sequence[Group], folder: Path, images: Sequence[i
             aligned = gradient_alignment(model, seen, subject.space).nanmean().item()
             rows.append([f"{subject.group.label}, {which.replace('_', ' ')} epoch", f"{aligned:.3f}"])
     if not parts:
-        return None
+        return Section("The loss around images", left_out) if unusable else None
     caption = (
         f"Cosine of the input gradients at x and at a random point of the ball, mean of up to {SEEN} test images; "
         "near 0 after catastrophic overfitting."
@@ -117,7 +117,7 @@ def loss_around_images(groups: Sequence[Group], folder: Path, images: Sequence[i
 def perturbations(groups: Sequence[Group], folder: Path) -> Section | None:
     """Sizes of what PGD finds, and what a random start does to a single step."""
     parts: list[Part] = []
-    looked_at, left_out = subjects(groups)
+    looked_at, left_out, unusable = subjects(groups)
     for place, subject in enumerate(looked_at):
         few = subject.images.sample(SEEN)
         attack, generator = attack_from_name(ATTACK, subject.space), torch.Generator(few.device).manual_seed(0)
@@ -137,7 +137,7 @@ def perturbations(groups: Sequence[Group], folder: Path) -> Section | None:
         )
         if place == 0 and isinstance(subject.space, LinfBall):
             parts.append(_random_step(subject.model, few, subject.space.epsilon, subject.said, folder))
-    return Section("How large perturbations are", [*parts, *left_out]) if parts else None
+    return Section("How large perturbations are", [*parts, *left_out]) if parts or unusable else None
 
 
 def _held(sizes: Perturbations, epsilon: float) -> str:
@@ -194,7 +194,7 @@ def examples_in_training(groups: Sequence[Group], folder: Path) -> Section | Non
 def filters(groups: Sequence[Group], folder: Path) -> Section | None:
     """The filters of one-layer networks before and after training, and what each does to gradient alignment."""
     parts: list[Part] = []
-    for place, subject in enumerate(subjects(groups)[0]):
+    for place, subject in enumerate(subjects(groups).measured):
         if subject.run.config.get("model") != "one_layer_cnn":
             continue
         history = read_history(subject.run.path)

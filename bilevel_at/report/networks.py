@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import get_args
+from typing import NamedTuple, get_args
 
 import torch
 from torch import nn
@@ -14,13 +14,13 @@ from ..constraints import L2Ball, LinfBall
 from ..data import ImageSet, load_data
 from ..errors import InputError
 from ..evaluate import ball
-from ..evaluate.target import model_of_file
+from ..problem_file import ModelFiles
 from ..train import load
 from ..train.rundir import Which
 from .groups import Group
 from .runs import Run
 
-__all__ = ["MOST", "Subject", "subjects"]
+__all__ = ["MOST", "Subject", "Subjects", "subjects"]
 
 MOST = 3  # groups that are measured: figures of each
 
@@ -46,14 +46,19 @@ class Subject:
             if which == self.which:
                 yield which, self.model
             elif (self.run.path / f"{which}.pt").is_file():
-                yield which, load(self.run.path, which, model_of_file(self.run.config)).to(self.images.device)
+                yield which, load(self.run.path, which, _network(self.run)).to(self.images.device)
 
 
-def subjects(groups: Sequence[Group]) -> tuple[list[Subject], list[str]]:
-    """Of the first groups that have a checkpoint, a ball, and their images; and a sentence on each thing left out.
+class Subjects(NamedTuple):
+    """What is measured; a sentence on each thing left out; and whether one of them has a network that is not usable."""
 
-    Of a group with several seeds only the first is looked at.
-    """
+    measured: list[Subject]
+    left_out: list[str]
+    unusable: bool
+
+
+def subjects(groups: Sequence[Group]) -> Subjects:
+    """The first groups that have a checkpoint, a ball, and their images. Of a group with several seeds only the first."""
     found, missing = _looked_at(groups)
     beyond = [g.label for g in groups if any(r.metrics for r in g.runs)]
     beyond = [label for label in beyond if label not in {s.group.label for s in found} | set(missing)]
@@ -62,7 +67,7 @@ def subjects(groups: Sequence[Group]) -> tuple[list[Subject], list[str]]:
         said.append(f"Not measured: {', '.join(beyond)}; the first {MOST} trainings with a ball are.")
     if any(len(subject.group.runs) > 1 for subject in found):
         said.append("Of several seeds, the first is shown.")
-    return found, said
+    return Subjects(found, said, bool(missing))
 
 
 def _looked_at(groups: Sequence[Group]) -> tuple[list[Subject], dict[str, str]]:
@@ -76,12 +81,16 @@ def _looked_at(groups: Sequence[Group]) -> tuple[list[Subject], dict[str, str]]:
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
             options = run.part("options")
             try:
-                model = load(run.path, which, model_of_file(run.config)).to(device)  # type: ignore[arg-type]  # one of three
+                model = load(run.path, which, _network(run)).to(device)  # type: ignore[arg-type]  # one of three
                 images = _images(str(options.get("data")), str(options.get("data_dir") or "data")).to(device)
                 found.append(Subject(group, run, which, model, images, ball(run.norm, run.epsilon)))
             except InputError as error:
                 missing[group.label] = str(error)
     return found, missing
+
+
+def _network(run: Run) -> nn.Module | None:
+    return ModelFiles(run.model_files).network(run.path, run.config)
 
 
 @functools.lru_cache(maxsize=4)

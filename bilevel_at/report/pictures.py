@@ -22,10 +22,13 @@ def pictures(groups: Sequence[Group], folder: Path) -> Section | None:
     for place, group in enumerate(groups[:MOST]):
         run = group.runs[0]
         drawn = run.path / "figures" / "examples.png"
-        if not drawn.is_file() or drawn.read_bytes()[:8] != b"\x89PNG\r\n\x1a\n":
+        if not drawn.is_file() or run.path.resolve() not in drawn.resolve().parents:
+            continue
+        if drawn.read_bytes()[:16] != b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR":
             continue
         path = folder / f"examples-{place}.png"
         folder.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)  # a link there would lead the copy to another file
         shutil.copyfile(drawn, path)
         figures.append(Figure(path, _caption(group, run), f"Images, perturbations and their sums, {group.label}"))
     return Section("What the attack does", figures) if figures else None

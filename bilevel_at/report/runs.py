@@ -27,6 +27,7 @@ class Run:
     name: the directory's, or its whole path where two runs of a report have the same.
     results: checkpoint -> attack -> entry of ``results.json``. checks: checkpoint -> what ``checks.json`` says.
     commands: of ``evaluation/commands.json``, the evaluations that were run.
+    model_files: the problem files that a reader of the report names for runs whose networks they define.
     """
 
     path: Path
@@ -36,6 +37,7 @@ class Run:
     results: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
     checks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     commands: Sequence[Sequence[str]] = ()
+    model_files: Sequence[str] = ()
 
     def part(self, name: str) -> Mapping[str, Any]:
         """A section of the configuration, empty where there is none."""
@@ -107,7 +109,7 @@ def attack_and_radius(name: str) -> tuple[str, float | None]:
         return name, None
 
 
-def read(path: str | Path) -> Run:
+def read(path: str | Path, model_files: Sequence[str] = ()) -> Run:
     """Read one run. Raises :class:`InputError`, naming the file, where it is no run or a file of it is damaged."""
     folder = Path(path)
     if not folder.is_dir():
@@ -125,12 +127,13 @@ def read(path: str | Path) -> Run:
             results=_results(folder),
             checks=_sections(folder, "checks.json"),
             commands=_commands(folder),
+            model_files=model_files,
         )
     except OSError as error:
         raise InputError(f"{folder} cannot be read: {error.strerror or error}") from None
 
 
-def read_all(paths: Sequence[str | Path]) -> list[Run]:
+def read_all(paths: Sequence[str | Path], model_files: Sequence[str] = ()) -> list[Run]:
     """Read several runs, with names that tell them apart. Raises :class:`InputError` for one given twice."""
     if not paths:
         raise InputError("no run is given; a report is about at least one")
@@ -141,7 +144,7 @@ def read_all(paths: Sequence[str | Path]) -> list[Run]:
             same = "" if str(path) == str(seen[place]) else f", once as {seen[place]}"
             raise InputError(f"{path} is given twice{same}; every run counts once")
         seen[place] = path
-    runs = [read(path) for path in paths]
+    runs = [read(path, model_files) for path in paths]
     names = [run.name for run in runs]
     return [run if names.count(run.name) == 1 else replace(run, name=str(run.path)) for run in runs]
 

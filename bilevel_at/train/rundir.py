@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..models import build_model
 
-__all__ = ["RunDir", "Which", "load", "load_tensors", "plainly", "weights"]
+__all__ = ["RunDir", "Which", "described", "load", "load_tensors", "plainly", "weights"]
 
 Which = Literal["best", "last", "last_good"]
 
@@ -45,6 +45,20 @@ def load_tensors(file: Path, device: torch.device | str = "cpu") -> Any:
     except Exception as error:  # damaged files fail in many ways, all of them inside torch.load
         said = (str(error).strip().splitlines() or [type(error).__name__])[0]
     raise InputError(f"{file} is not a checkpoint of tensors that can be loaded: {said[:160]}")
+
+
+def described(run: str | Path, config: Any) -> tuple[str, tuple[int, int, int], int]:
+    """(name, shape, classes) of the network that a ``config.json`` describes; :class:`InputError` where it does not."""
+    try:
+        name, (channels, height, width), classes = config["model"], config["shape"], config["classes"]
+    except (KeyError, TypeError, ValueError):
+        raise InputError(f"{run}/config.json is not one of bilevel_at.run") from None
+    sizes = (channels, height, width, classes)
+    if not isinstance(name, str) or not all(type(size) is int and size > 0 for size in sizes):
+        raise InputError(
+            f"{run}/config.json is not one of bilevel_at.run: model, shape and classes describe no network"
+        )
+    return name, (channels, height, width), classes
 
 
 def plainly(value: Any) -> str:
@@ -70,6 +84,7 @@ class RunDir:
     def _replace(self, name: str, write: Any) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
         partial = self.path / f".{name}.partial"
+        partial.unlink(missing_ok=True)  # a link there would lead what is written to another file
         write(partial)
         os.replace(partial, self.path / name)
 
@@ -84,7 +99,7 @@ class RunDir:
             raise InputError(f"{self.path} has no {name}; a run directory of bilevel_at.run does")
         try:
             return json.loads(file.read_text())
-        except ValueError as error:  # not JSON, or not text
+        except (ValueError, RecursionError) as error:  # not JSON, or not text, or nested without end
             raise InputError(f"{file} is not JSON: {error}") from None
 
     def save(self, name: str, value: Any) -> None:
@@ -117,6 +132,8 @@ class RunDir:
 
     def append_metrics(self, line: dict[str, Any]) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
+        if (self.path / "metrics.jsonl").is_symlink():
+            raise InputError(f"{self.path / 'metrics.jsonl'} is a link; a run's files are its own")
         with open(self.path / "metrics.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
 
@@ -148,19 +165,17 @@ def load(run_dir: str | Path, which: Which = "best", model: nn.Module | None = N
         raise InputError(f"which is {which!r}; choose 'best', 'last' or 'last_good'")
     run = RunDir(run_dir)
     config = run.read_json("config.json")
-    try:
-        name, (channels, height, width), classes = config["model"], config["shape"], config["classes"]
-    except (KeyError, TypeError, ValueError):
-        raise InputError(f"{run_dir}/config.json is not one of bilevel_at.run") from None
+    name, shape, classes = described(run_dir, config)
     if model is None:
         if name == "file":
             raise InputError(
-                f"{run_dir} trained the model defined in {config['file']}; pass one as load(..., model=...)"
+                f"{run_dir} trained the model defined in {str(config.get('file'))[:100]!r}; pass one as "
+                "load(..., model=...)"
             )
-        model = build_model(name, (channels, height, width), classes, activation=config.get("activation", "relu"))
+        model = build_model(name, shape, classes, activation=str(config.get("activation", "relu")))  # type: ignore[arg-type]
     state = run.restore(f"{which}.pt")
     try:
         model.load_state_dict(weights(state))
     except (RuntimeError, KeyError) as error:
-        raise InputError(f"{which}.pt does not fit the model {config['model']}: {str(error).splitlines()[0]}") from None
+        raise InputError(f"{which}.pt does not fit the model {name}: {str(error).splitlines()[0]}") from None
     return model.eval()
