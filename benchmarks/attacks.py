@@ -27,7 +27,7 @@ from bilevel_at.data import load_data
 from bilevel_at.errors import InputError
 from bilevel_at.evaluate import Attack, attack_from_name
 from bilevel_at.evaluate.stages import Margins
-from bilevel_at.evaluate.store import Store
+from bilevel_at.runs.evaluations import Store
 from bilevel_at.train import RunDir
 
 EPSILON = 0.2

@@ -41,7 +41,7 @@ from bilevel_at.errors import InputError
 from bilevel_at.evaluate import attack_from_name, robust_correct
 from bilevel_at.figures.diagnosis import gradient_norms
 from bilevel_at.models import build_model
-from bilevel_at.problem_file import ProblemFile
+from bilevel_at.runs.problem_file import ProblemFile
 from bilevel_at.solvers import ZeroIG
 from bilevel_at.train import Recipe, Trainer, catastrophic_overfitting
 

@@ -19,10 +19,10 @@ from .lower import Linearized, Proximal
 from .memory import SampleMemory
 from .modes import attack_mode
 from .problem import BilevelProblem, LowerProblem, Solution, UpperProblem
+from .runs.networks import load
 from .solver import Hypergradient, KKTSolver, Solver
 from .steps import Adaptive, Constant, Step
 from .targeted import Targeted
-from .train.rundir import load
 
 __version__ = "0.1.0"
 

@@ -22,11 +22,12 @@ from . import figures, flags
 from .data import ImageSet, load_data
 from .errors import BilevelError, InputError
 from .evaluate import Attack, Score, attack_from_name, norm_of
-from .evaluate.store import Store
 from .plan import PROG, Plan, build, probe, resolve_device, understand
+from .runs.checkpoints import weights
+from .runs.directory import plainly
+from .runs.evaluations import Store
+from .runs.metrics import last_is_first_to_fall
 from .train import Epoch, RunDir, Trainer, catastrophic_overfitting, rank
-from .train.metrics import last_is_first_to_fall
-from .train.rundir import plainly, weights
 
 __all__ = ["run"]
 

@@ -38,11 +38,11 @@ from bilevel_at.problems import (
     standard,
     trades,
 )
+from bilevel_at.runs.metrics import last_is_first_to_fall
 from bilevel_at.solvers import FullKKT, HessianFreeKKT, ZeroIG
 from bilevel_at.testing import hypergradcheck
 from bilevel_at.testing import strategies as bst
 from bilevel_at.train import Recipe, Trainer, catastrophic_overfitting
-from bilevel_at.train.metrics import last_is_first_to_fall
 
 F64 = torch.float64
 

@@ -24,8 +24,8 @@ from bilevel_at.report.groups import group
 from bilevel_at.report.numbers import Spread, gap, radius
 from bilevel_at.report.page import Cell, Figure, Section, Table, page
 from bilevel_at.report.radii import by_radius
-from bilevel_at.report.runs import attack_and_radius, read, read_all
 from bilevel_at.report.union import worst_case
+from bilevel_at.runs.record import attack_and_radius, read, read_all
 
 NASTY = "<script>alert('x')</script> & \"q\" $x^2$"
 

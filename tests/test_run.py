@@ -19,10 +19,10 @@ import torch
 
 import bilevel_at as ba
 from bilevel_at import run as run_module
-from bilevel_at.flags import number
+from bilevel_at.evaluate.radius import number_from_text as number
 from bilevel_at.models import MODELS
 from bilevel_at.plan import understand
-from bilevel_at.problem_file import packaged_problems
+from bilevel_at.runs.problem_file import packaged_problems
 from bilevel_at.solvers import HessianFreeKKT, ZeroIG
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -12,8 +12,8 @@ from torch import nn
 
 import bilevel_at as ba
 from bilevel_at.linear import conjugate_gradients
-from bilevel_at.problem_file import packaged_problems
 from bilevel_at.problems import fastat, fastbat
+from bilevel_at.runs.problem_file import packaged_problems
 from bilevel_at.solvers import FullKKT, HessianFreeKKT, ZeroIG
 from bilevel_at.testing import hypergradcheck
 from bilevel_at.testing import strategies as bst
