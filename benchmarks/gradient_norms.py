@@ -34,7 +34,7 @@ from rich.progress import Progress
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from bilevel_at import flags
+from bilevel_at.commands import flags
 from bilevel_at.data import Images, load_data
 from bilevel_at.diagnose import Deciles, History, average_gradient_norm, deciles, read_history
 from bilevel_at.errors import InputError

@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import nn
 
-from bilevel_at import flags
+from bilevel_at.commands import flags
 from bilevel_at.data import load_data
 from bilevel_at.errors import InputError
 from bilevel_at.evaluate import attack_from_name

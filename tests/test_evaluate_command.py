@@ -19,9 +19,9 @@ import torch
 
 import bilevel_at as ba
 from bilevel_at import run as run_module
+from bilevel_at.commands.evaluate import command
 from bilevel_at.data import load_data
 from bilevel_at.evaluate import ATTACKS
-from bilevel_at.evaluate.command import command
 from bilevel_at.models import build_model
 from bilevel_at.runs import evaluations
 

@@ -18,8 +18,8 @@ import pytest
 
 import bilevel_at as ba
 from bilevel_at import run as run_module
+from bilevel_at.commands.report import command as main
 from bilevel_at.report import report
-from bilevel_at.report.__main__ import main
 from bilevel_at.report.groups import group
 from bilevel_at.report.numbers import Spread, gap, radius
 from bilevel_at.report.page import Cell, Figure, Section, Table, page

@@ -15,21 +15,21 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from .. import flags
 from ..data import ImageSet, load_data
 from ..errors import InputError
+from ..evaluate.attacks import ATTACKS, Attack, ball
+from ..evaluate.evaluation import attacks_at
+from ..evaluate.radius import radius_text
+from ..evaluate.result import Finding, Score
+from ..evaluate.robust import Trace
 from ..models import MODELS, ActivationName
-from ..plan import resolve_device
 from ..runs.directory import RunDir
 from ..runs.doubts import record_checks
 from ..runs.evaluations import Store
 from ..runs.model_files import ModelFiles
 from ..runs.networks import Which
-from .attacks import ATTACKS, Attack, ball
-from .evaluation import attacks_at
-from .radius import radius_text
-from .result import Finding, Score
-from .robust import Trace
+from . import flags
+from .plan import resolve_device
 from .target import Target, from_checkpoint, from_run
 
 __all__ = ["PROG", "Options", "command"]

@@ -21,8 +21,8 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro import constructors
 
-from .errors import BilevelError, InputError
-from .evaluate.radius import number_from_text
+from ..errors import BilevelError, InputError
+from ..evaluate.radius import number_from_text
 
 __all__ = ["Flag", "flags_of", "main", "parse"]
 

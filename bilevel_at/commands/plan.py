@@ -13,19 +13,19 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from ..batch import Batch
+from ..constraints import Constraint
+from ..data import DATA_NAMES, ImageSet
+from ..errors import InputError
+from ..evaluate import Attack, norm_of
+from ..models import MODELS, ActivationName, build_model
+from ..problem import BilevelProblem
+from ..runs.problem_file import ProblemFile, packaged_problems
+from ..runs.provenance import machine, today, versions
+from ..solver import Solver
+from ..solvers import SOLVERS, SolverName
+from ..train import Recipe
 from . import flags
-from .batch import Batch
-from .constraints import Constraint
-from .data import DATA_NAMES, ImageSet
-from .errors import InputError
-from .evaluate import Attack, norm_of
-from .models import MODELS, ActivationName, build_model
-from .problem import BilevelProblem
-from .runs.problem_file import ProblemFile, packaged_problems
-from .runs.provenance import machine, today, versions
-from .solver import Solver
-from .solvers import SOLVERS, SolverName
-from .train import Recipe
 
 __all__ = ["PROG", "Plan", "RunOptions", "build", "probe", "resolve_device", "understand"]
 
