@@ -21,13 +21,13 @@ import torch
 from rich.console import Console
 
 import bilevel_at as ba
-from bilevel_at import flags
 from bilevel_at import run as main_job
+from bilevel_at.commands import flags
 from bilevel_at.data import load_data
 from bilevel_at.errors import InputError
 from bilevel_at.evaluate import Attack, attack_from_name
 from bilevel_at.evaluate.stages import Margins
-from bilevel_at.evaluate.store import Store
+from bilevel_at.runs.evaluations import Store
 from bilevel_at.train import RunDir
 
 EPSILON = 0.2

@@ -21,13 +21,13 @@ from typing import Any
 from rich.console import Console
 
 import bilevel_at
-from bilevel_at import flags
 from bilevel_at import run as main_job
+from bilevel_at.commands import flags
+from bilevel_at.commands.plan import resolve_device
 from bilevel_at.data import ImageSet, load_data
 from bilevel_at.errors import InputError
 from bilevel_at.evaluate import attack_from_name
-from bilevel_at.evaluate.store import Store
-from bilevel_at.plan import resolve_device
+from bilevel_at.runs.evaluations import Store
 from bilevel_at.train import RunDir
 
 METHODS = {

@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from bilevel_at import flags
+from bilevel_at.commands import flags
 from bilevel_at.errors import BilevelError, InputError
 
 ROOT = Path(__file__).resolve().parent.parent

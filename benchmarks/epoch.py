@@ -23,13 +23,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from bilevel_at import flags
+from bilevel_at.commands import flags
+from bilevel_at.commands.plan import resolve_device
 from bilevel_at.data import ImageSet, load_data
 from bilevel_at.errors import InputError
 from bilevel_at.evaluate import Attack
 from bilevel_at.models import build_model
-from bilevel_at.plan import device_name, resolve_device
-from bilevel_at.problem_file import ProblemFile, packaged_problems
+from bilevel_at.runs.problem_file import ProblemFile, packaged_problems
+from bilevel_at.runs.provenance import device_name
 from bilevel_at.train import Trainer
 
 METHODS = tuple(path.stem for path, _ in packaged_problems())

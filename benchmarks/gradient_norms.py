@@ -34,14 +34,14 @@ from rich.progress import Progress
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from bilevel_at import flags
+from bilevel_at.commands import flags
 from bilevel_at.data import Images, load_data
 from bilevel_at.diagnose import Deciles, History, average_gradient_norm, deciles, read_history
 from bilevel_at.errors import InputError
 from bilevel_at.evaluate import attack_from_name, robust_correct
 from bilevel_at.figures.diagnosis import gradient_norms
 from bilevel_at.models import build_model
-from bilevel_at.problem_file import ProblemFile
+from bilevel_at.runs.problem_file import ProblemFile
 from bilevel_at.solvers import ZeroIG
 from bilevel_at.train import Recipe, Trainer, catastrophic_overfitting
 

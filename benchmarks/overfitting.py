@@ -31,12 +31,12 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import nn
 
-from bilevel_at import flags
+from bilevel_at.commands import flags
 from bilevel_at.data import load_data
 from bilevel_at.errors import InputError
 from bilevel_at.evaluate import attack_from_name
 from bilevel_at.models.residual import PreActBlock
-from bilevel_at.problem_file import ProblemFile
+from bilevel_at.runs.problem_file import ProblemFile
 from bilevel_at.train import Recipe, Trainer, catastrophic_overfitting
 
 STYLES = {

@@ -39,7 +39,7 @@ from .targeted import Targeted
 
 __version__ = "0.1.0"
 
-_ON_DEMAND = {"load": ("bilevel_at.train.rundir", "load"), "testing": ("bilevel_at.testing", None)}
+_ON_DEMAND = {"load": ("bilevel_at.runs", "load"), "testing": ("bilevel_at.testing", None)}
 """What loads more than the language does: imported when it is first asked for."""
 
 __all__ = [

@@ -23,8 +23,8 @@ from torch import Tensor
 import bilevel_at as ba
 from bilevel_at.modes import Mode
 from bilevel_at.problems import atta
+from bilevel_at.runs.recipe import DIGITS, Recipe
 from bilevel_at.solvers import ZeroIG
-from bilevel_at.train import DIGITS, Recipe
 
 TINY = 1e-12  # keeps the step finite where a gradient is zero
 

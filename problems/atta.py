@@ -16,8 +16,8 @@ from dataclasses import replace
 
 import bilevel_at as ba
 from bilevel_at.modes import Mode
+from bilevel_at.runs.recipe import CIFAR, DIGITS, IMAGENET, Recipe
 from bilevel_at.solvers import ZeroIG
-from bilevel_at.train import CIFAR, DIGITS, IMAGENET, Recipe
 
 
 def problem(

@@ -23,8 +23,8 @@ from typing import Literal
 
 import bilevel_at as ba
 from bilevel_at.modes import Mode
+from bilevel_at.runs.recipe import CIFAR, DIGITS, IMAGENET, Recipe
 from bilevel_at.solvers import FullKKT, HessianFreeKKT, SolverName, ZeroIG
-from bilevel_at.train import CIFAR, DIGITS, IMAGENET, Recipe
 
 Scheme = Literal["gradient-step", "uniform", "corner", "sign-step"]
 

@@ -16,8 +16,8 @@ from typing import Literal
 
 import bilevel_at as ba
 from bilevel_at.modes import Mode
+from bilevel_at.runs.recipe import CIFAR, DIGITS, Recipe
 from bilevel_at.solvers import ZeroIG
-from bilevel_at.train import CIFAR, DIGITS, Recipe
 
 
 def problem(

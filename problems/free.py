@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 import bilevel_at as ba
 from bilevel_at.errors import at_least, positive, whole_number
+from bilevel_at.runs.recipe import CIFAR, DIGITS, IMAGENET, Recipe
 from bilevel_at.solvers import ZeroIG
-from bilevel_at.train import CIFAR, DIGITS, IMAGENET, Recipe
 
 
 class Carried(ba.Anchor):

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 import bilevel_at as ba
 from bilevel_at.errors import at_least
 from bilevel_at.modes import Mode
+from bilevel_at.runs.recipe import CIFAR, DIGITS, Recipe
 from bilevel_at.solvers import ZeroIG
-from bilevel_at.train import CIFAR, DIGITS, Recipe
 
 
 class GradAlign(ba.UpperProblem):

@@ -15,8 +15,8 @@ import bilevel_at as ba
 from bilevel_at.errors import positive
 from bilevel_at.modes import Mode
 from bilevel_at.problems import atta, fastbat
+from bilevel_at.runs.recipe import DIGITS, Recipe
 from bilevel_at.solvers import FullKKT, HessianFreeKKT, SolverName, ZeroIG
-from bilevel_at.train import DIGITS, Recipe
 
 
 def problem(

@@ -17,8 +17,8 @@ from bilevel_at.errors import positive
 from bilevel_at.modes import Mode
 from bilevel_at.problems import beta
 from bilevel_at.problems.beta import solver  # noqa: F401  (the same choice)
+from bilevel_at.runs.recipe import Recipe
 from bilevel_at.targeted import other_classes
-from bilevel_at.train import Recipe
 
 
 class SmoothMargin(ba.UpperProblem):

@@ -8,8 +8,8 @@ The feasible set takes no part in training; it is the threat that the trained ne
 from __future__ import annotations
 
 import bilevel_at as ba
+from bilevel_at.runs.recipe import CIFAR, DIGITS, Recipe
 from bilevel_at.solvers import ZeroIG
-from bilevel_at.train import CIFAR, DIGITS, Recipe
 
 
 def problem(epsilon: float = 8 / 255) -> ba.BilevelProblem:

@@ -23,8 +23,8 @@ from torch.nn import functional as F
 import bilevel_at as ba
 from bilevel_at.errors import at_least
 from bilevel_at.modes import Mode
+from bilevel_at.runs.recipe import CIFAR, DIGITS, Recipe
 from bilevel_at.solvers import ZeroIG
-from bilevel_at.train import CIFAR, DIGITS, Recipe
 
 
 class Tradeoff(ba.UpperProblem):

@@ -18,7 +18,7 @@ from bilevel_at.evaluate import Attack, Trace, attack_examples, attack_from_name
 from bilevel_at.evaluate.ensemble import Component
 from bilevel_at.evaluate.robust import attacked
 from bilevel_at.evaluate.stages import Descent
-from bilevel_at.evaluate.store import Store
+from bilevel_at.runs.evaluations import Store
 from bilevel_at.testing import strategies as bst
 from bilevel_at.train import RunDir
 

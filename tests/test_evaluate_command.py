@@ -19,10 +19,11 @@ import torch
 
 import bilevel_at as ba
 from bilevel_at import run as run_module
+from bilevel_at.commands.evaluate import command
 from bilevel_at.data import load_data
-from bilevel_at.evaluate import ATTACKS, store
-from bilevel_at.evaluate.command import command
+from bilevel_at.evaluate import ATTACKS
 from bilevel_at.models import build_model
+from bilevel_at.runs import evaluations
 
 EPS = 0.2
 PYTHON = [sys.executable, "-m", "bilevel_at.evaluate"]
@@ -215,7 +216,7 @@ def test_autoattack_goes_on(interruptible, unbroken, how):
     left, stopped = position(), arrays(STATE)
     assert left >= (1, 0)
     done = stopped["broken"] >= 0
-    honest, told = store.attack_examples, []
+    honest, told = evaluations.attack_examples, []
 
     def listen(*positional, **named):
         for state in honest(*positional, **named):
@@ -223,7 +224,7 @@ def test_autoattack_goes_on(interruptible, unbroken, how):
             yield state
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(store, "attack_examples", listen)
+        patch.setattr(evaluations, "attack_examples", listen)
         evaluate(*args)
     assert told and told[0] > left  # nothing finished is done again
     final = arrays(STATE)

@@ -15,9 +15,9 @@ from bilevel_at.diagnose import gradient_alignment, read_history
 from bilevel_at.evaluate import Attack
 from bilevel_at.models import build_model
 from bilevel_at.problems import atas, beta, fastbat, fgsm, standard
+from bilevel_at.runs.directory import RunDir
 from bilevel_at.solvers import FullKKT, HessianFreeKKT, ZeroIG
 from bilevel_at.train import Recipe, Trainer
-from bilevel_at.train.rundir import RunDir
 
 SHAPE = (1, 8, 8)
 

@@ -18,14 +18,14 @@ import pytest
 
 import bilevel_at as ba
 from bilevel_at import run as run_module
+from bilevel_at.commands.report import command as main
 from bilevel_at.report import report
-from bilevel_at.report.__main__ import main
 from bilevel_at.report.groups import group
 from bilevel_at.report.numbers import Spread, gap, radius
 from bilevel_at.report.page import Cell, Figure, Section, Table, page
 from bilevel_at.report.radii import by_radius
-from bilevel_at.report.runs import attack_and_radius, read, read_all
 from bilevel_at.report.union import worst_case
+from bilevel_at.runs.record import attack_and_radius, read, read_all
 
 NASTY = "<script>alert('x')</script> & \"q\" $x^2$"
 

@@ -19,11 +19,12 @@ import torch
 
 import bilevel_at as ba
 from bilevel_at import run as run_module
-from bilevel_at.flags import number
+from bilevel_at.commands.plan import understand
+from bilevel_at.evaluate.radius import number_from_text as number
 from bilevel_at.models import MODELS
-from bilevel_at.plan import understand
-from bilevel_at.problem_file import packaged_problems
+from bilevel_at.runs.problem_file import packaged_problems
 from bilevel_at.solvers import HessianFreeKKT, ZeroIG
+from bilevel_at.train import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 SHORT = ["--epochs", "1", "--examples", "100", "--attacks", "clean", "pgd-2-1", "--select", "pgd-2-1"]
@@ -249,8 +250,8 @@ def test_catastrophic_overfitting_is_said_and_the_weights_before_it_are_kept(mon
             seen.append({k: v.clone() for k, v in self.model.state_dict().items()})
             yield dataclasses.replace(line, robust=value, train=0.1 * line.epoch)
 
-    epochs = run_module.Trainer.epochs
-    monkeypatch.setattr(run_module.Trainer, "epochs", measured)
+    epochs = Trainer.epochs
+    monkeypatch.setattr(Trainer, "epochs", measured)
     run("problems/fgsm.py", "--epochs", 4, *SHORT[2:], "--out", "out")
     shown = " ".join(capsys.readouterr().out.split())
     assert (
@@ -412,7 +413,7 @@ def test_the_seed_decides_everything():
 def test_a_resumed_run_is_the_unbroken_one(problem, monkeypatch):
     args = [f"problems/{problem}.py", "--epochs", "3", *SHORT[2:], "--ema", "0.9"]
     run(*args, "--out", "whole")
-    epoch, seen = run_module.Trainer.train_epoch, []
+    epoch, seen = Trainer.train_epoch, []
 
     def interrupted(self, number):
         seen.append(number)
@@ -421,7 +422,7 @@ def test_a_resumed_run_is_the_unbroken_one(problem, monkeypatch):
         return epoch(self, number)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_module.Trainer, "train_epoch", interrupted)
+        patch.setattr(Trainer, "train_epoch", interrupted)
         with pytest.raises(
             KeyboardInterrupt, match="2 of 3 epochs are in broken; the same command with --resume goes on"
         ):

@@ -5,6 +5,7 @@ Each function returns numbers; :mod:`bilevel_at.figures` draws them.
 
 from __future__ import annotations
 
+from ..runs.history import History, read_history
 from .alignment import gradient_alignment
 from .coupling import Coupling, compare_solvers, kkt_angle, kkt_direction
 from .filters import alignment_by_filter, filter_norms, laplace_similarity, without_filter
@@ -12,7 +13,7 @@ from .landscape import Landscape, loss_landscape
 from .overfitting import RobustOverfitting, best_last_gap
 from .perturbations import Perturbations, perturbation_sizes
 from .random_step import RandomStepNorms, lemma_1, random_step_norm
-from .samples import Deciles, History, average_gradient_norm, deciles, read_history
+from .samples import Deciles, average_gradient_norm, deciles
 
 __all__ = [
     "Coupling",

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import InputError
+from ..runs.metrics import rank
 
 __all__ = ["RobustOverfitting", "best_last_gap"]
 
@@ -39,8 +40,6 @@ def best_last_gap(metrics: Sequence[Mapping[str, Any]]) -> RobustOverfitting:
 
     Raises :class:`InputError` where there are no epochs. Source: Rice et al. (2020), who name it robust overfitting.
     """
-    from ..train.metrics import rank  # here, because the trainer imports this package
-
     if not metrics:
         raise InputError("there are no epochs to compare; metrics are the lines of a run's metrics.jsonl")
     best, last = max(metrics, key=rank), metrics[-1]

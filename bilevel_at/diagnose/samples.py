@@ -3,79 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..runs.history import History
 
-__all__ = ["Deciles", "History", "average_gradient_norm", "deciles", "read_history"]
-
-
-@dataclass(frozen=True)
-class History:
-    """What a run kept of each training example in each epoch, ``history.npz``.
-
-    gradient_norm: ‖∇_δ ℓ_atk(θ, z_i)‖₂, ``[epochs, N]``, NaN where unknown. step: the step 1/λ it was attacked with,
-    ``[epochs, N]``, NaN where unknown. label: ``[N]`` int64. filters: the first convolution's weights before training
-    and after each epoch, ``[epochs + 1, O, I, kh, kw]``, or None.
-    """
-
-    gradient_norm: Tensor
-    step: Tensor
-    label: Tensor
-    filters: Tensor | None = None
-
-    def __post_init__(self) -> None:
-        norm, step, label = self.gradient_norm, self.step, self.label
-        if norm.ndim != 2 or step.shape != norm.shape or label.shape != norm.shape[1:]:
-            raise InputError(
-                f"gradient_norm, step and label have shapes {tuple(norm.shape)}, {tuple(step.shape)} and "
-                f"{tuple(label.shape)}; they must be [epochs, N], [epochs, N] and [N]"
-            )
-        if self.filters is not None and (self.filters.ndim != 5 or len(self.filters) != len(norm) + 1):
-            raise InputError(
-                f"filters have shape {tuple(self.filters.shape)}; after {len(norm)} epochs they must be "
-                f"[{len(norm) + 1}, O, I, kh, kw]"
-            )
-
-
-def read_history(run_path: str | Path) -> History | None:
-    """The ``history.npz`` of a run directory, or None where it has none. Nothing pickled is loaded.
-
-    Raises :class:`InputError` where the file is damaged or does not hold the arrays of :class:`History`.
-    """
-    file = Path(run_path) / "history.npz"
-    if not file.is_file():
-        return None
-    try:
-        with np.load(file, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except Exception as error:  # damaged archives fail in many ways, all of them inside np.load
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{file} is not an archive of plain arrays: {reason}") from None
-    missing = [name for name in ("gradient_norm", "step", "label") if name not in arrays]
-    if missing:
-        raise InputError(f"{file} has no {missing[0]}; a run's history has gradient_norm, step and label")
-    wrong = [
-        name
-        for name in ("gradient_norm", "step", "label", "filters")
-        if name in arrays and arrays[name].dtype.kind not in ("iu" if name == "label" else "f")
-    ]
-    if wrong:
-        kind = "whole numbers" if wrong[0] == "label" else "floating-point numbers"
-        raise InputError(f"{file}: {wrong[0]} is {arrays[wrong[0]].dtype}; it must hold {kind}")
-    numbers = {
-        name: torch.from_numpy(arrays[name].astype(np.float32))
-        for name in ("gradient_norm", "step", "filters")
-        if name in arrays
-    }
-    try:
-        return History(label=torch.from_numpy(arrays["label"].astype(np.int64)), **numbers)
-    except InputError as error:
-        raise InputError(f"{file}: {error}") from None
+__all__ = ["Deciles", "average_gradient_norm", "deciles"]
 
 
 def average_gradient_norm(history: History) -> Tensor:

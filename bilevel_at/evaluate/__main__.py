@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from .. import flags
-from .command import PROG, command
+from ..commands.evaluate import PROG, command
+from ..commands.flags import main
 
 if __name__ == "__main__":
-    sys.exit(flags.main(command, PROG))
+    sys.exit(main(command, PROG))

@@ -22,7 +22,7 @@ from ..problem import LowerProblem
 from .ensemble import COMPONENTS, VERSIONS, Component
 from .stages import Descent, Margins, NormalizedSteps, OnSurrogate
 
-__all__ = ["ATTACKS", "Attack", "Norm", "Stage", "attack_from_name", "ball", "in_255ths", "norm_of", "radius_text"]
+__all__ = ["ATTACKS", "Attack", "Norm", "Stage", "attack_from_name", "ball", "norm_of"]
 
 ATTACKS = {
     "clean": "no attack",
@@ -116,18 +116,6 @@ def norm_of(constraint: Constraint | None) -> Norm | None:
     return next((name for name, kind in _BALLS.items() if in_range and type(constraint) is kind), None)
 
 
-def in_255ths(epsilon: float) -> int | None:
-    """k where ε is k/255 and not a number of at most three decimals (0.2 is 51/255, but nobody writes it so)."""
-    k = round(255 * epsilon)
-    return k if k and abs(255 * epsilon - k) < 1e-4 and abs(round(epsilon, 3) - epsilon) > 1e-6 else None
-
-
-def radius_text(epsilon: float) -> str:
-    """A radius as the field writes it: ``8/255``, or ``0.2``."""
-    k = in_255ths(epsilon)
-    return f"{epsilon:.4g}" if k is None else f"{k}/255"
-
-
 def attack_from_name(
     name: str, constraint: Constraint | float, seed: int = 0, surrogate: Callable[[str], nn.Module] | None = None
 ) -> Attack:
@@ -197,7 +185,7 @@ def _optimizer(name: str, attack: str) -> type[torch.optim.Optimizer]:
 def _transferred(
     name: str, constraint: Constraint, seed: int, surrogate: Callable[[str], nn.Module] | None
 ) -> list[Stage]:
-    from ..train.rundir import load  # it needs this package
+    from ..runs.networks import load  # it needs this package
 
     run, attack = name.removeprefix("transfer:"), "pgd-50-10"
     if ":" in run and not Path(run).exists():

@@ -15,8 +15,9 @@ from ..constraints import Constraint
 from ..data import Images, ImageSet
 from ..errors import InputError
 from ..modes import attack_mode
-from .attacks import Attack, attack_from_name, ball, radius_text
+from .attacks import Attack, attack_from_name, ball
 from .checks import check, compare_traces, findings
+from .radius import radius_text
 from .result import Evaluation, Progress, Score, result_name
 from .robust import Trace, attack_examples
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from .attacks import Attack, norm_of, radius_text
+from .attacks import Attack, norm_of
+from .radius import radius_text
 from .robust import Trace
 
 __all__ = ["Evaluation", "Finding", "Progress", "Score", "result_name"]

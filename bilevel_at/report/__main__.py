@@ -1,54 +1,11 @@
-"""Write one page about runs: ``python -m bilevel_at.report RUN [RUN ...] [--out FOLDER]``."""
+"""``python -m bilevel_at.report RUN [RUN ...] [--out FOLDER]``."""
 
 from __future__ import annotations
 
-import itertools
 import sys
-from collections.abc import Sequence
 
-from rich.console import Console
-
-from .. import flags
-from ..errors import InputError
-from .build import report
-from .diagnosis import FIRST_IMAGES
-
-__all__ = ["main"]
-
-PROG = "bilevel_at.report"
-ABOUT = "One self-contained HTML page about runs, and its figures as PNG files."
-
-
-def _options(
-    out: str | None = None,
-    measure: bool = True,
-    images: tuple[int, ...] = FIRST_IMAGES,
-    model_file: tuple[str, ...] = (),
-) -> None:
-    """The flags.
-
-    out: folder for index.html and figures/; RUN/report if not given, for several runs a folder report beside the first.
-    images: positions of the test images whose loss landscapes are drawn.
-    measure: also what needs the networks: loss landscapes, sizes of perturbations.
-    model_file: the problem file that defines the network of a run; it is run. Without it such networks are left out.
-    """
-
-
-def main(args: Sequence[str]) -> int:
-    """The command: 0 when done. Raises :class:`InputError` for a mistake in what was asked."""
-    runs = list(itertools.takewhile(lambda word: not word.startswith("-"), args))
-    usage = f"python -m {PROG} RUN [RUN ...]"
-    options = flags.parse(flags.flags_of(_options), list(args[len(runs) :]), usage, ABOUT)
-    if not runs:
-        raise InputError(f"no run is given: {usage} [--out FOLDER]; runs come before flags")
-    console = Console()
-    with console.status("reading") as status:
-        page = report(runs, **options, progress=lambda name: status.update(f"report: {name}"))
-    console.print(
-        f"{page}; its figures as PNG files in {page.parent / 'figures'}", highlight=False, markup=False, soft_wrap=True
-    )
-    return 0
-
+from ..commands.flags import main
+from ..commands.report import PROG, command
 
 if __name__ == "__main__":
-    sys.exit(flags.main(main, PROG))
+    sys.exit(main(command, PROG))

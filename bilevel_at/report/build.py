@@ -10,7 +10,8 @@ from pathlib import Path
 
 from .. import __version__
 from ..errors import BilevelError, InputError
-from ..problem_file import ModelFiles
+from ..runs.model_files import ModelFiles
+from ..runs.record import Run, read_all
 from .accuracy import accuracy
 from .concerns import concerns
 from .cost import cost, device
@@ -21,7 +22,6 @@ from .page import Notes, Section, page
 from .pictures import pictures
 from .radii import radii
 from .repeat import repeat
-from .runs import Run, read_all
 from .training import training
 
 __all__ = ["SECTIONS", "default_out", "report"]

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..runs.record import Run
 from .groups import Group, all_runs
 from .numbers import number, radius
 from .page import Code, Details, Notes, Part, Section
 from .ranking import comparable
-from .runs import Run
 
 __all__ = ["concerns"]
 

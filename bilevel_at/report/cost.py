@@ -9,11 +9,11 @@ from statistics import fmean, median
 from typing import Any
 
 from ..figures import comparison
+from ..runs.record import Run
 from .groups import Group, all_runs
 from .numbers import Spread, gap, number, points, seconds, span
 from .page import Cell, Figure, Part, Section, Table
 from .ranking import table_columns
-from .runs import Run
 
 __all__ = ["cost", "device", "epoch_seconds", "robust_gap"]
 

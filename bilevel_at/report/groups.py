@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..runs.record import WHICH, Run
 from .numbers import Spread, number, radius
-from .runs import WHICH, Run
 
 __all__ = ["Group", "all_runs", "group"]
 

@@ -14,11 +14,10 @@ from ..constraints import L2Ball, LinfBall
 from ..data import ImageSet, load_data
 from ..errors import InputError
 from ..evaluate import ball
-from ..problem_file import ModelFiles
-from ..train import load
-from ..train.rundir import Which
+from ..runs.model_files import ModelFiles
+from ..runs.networks import Which
+from ..runs.record import Run
 from .groups import Group
-from .runs import Run
 
 __all__ = ["MOST", "Subject", "Subjects", "subjects"]
 
@@ -46,7 +45,7 @@ class Subject:
             if which == self.which:
                 yield which, self.model
             elif (self.run.path / f"{which}.pt").is_file():
-                yield which, load(self.run.path, which, _network(self.run)).to(self.images.device)
+                yield which, ModelFiles(self.run.model_files).load(self.run.path, which).to(self.images.device)
 
 
 class Subjects(NamedTuple):
@@ -58,7 +57,7 @@ class Subjects(NamedTuple):
 
 
 def subjects(groups: Sequence[Group]) -> Subjects:
-    """The first groups that have a checkpoint, a ball, and their images. Of a group with several seeds only the first."""
+    """The first groups that have a checkpoint, a ball, and their images; of several seeds the first."""
     found, missing = _looked_at(groups)
     beyond = [g.label for g in groups if any(r.metrics for r in g.runs)]
     beyond = [label for label in beyond if label not in {s.group.label for s in found} | set(missing)]
@@ -81,16 +80,12 @@ def _looked_at(groups: Sequence[Group]) -> tuple[list[Subject], dict[str, str]]:
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
             options = run.part("options")
             try:
-                model = load(run.path, which, _network(run)).to(device)  # type: ignore[arg-type]  # one of three
+                model = ModelFiles(run.model_files).load(run.path, which).to(device)  # type: ignore[arg-type]  # one of three
                 images = _images(str(options.get("data")), str(options.get("data_dir") or "data")).to(device)
                 found.append(Subject(group, run, which, model, images, ball(run.norm, run.epsilon)))
             except InputError as error:
                 missing[group.label] = str(error)
     return found, missing
-
-
-def _network(run: Run) -> nn.Module | None:
-    return ModelFiles(run.model_files).network(run.path, run.config)
 
 
 @functools.lru_cache(maxsize=4)

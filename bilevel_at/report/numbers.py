@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from ..evaluate.attacks import in_255ths
-from ..evaluate.attacks import radius_text as radius
+from ..evaluate.radius import in_255ths
+from ..evaluate.radius import radius_text as radius
+from ..runs.record import number
 
 __all__ = ["Spread", "gap", "in_255ths", "number", "percent", "points", "radius", "seconds", "span"]
 
@@ -57,13 +57,6 @@ def seconds(time: float) -> str:
     if time >= 100:
         return f"{time:.0f} s"
     return f"{time:#.3g} s" if time > 0 else "0 s"
-
-
-def number(value: Any) -> float:
-    """A finite number of a file as a float; NaN for whatever else stands there."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-        return float(value)
-    return math.nan
 
 
 def span(values: Iterable[Any]) -> str:

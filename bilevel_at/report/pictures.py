@@ -6,10 +6,10 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..runs.record import Run
 from .groups import Group
 from .numbers import percent, radius
 from .page import Figure, Section
-from .runs import Run
 
 __all__ = ["pictures"]
 

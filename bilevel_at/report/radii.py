@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..figures import comparison
+from ..runs.record import attack_and_radius
 from .groups import Group, all_runs
 from .numbers import Spread, in_255ths, number, percent, radius
 from .page import Figure, Section
-from .runs import attack_and_radius
 
 __all__ = ["by_radius", "radii"]
 

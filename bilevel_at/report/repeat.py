@@ -6,9 +6,9 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..runs.record import Run
 from .groups import Group, all_runs
 from .page import Cell, Code, Part, Section, Table
-from .runs import Run
 
 __all__ = ["repeat"]
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from ..figures import comparison
 from ..figures.comparison import Panel, legible, mean_curve, one_curve
 from ..figures.training import epochs
+from ..runs.record import Run
 from .groups import Group
 from .numbers import percent
 from .page import Figure, Part, Section
-from .runs import Run
 
 __all__ = ["training"]
 

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError
+from ..runs.record import Run
 from .groups import Group
 from .numbers import Spread, number
-from .runs import Run
 
 __all__ = ["WorstCase", "per_example", "worst_case"]
 

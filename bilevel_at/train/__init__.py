@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from .metrics import Epoch, catastrophic_overfitting, rank
-from .recipe import CIFAR, DIGITS, IMAGENET, Recipe
-from .rundir import RunDir, load
+from ..runs.directory import RunDir
+from ..runs.metrics import Epoch, catastrophic_overfitting, rank
+from ..runs.networks import load
+from ..runs.recipe import CIFAR, DIGITS, IMAGENET, Recipe
 from .trainer import Trainer
 
 __all__ = [

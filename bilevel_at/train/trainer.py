@@ -19,10 +19,10 @@ from ..errors import BilevelError, InputError
 from ..evaluate import Attack, robust_correct
 from ..modes import attack_mode
 from ..problem import BilevelProblem
+from ..runs.metrics import Epoch
+from ..runs.recipe import Recipe
 from ..solution import Solution
 from ..solver import Solver
-from .metrics import Epoch
-from .recipe import Recipe
 from .recorder import Recorder
 
 __all__ = ["Trainer"]

@@ -19,10 +19,10 @@ import torch
 
 import bilevel_at as ba
 from bilevel_at import run as run_module
+from bilevel_at.commands.evaluate import command as evaluate
+from bilevel_at.commands.report import command as report_command
 from bilevel_at.evaluate import evaluate as evaluate_in_python
-from bilevel_at.evaluate.command import command as evaluate
 from bilevel_at.report import report
-from bilevel_at.report.__main__ import main as report_command
 
 MODEL = """import torch
 from bilevel_at.problems.fastat import problem

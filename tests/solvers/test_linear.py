@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from networks import F64, batch_of, dense, proximal
 
 import bilevel_at as ba
-from bilevel_at.solvers.linear import conjugate_gradients
 from bilevel_at.solvers import FullKKT
+from bilevel_at.solvers.linear import conjugate_gradients
 from bilevel_at.testing import strategies as bst
 
 

@@ -6,44 +6,31 @@ The file is the record of a finished attack and the state of one that was stoppe
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import hashlib
 import json
-import platform
 import re
 import time
 import zipfile
 import zlib
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
 from ..data import ImageSet
 from ..errors import InputError
-from ..train.rundir import RunDir
-from .attacks import Attack
-from .result import Score, result_name
-from .robust import Trace, attack_examples
-from .stages import OnSurrogate
+from ..evaluate.attacks import Attack
+from ..evaluate.result import Score, result_name
+from ..evaluate.robust import Trace, attack_examples
+from ..evaluate.stages import OnSurrogate
+from .directory import RunDir
+from .provenance import device_name, fingerprint, today, versions
 
-__all__ = ["Store", "fingerprint", "score_from"]
+__all__ = ["Store", "score_from"]
 
 SAVE_EVERY = 2.0  # seconds
-
-
-def fingerprint(model: nn.Module) -> str:
-    """The first 16 digits of a SHA-256 of the network's layers, and of its weights and buffers with their names."""
-    digest = hashlib.sha256(repr(model).encode())
-    for name, value in model.state_dict().items():
-        digest.update(name.encode())
-        if isinstance(value, torch.Tensor):
-            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]
 
 
 def score_from(found: Any) -> Score | None:
@@ -147,9 +134,9 @@ class Store:
             batch_size=self.batch_size,
             weights=self.weights,
             file=str(path.relative_to(self.run.path).as_posix()),
-            date=datetime.date.today().isoformat(),
-            device=_device_name(self.images.device),
-            versions=_versions(),
+            date=today(),
+            device=device_name(self.images.device),
+            versions=versions("pyautoattack", "numpy"),
         )
         results = self.results()
         # What is there of other weights is of a network that this checkpoint no longer is.
@@ -230,15 +217,3 @@ class Store:
             "finished": np.array(trace.stage > len(attack.stages)),
             **trace.arrays(),
         }
-
-
-def _device_name(device: torch.device) -> str:
-    from ..plan import device_name
-
-    return device_name(device)
-
-
-def _versions() -> dict[str, str]:
-    names = ("bilevel-at", "pyautoattack", "numpy")
-    found = {name: metadata.version(name) for name in names}
-    return {"python": platform.python_version(), "torch": str(torch.__version__), **found}

@@ -14,21 +14,22 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from torch import nn
 
-from .. import flags
 from ..data import ImageSet, load_data
 from ..errors import InputError
+from ..evaluate.attacks import ATTACKS, Attack, ball
+from ..evaluate.evaluation import attacks_at
+from ..evaluate.radius import radius_text
+from ..evaluate.result import Finding, Score
+from ..evaluate.robust import Trace
 from ..models import MODELS, ActivationName
-from ..plan import resolve_device
-from ..problem_file import ModelFiles
-from ..train.rundir import RunDir, Which, load
-from .attacks import ATTACKS, Attack, ball, radius_text
-from .doubts import record_checks
-from .evaluation import attacks_at
-from .result import Finding, Score
-from .robust import Trace
-from .store import Store
+from ..runs.directory import RunDir
+from ..runs.doubts import record_checks
+from ..runs.evaluations import Store
+from ..runs.model_files import ModelFiles
+from ..runs.networks import Which
+from . import flags
+from .plan import resolve_device
 from .target import Target, from_checkpoint, from_run
 
 __all__ = ["PROG", "Options", "command"]
@@ -121,7 +122,7 @@ def command(args: Sequence[str]) -> int:
     if norm is None or (not radii and set(options.attacks) != {"clean"}):
         raise InputError(f"{args[0]} does not say which ball to attack in; give --norm linf and --epsilon 8/255, say")
     spaces = [ball(norm, radius) for radius in dict.fromkeys(radii)]
-    attacks = attacks_at(options.attacks, spaces, options.seed, functools.partial(_surrogate, files))
+    attacks = attacks_at(options.attacks, spaces, options.seed, files.load)
     target.check()
     usual = target.epsilon if same else None
     if not (target.run.path / "config.json").exists():
@@ -148,11 +149,6 @@ def command(args: Sequence[str]) -> int:
         soft_wrap=True,
     )
     return 0
-
-
-def _surrogate(files: ModelFiles, run: str) -> nn.Module:
-    """The network of ``transfer:RUN``."""
-    return load(run, model=files.network(run, RunDir(run).read_json("config.json")))
 
 
 def _target(path: Path, options: Options, files: ModelFiles) -> tuple[Target, ImageSet]:

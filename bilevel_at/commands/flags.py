@@ -21,20 +21,10 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro import constructors
 
-from .errors import BilevelError, InputError
+from ..errors import BilevelError, InputError
+from ..evaluate.radius import number_from_text
 
-__all__ = ["Flag", "flags_of", "main", "number", "parse"]
-
-
-def number(text: str) -> float:
-    """A decimal number or a fraction such as 8/255."""
-    parts = text.split("/")
-    try:
-        if len(parts) == 2:
-            return float(parts[0]) / float(parts[1])
-        return float(text)
-    except (ValueError, ZeroDivisionError):
-        raise ValueError(f"{text!r} is not a number (0.03 and 8/255 are)") from None
+__all__ = ["Flag", "flags_of", "main", "parse"]
 
 
 _registry = constructors.ConstructorRegistry()
@@ -47,7 +37,7 @@ def _float_rule(info: constructors.PrimitiveTypeInfo) -> constructors.PrimitiveC
     return constructors.PrimitiveConstructorSpec(
         nargs=1,
         metavar="NUMBER",
-        instance_from_str=lambda args: number(args[0]),
+        instance_from_str=lambda args: number_from_text(args[0]),
         is_instance=lambda value: isinstance(value, (int, float)) and not isinstance(value, bool),
         str_from_instance=lambda value: [f"{value:g}"],
     )

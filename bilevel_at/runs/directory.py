@@ -8,57 +8,20 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import shutil
 import zipfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
 from ..errors import InputError
-from ..models import build_model
+from .checkpoints import load_tensors
 
-__all__ = ["RunDir", "Which", "described", "load", "load_tensors", "plainly", "weights"]
-
-Which = Literal["best", "last", "last_good"]
-
-
-def weights(state: dict[str, Any]) -> dict[str, Tensor]:
-    """The weights to evaluate in a checkpoint: their moving average where there is one. KeyError where it has none."""
-    kept = (state["average"] if "average" in state else state["model"]) if isinstance(state, dict) else None
-    if not isinstance(kept, dict):
-        raise KeyError("model")
-    return kept
-
-
-def load_tensors(file: Path, device: torch.device | str = "cpu") -> Any:
-    """What ``torch.save`` wrote, if that is tensors and plain values; otherwise :class:`InputError`: nothing runs."""
-    try:
-        return torch.load(file, map_location=device, weights_only=True)
-    except pickle.UnpicklingError:
-        said = "it is damaged, or holds something else, which is not unpickled because that can run code"
-    except Exception as error:  # damaged files fail in many ways, all of them inside torch.load
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    raise InputError(f"{file} is not a checkpoint of tensors that can be loaded: {said[:160]}")
-
-
-def described(run: str | Path, config: Any) -> tuple[str, tuple[int, int, int], int]:
-    """(name, shape, classes) of the network that a ``config.json`` describes; :class:`InputError` where it does not."""
-    try:
-        name, (channels, height, width), classes = config["model"], config["shape"], config["classes"]
-    except (KeyError, TypeError, ValueError):
-        raise InputError(f"{run}/config.json is not one of bilevel_at.run") from None
-    sizes = (channels, height, width, classes)
-    if not isinstance(name, str) or not all(type(size) is int and size > 0 for size in sizes):
-        raise InputError(
-            f"{run}/config.json is not one of bilevel_at.run: model, shape and classes describe no network"
-        )
-    return name, (channels, height, width), classes
+__all__ = ["RunDir", "plainly"]
 
 
 def plainly(value: Any) -> str:
@@ -152,30 +115,3 @@ class RunDir:
             if kept != text:
                 self._replace("metrics.jsonl", lambda path: path.write_text(kept))
         return lines
-
-
-def load(run_dir: str | Path, which: Which = "best", model: nn.Module | None = None) -> nn.Module:
-    """The model of a run, in eval mode, taking images in [0, 1] to logits, as RobustBench and AutoAttack expect.
-
-    which: "best" (by held-out robust accuracy), "last", or "last_good", the epoch before catastrophic overfitting where
-    that happened. model: the network to fill, needed only where the run's problem file defined its own. Raises
-    :class:`InputError` where the directory or the checkpoint is not usable.
-    """
-    if which not in get_args(Which):
-        raise InputError(f"which is {which!r}; choose 'best', 'last' or 'last_good'")
-    run = RunDir(run_dir)
-    config = run.read_json("config.json")
-    name, shape, classes = described(run_dir, config)
-    if model is None:
-        if name == "file":
-            raise InputError(
-                f"{run_dir} trained the model defined in {str(config.get('file'))[:100]!r}; pass one as "
-                "load(..., model=...)"
-            )
-        model = build_model(name, shape, classes, activation=str(config.get("activation", "relu")))  # type: ignore[arg-type]
-    state = run.restore(f"{which}.pt")
-    try:
-        model.load_state_dict(weights(state))
-    except (RuntimeError, KeyError) as error:
-        raise InputError(f"{which}.pt does not fit the model {name}: {str(error).splitlines()[0]}") from None
-    return model.eval()

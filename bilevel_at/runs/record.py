@@ -9,13 +9,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from .. import flags
 from ..errors import InputError
-from ..train import RunDir, rank
-from ..train.metrics import Collapse, catastrophic_overfitting
-from .numbers import number
+from ..evaluate.radius import number_from_text
+from .directory import RunDir
+from .metrics import Collapse, catastrophic_overfitting, rank
 
-__all__ = ["WHICH", "Run", "attack_and_radius", "read", "read_all"]
+__all__ = ["WHICH", "Run", "attack_and_radius", "number", "read", "read_all"]
 
 WHICH = ("best", "last", "last_good", "model")  # checkpoints in a reader's order; "model": one without a run
 
@@ -100,11 +99,18 @@ class Run:
         return found
 
 
+def number(value: Any) -> float:
+    """A finite number of a file as a float; NaN for whatever else stands there."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+        return float(value)
+    return math.nan
+
+
 def attack_and_radius(name: str) -> tuple[str, float | None]:
     """``pgd-50-10@8/255`` as its attack and ε; no ε where the name ends with none (paths may hold an @)."""
     attack, _, at = name.rpartition("@")
     try:
-        return (attack, flags.number(at)) if attack else (name, None)
+        return (attack, number_from_text(at)) if attack else (name, None)
     except ValueError:
         return name, None
 

@@ -7,11 +7,11 @@ from typing import Any
 
 from ..data import ImageSet
 from ..errors import InputError
-from ..train.rundir import RunDir
-from .attacks import Norm, ball
-from .checks import check, compare_traces, findings
-from .result import Finding
-from .store import Store
+from ..evaluate.attacks import Norm, ball
+from ..evaluate.checks import check, compare_traces, findings
+from ..evaluate.result import Finding
+from .directory import RunDir
+from .evaluations import Store
 
 __all__ = ["record_checks"]
 

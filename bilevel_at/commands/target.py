@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from ..data import ImageSet
 from ..errors import InputError
 from ..models import ActivationName, Normalized, build_model
-from ..problem_file import ModelFiles
-from ..train.rundir import RunDir, Which, load, load_tensors
+from ..runs.checkpoints import load_tensors
+from ..runs.directory import RunDir
+from ..runs.model_files import ModelFiles
+from ..runs.networks import Which
 
 __all__ = ["Target", "from_checkpoint", "from_run"]
 
@@ -54,7 +56,7 @@ class Target:
         if self.network is not None:
             return self.network
         which: Any = name
-        return load(self.run.path, which, self.files.network(self.run.path, self.about))
+        return self.files.load(self.run.path, which)
 
 
 def from_run(path: Path, which: tuple[Which, ...] | None, files: ModelFiles) -> Target:

@@ -4,32 +4,30 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import datetime
 import inspect
 import math
-import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from ..batch import Batch
+from ..constraints import Constraint
+from ..data import DATA_NAMES, ImageSet
+from ..errors import InputError
+from ..evaluate import Attack, norm_of
+from ..models import MODELS, ActivationName, build_model
+from ..problem import BilevelProblem
+from ..runs.problem_file import ProblemFile, packaged_problems
+from ..runs.provenance import machine, today, versions
+from ..solver import Solver
+from ..solvers import SOLVERS, SolverName
+from ..train import Recipe
 from . import flags
-from .batch import Batch
-from .constraints import Constraint
-from .data import DATA_NAMES, ImageSet
-from .errors import InputError
-from .evaluate import Attack, norm_of
-from .models import MODELS, ActivationName, build_model
-from .problem import BilevelProblem
-from .problem_file import ProblemFile, packaged_problems
-from .solver import Solver
-from .solvers import SOLVERS, SolverName
-from .train import Recipe
 
-__all__ = ["PROG", "Plan", "RunOptions", "build", "device_name", "probe", "resolve_device", "understand"]
+__all__ = ["PROG", "Plan", "RunOptions", "build", "probe", "resolve_device", "understand"]
 
 PROG = "bilevel_at.run"
 USAGE = f"""usage: python -m {PROG} FILE [flags]
@@ -105,7 +103,6 @@ class Plan:
 
     def config(self, model: nn.Module, train: ImageSet) -> dict[str, Any]:
         """``config.json``: what is needed to repeat the run."""
-        packages = ("bilevel-at", "torchvision", "numpy", "scikit-learn")
         constraint = getattr(self.problem.lower, "constraint", None)
         return {
             "command": self.command,
@@ -121,17 +118,9 @@ class Plan:
             "data_sha256": train.sha256(),
             "shape": list(train.shape),
             "classes": train.classes,
-            "versions": {
-                "python": platform.python_version(),
-                "torch": str(torch.__version__),
-                **{name: metadata.version(name) for name in packages},
-            },
-            "date": datetime.date.today().isoformat(),
-            "machine": {
-                "platform": platform.platform(),
-                "threads": torch.get_num_threads(),
-                "device": device_name(train.device),
-            },
+            "versions": versions("torchvision", "numpy", "scikit-learn"),
+            "date": today(),
+            "machine": machine(train.device),
         }
 
 
@@ -226,11 +215,6 @@ def _make_solver(file: ProblemFile, values: dict[str, Any]) -> Any:
         arguments["name"] = name
     solver = file.make(file.solver, Solver, **arguments)
     return solver if name is None or isinstance(solver, SOLVERS[name]) else SOLVERS[name]()
-
-
-def device_name(device: torch.device) -> str:
-    """What a record says of a device: the GPU's name, or the processor's kind."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
 
 
 def resolve_device(name: str) -> torch.device:

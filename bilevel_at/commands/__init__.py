@@ -1,0 +1,1 @@
+"""What parses arguments or prints: the commands ``run``, ``evaluate`` and ``report``."""

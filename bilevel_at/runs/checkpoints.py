@@ -1,0 +1,33 @@
+"""Checkpoints: tensors and plain values, of which nothing is ever unpickled that could run code."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+
+__all__ = ["load_tensors", "weights"]
+
+
+def weights(state: dict[str, Any]) -> dict[str, Tensor]:
+    """The weights to evaluate in a checkpoint: their moving average where there is one. KeyError where it has none."""
+    kept = (state["average"] if "average" in state else state["model"]) if isinstance(state, dict) else None
+    if not isinstance(kept, dict):
+        raise KeyError("model")
+    return kept
+
+
+def load_tensors(file: Path, device: torch.device | str = "cpu") -> Any:
+    """What ``torch.save`` wrote, if that is tensors and plain values; otherwise :class:`InputError`: nothing runs."""
+    try:
+        return torch.load(file, map_location=device, weights_only=True)
+    except pickle.UnpicklingError:
+        said = "it is damaged, or holds something else, which is not unpickled because that can run code"
+    except Exception as error:  # damaged files fail in many ways, all of them inside torch.load
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    raise InputError(f"{file} is not a checkpoint of tensors that can be loaded: {said[:160]}")
