@@ -9,11 +9,11 @@ from torch.nn import functional as F
 from ..batch import Batch, per_sample
 from ..constraints import Constraint
 from ..data import ImageSet
-from ..losses import cross_entropy
+from ..evaluate.gradient import input_gradient
 from ..modes import attack_mode
 from ..steps import whole_number
 
-__all__ = ["gradient_alignment", "input_gradient"]
+__all__ = ["gradient_alignment"]
 
 
 def gradient_alignment(
@@ -50,14 +50,6 @@ def gradient_alignment(
             ]
             found.append(torch.stack(cosines).nanmean(0))
     return torch.cat(found) if found else torch.empty(0, device=images.device)
-
-
-def input_gradient(model: nn.Module, batch: Batch, delta: Tensor) -> Tensor:
-    """∇_x ℓ(x + δ) of the cross-entropy, each example's own, ``[B, ...]``, in the mode the model is in."""
-    delta = delta.detach().requires_grad_()
-    with torch.enable_grad():
-        (gradient,) = torch.autograd.grad(cross_entropy(model, batch, delta).sum(), delta)
-    return gradient
 
 
 def _cosine(a: Tensor, b: Tensor) -> Tensor:

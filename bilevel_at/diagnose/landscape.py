@@ -10,9 +10,9 @@ from torch.nn import functional as F
 
 from ..batch import Batch
 from ..errors import InputError
+from ..evaluate.gradient import input_gradient
 from ..modes import attack_mode
 from ..steps import positive, whole_number
-from .alignment import input_gradient
 
 __all__ = ["Landscape", "loss_landscape"]
 

@@ -13,9 +13,9 @@ from ..batch import Batch
 from ..constraints import LinfBall
 from ..data import ImageSet
 from ..errors import InputError
+from ..evaluate.gradient import input_gradient
 from ..modes import attack_mode
 from ..steps import positive, whole_number
-from .alignment import input_gradient
 
 __all__ = ["RandomStepNorms", "lemma_1", "random_step_norm"]
 

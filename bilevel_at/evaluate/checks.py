@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from ..batch import Batch
 from ..constraints import Constraint, LinfBall
 from ..data import ImageSet
-from ..diagnose.alignment import input_gradient
 from ..modes import Mode, attack_mode
-from .attacks import Attack, Stage, attack_from_name, ball, norm_of
+from .attacks import Attack, attack_from_name, ball, norm_of
 from .ensemble import Component
+from .gradient import input_gradient
 from .result import Finding
 from .robust import Trace, attacked
-from .stages import Descent, Margins
+from .stages import Descent, Margins, Stage
 
 __all__ = ["LIMITS", "check", "compare_traces"]
 
