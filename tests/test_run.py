@@ -22,6 +22,7 @@ from bilevel_at import run as run_module
 from bilevel_at.commands.plan import understand
 from bilevel_at.evaluate.radius import number_from_text as number
 from bilevel_at.models import MODELS
+from bilevel_at.runs.checkpoints import FORMAT
 from bilevel_at.runs.problem_file import packaged_problems
 from bilevel_at.solvers import HessianFreeKKT, ZeroIG
 from bilevel_at.train import Trainer
@@ -719,8 +720,9 @@ def test_names_that_are_also_ours():
         ("config.json", b"[]", "is not one of bilevel_at.run"),
         ("last.pt", b"", "is not a checkpoint of tensors"),
         ("last.pt", b"hello", "is not a checkpoint of tensors"),
-        ("last.pt", {}, "last.pt is not a checkpoint of this run (KeyError"),
-        ("last.pt", torch.zeros(3), "last.pt is not a checkpoint of this run"),
+        ("last.pt", {}, "last.pt has checkpoint format 1"),
+        ("last.pt", {"format": FORMAT}, "last.pt is not a checkpoint of this run (KeyError"),
+        ("last.pt", torch.zeros(3), "last.pt is not a checkpoint of bilevel_at.run"),
         ("metrics.jsonl", b"", "metrics.jsonl does not have the 1 epochs that last.pt has"),
         ("metrics.jsonl", b"what\n", "is not a file of JSON lines"),
     ],
