@@ -59,7 +59,12 @@ CASES = {
     "fastbat batch-norm": ["fastbat", "--model", "preact_resnet18", "--examples", "20", "--epochs", "1"],
 }
 
-FIRST_EDITION: dict[str, str] = {}
+FIRST_EDITION = {
+    **dict.fromkeys(("fgsm", "fastat", "minmax", "fastbat", "gradalign"), "--draw set"),
+    "atas": "--follow-warmup",
+    "trades": "--clip-start",
+    "mart": "--clip-start --exact --no-clean-first",
+}
 """By problem file: the flags with which today's file repeats the first edition (commit 6875737)."""
 
 DRIVER = """

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .batch import Batch, per_sample
 from .constraints import Box, Constraint
 from .directions import Direction, direction_of
-from .errors import InputError, positive, whole_number
+from .errors import InputError, at_least, positive, whole_number
 from .losses import AnyLoss, input_gradient
 from .memory import SampleMemory
 from .policy import Policy
@@ -83,7 +83,7 @@ class Uniform(Start):
     cube (Wong et al., 2020); BETA (Algorithm 1) in C.
 
     Args:
-        radius: r > 0; by default the draw is from the constraint.
+        radius: r ≥ 0; by default the draw is from the constraint.
         clip: whether x + z is clipped to the constraint's ``bounds``, where it has any.
     """
 
@@ -92,7 +92,7 @@ class Uniform(Start):
 
     def __post_init__(self) -> None:
         if self.radius is not None:
-            positive("radius", self.radius)
+            at_least("radius", self.radius)
 
     def fresh(self, constraint: Constraint, base: Tensor, generator: Generator) -> Tensor:
         if self.radius is None:
@@ -106,7 +106,7 @@ class Corner(Start):
     """z a fair random corner of C(x) (Fast-BAT, Table A4); with a radius r, of the cube {−r, r}^d.
 
     Args:
-        radius: r > 0; by default the corners are the constraint's, which must be a box.
+        radius: r ≥ 0; by default the corners are the constraint's, which must be a box.
         clip: whether x + z is clipped to the constraint's ``bounds``, where a radius is given.
 
     Raises:
@@ -118,7 +118,7 @@ class Corner(Start):
 
     def __post_init__(self) -> None:
         if self.radius is not None:
-            positive("radius", self.radius)
+            at_least("radius", self.radius)
 
     def fresh(self, constraint: Constraint, base: Tensor, generator: Generator) -> Tensor:
         down = torch.rand(base.shape, generator=generator, device=base.device) < 0.5

@@ -362,7 +362,7 @@ def test_names_of_attacks(robust, name):
 @pytest.mark.parametrize(
     ("says", "attacks", "options"),
     [
-        ("nowhere has no config.json", ["transfer:nowhere"], {}),
+        ("needs the network 'nowhere'", ["transfer:nowhere"], {}),
         ("transfers 'clean'", ["transfer:nowhere:clean"], {}),
         ("names no attack", [], {}),
         ("needs a radius", ["fgsm"], {"epsilon": None}),

@@ -25,6 +25,7 @@ from ..runs.checkpoints import weights
 from ..runs.directory import plainly
 from ..runs.evaluations import Store
 from ..runs.metrics import last_is_first_to_fall
+from ..runs.networks import load
 from ..train import Epoch, RunDir, Trainer, catastrophic_overfitting, rank
 from .plan import Plan, build, probe, resolve_device, understand
 
@@ -176,8 +177,8 @@ def run(args: Sequence[str]) -> int:
     constraint = getattr(plan.problem.lower, "constraint", None)
     if constraint is None:
         raise InputError(f"{plan.file.path}: the lower problem has no constraint")
-    attacks = [attack_from_name(name, constraint) for name in dict.fromkeys(options.attacks)]
-    select = attack_from_name(options.select, constraint)
+    attacks = [attack_from_name(name, constraint, surrogates=load) for name in dict.fromkeys(options.attacks)]
+    select = attack_from_name(options.select, constraint, surrogates=load)
     epsilon = constraint.radius
     train, test = load_data(options.data, options.data_dir, options.download)
     if options.examples is not None:

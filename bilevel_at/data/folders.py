@@ -7,8 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import Progress
 
 from ..errors import InputError
 from .staging import staged
@@ -43,6 +41,9 @@ def tiny_imagenet(folder: Path, workers: int) -> dict[str, np.ndarray]:
 
 def _decoded(root: Path, paths: list[str], workers: int, batch_size: int = 250) -> np.ndarray:
     """uint8 ``[N, 3, 64, 64]``, with a bar on a terminal."""
+    from rich.console import Console  # here, because recipes import this package and must stay light
+    from rich.progress import Progress
+
     x = np.empty((len(paths), 3, 64, 64), dtype=np.uint8)
     rows = [list(range(len(paths)))[i : i + batch_size] for i in range(0, len(paths), batch_size)]
     batches = Files(root, names_of(root, paths), _as_it_is).batches(rows, workers)

@@ -6,14 +6,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import losses
 from ..batch import Batch, per_sample
 from ..constraints import Constraint
 from ..data import ImageSet
 from ..errors import whole_number
+from ..losses import cross_entropy, input_gradient
 from ..modes import attack_mode
 
-__all__ = ["gradient_alignment", "input_gradient"]
+__all__ = ["gradient_alignment"]
 
 
 def gradient_alignment(
@@ -44,17 +44,12 @@ def gradient_alignment(
     with attack_mode(model, "eval"):
         for rows in torch.arange(len(images), device=images.device).split(batch_size):
             batch = Batch(images[rows].pixels(), images.y[rows])
-            clean = input_gradient(model, batch, torch.zeros_like(batch.x))
-            cosines = [
-                _cosine(clean, input_gradient(model, batch, ball.sample(batch.x, generator))) for _ in range(samples)
-            ]
+            clean, _ = input_gradient(cross_entropy, model, batch, torch.zeros_like(batch.x))
+            draws = [ball.sample(batch.x, generator) for _ in range(samples)]
+            moved = [input_gradient(cross_entropy, model, batch, eta)[0] for eta in draws]
+            cosines = [_cosine(clean, gradient) for gradient in moved]
             found.append(torch.stack(cosines).nanmean(0))
     return torch.cat(found) if found else torch.empty(0, device=images.device)
-
-
-def input_gradient(model: nn.Module, batch: Batch, delta: Tensor) -> Tensor:
-    """∇_x ℓ(x + δ) of the cross-entropy, each example's own, ``[B, ...]``, in the mode the model is in."""
-    return losses.input_gradient(losses.cross_entropy, model, batch, delta)[0]
 
 
 def _cosine(a: Tensor, b: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from ..batch import Batch
 from ..errors import InputError, positive, whole_number
+from ..losses import cross_entropy, input_gradient
 from ..modes import attack_mode
-from .alignment import input_gradient
 
 __all__ = ["Landscape", "loss_landscape"]
 
@@ -70,7 +70,7 @@ def loss_landscape(
     offsets = torch.arange(-middle, middle + 1, dtype=x.dtype, device=x.device) * (radius / middle)
     losses, answers, distances = [], [], []
     with attack_mode(model, "eval"):
-        sign = input_gradient(model, batch, torch.zeros_like(x)).sign()
+        sign = input_gradient(cross_entropy, model, batch, torch.zeros_like(x))[0].sign()
         # Point k of image i is (a, b) = (offsets[k // P], offsets[k % P]); a grid of all images may not fit in memory.
         for rows in torch.arange(len(x) * points**2, device=x.device).split(batch_size):
             i, k = rows // points**2, rows % points**2

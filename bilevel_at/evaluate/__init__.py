@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from .attacks import ATTACKS, Attack, Stage, attack_from_name, ball, norm_of
+from .attacks import ATTACKS, Attack, attack_from_name, ball, norm_of
 from .checks import check
 from .evaluation import EvaluationWarning, evaluate
 from .radius import radius_text
 from .result import Evaluation, Finding, Score
 from .robust import Trace, attack_examples, robust_correct
+from .stages import Stage
 
 __all__ = [
     "ATTACKS",

@@ -5,10 +5,8 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +18,9 @@ from ..losses import cross_entropy, minus
 from ..lower import Linearized
 from ..problem import LowerProblem
 from .ensemble import COMPONENTS, VERSIONS, Component
-from .stages import Descent, Margins, NormalizedSteps, OnSurrogate
+from .stages import Descent, Margins, NormalizedSteps, OnSurrogate, Stage
 
-__all__ = ["ATTACKS", "Attack", "Norm", "Stage", "attack_from_name", "ball", "norm_of"]
+__all__ = ["ATTACKS", "Attack", "Norm", "Surrogates", "attack_from_name", "ball", "norm_of"]
 
 ATTACKS = {
     "clean": "no attack",
@@ -37,6 +35,8 @@ ATTACKS = {
 """Every attack by name, a line on each."""
 
 Norm = str
+Surrogates = Mapping[str, nn.Module] | Callable[[str], nn.Module]
+"""Networks by the names that ``transfer:NAME`` has them under, or a function from such a name to its network."""
 ELEMENTWISE = (
     torch.optim.Adadelta,
     torch.optim.Adagrad,
@@ -50,20 +50,6 @@ ELEMENTWISE = (
 )
 """Optimisers that treat examples and classes separately."""
 _BALLS: dict[str, type[LinfBall] | type[L2Ball]] = {"linf": LinfBall, "l2": L2Ball}
-
-
-class Stage(Protocol):
-    """One part of an attack: a restart, a group of classes, one of AutoAttack's four."""
-
-    @property
-    def name(self) -> str:
-        """What the record calls it."""
-
-    def rows(self, classes: int) -> int:
-        """How many copies of an example it sends through the network at once."""
-
-    def __call__(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> Tensor:
-        """Attacked images ``[B, ...]`` in x + C(x); the network is in eval mode."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,7 +103,7 @@ def norm_of(constraint: Constraint | None) -> Norm | None:
 
 
 def attack_from_name(
-    name: str, constraint: Constraint | float, seed: int = 0, surrogate: Callable[[str], nn.Module] | None = None
+    name: str, constraint: Constraint | float, seed: int = 0, surrogates: Surrogates | None = None
 ) -> Attack:
     """The attack of that name inside ``constraint``; a number ε stands for ``LinfBall(ε)``.
 
@@ -125,8 +111,8 @@ def attack_from_name(
     direction elsewhere (``Constraint.steepest``), PGD of a quarter of the radius. BETA (Robey et al., 2023,
     Algorithm 1) takes K steps for each class in all, of RMSprop or, outside ℓ∞, along the gradient, at rates that fall
     from ε/2 to 0, and every one of them counts; from ten on, in ℓ∞, they are five short descents and a longer one from
-    the best (:class:`Margins`). seed: of AutoAttack and its parts, which take their own. surrogate: the network that
-    ``transfer:RUN`` attacks, from RUN; :func:`bilevel_at.load` if not given. Attacks see the model in eval mode.
+    the best (:class:`Margins`). seed: of AutoAttack and its parts, which take their own. surrogates: the networks that
+    ``transfer:NAME`` attacks go through, by name, or a function that gives them. Attacks see the model in eval mode.
 
     Raises :class:`InputError` for an unknown name, and where AutoAttack does not know the constraint.
     """
@@ -134,11 +120,11 @@ def attack_from_name(
         constraint = LinfBall(constraint)
     if name == "clean":
         return Attack(name)
-    stages = _stages(name, constraint, seed, surrogate)
+    stages = _stages(name, constraint, seed, surrogates)
     return Attack(name, constraint, () if getattr(constraint, "radius", None) == 0 else stages)
 
 
-def _stages(name: str, constraint: Constraint, seed: int, surrogate: Callable[[str], nn.Module] | None) -> list[Stage]:
+def _stages(name: str, constraint: Constraint, seed: int, surrogates: Surrogates | None) -> list[Stage]:
     direction, radius = constraint.steepest, constraint.radius or 0.0
     reach = getattr(constraint, "reach", None) or radius
     start, step = ("zero", reach) if name == "fgsm" else ("uniform", reach / 4)
@@ -166,7 +152,7 @@ def _stages(name: str, constraint: Constraint, seed: int, surrogate: Callable[[s
         version, parts = VERSIONS.get(name, ("standard", (name,)))
         return [Component(part, norm, radius, version, seed) for part in parts]
     if name.startswith("transfer:"):
-        return _transferred(name, constraint, seed, surrogate)
+        return _transferred(name, constraint, seed, surrogates)
     known = ["fgsm", "pgd-50-10", "beta-30", *COMPONENTS, *VERSIONS]
     close = difflib.get_close_matches(name, known, 1)
     raise InputError(
@@ -182,15 +168,22 @@ def _optimizer(name: str, attack: str) -> type[torch.optim.Optimizer]:
     return known[name]
 
 
-def _transferred(
-    name: str, constraint: Constraint, seed: int, surrogate: Callable[[str], nn.Module] | None
-) -> list[Stage]:
-    from ..runs.networks import load  # it needs this package
-
-    run, attack = name.removeprefix("transfer:"), "pgd-50-10"
-    if ":" in run and not Path(run).exists():
-        run, attack = run.rsplit(":", 1)
+def _transferred(name: str, constraint: Constraint, seed: int, surrogates: Surrogates | None) -> list[Stage]:
+    source, attack = name.removeprefix("transfer:"), "pgd-50-10"
+    head, colon, tail = source.rpartition(":")
+    if colon and not {"/", "\\"} & set(tail):  # what comes after the last colon is an attack, unless it is a path
+        source, attack = head, tail
     if attack.startswith(("transfer", "clean")):
         raise InputError(f"attack {name!r} transfers {attack!r}; it takes an attack that looks at a network")
-    network = (surrogate or load)(run)
-    return [OnSurrogate(stage, network, run) for stage in _stages(attack, constraint, seed, surrogate)]
+    stages = _stages(attack, constraint, seed, surrogates)
+    network = _surrogate(name, source, surrogates)
+    return [OnSurrogate(stage, network, source) for stage in stages]
+
+
+def _surrogate(name: str, source: str, surrogates: Surrogates | None) -> nn.Module:
+    if callable(surrogates):
+        return surrogates(source)
+    if surrogates is None or source not in surrogates:
+        known = f"; there are {', '.join(surrogates)}" if surrogates else ""
+        raise InputError(f"attack {name!r} needs the network {source!r}: surrogates={{{source!r}: model}}{known}")
+    return surrogates[source]

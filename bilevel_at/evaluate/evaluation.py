@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from ..constraints import Constraint
 from ..data import Images, ImageSet
 from ..errors import InputError
 from ..modes import attack_mode
-from .attacks import Attack, attack_from_name, ball
+from .attacks import Attack, Surrogates, attack_from_name, ball
 from .checks import check, compare_traces, findings
 from .radius import radius_text
 from .result import Evaluation, Progress, Score, result_name
@@ -32,11 +32,11 @@ def attacks_at(
     names: str | Iterable[str | Attack],
     spaces: Sequence[Constraint],
     seed: int = 0,
-    surrogate: Callable[[str], nn.Module] | None = None,
+    surrogates: Surrogates | None = None,
 ) -> list[Attack]:
     """Every attack in every one of the sets; attacks that are made already, and ``clean``, once.
 
-    surrogate: the network of ``transfer:RUN``, from RUN.
+    surrogates: the networks of ``transfer:NAME``, by name.
     """
     made: list[Attack] = []
     names = names.split() if isinstance(names, str) else names
@@ -48,7 +48,7 @@ def attacks_at(
         elif not spaces:
             raise InputError(f"attack {name!r} needs a radius; pass epsilon=8/255, or a list for a curve")
         else:
-            made += [attack_from_name(name, space, seed, surrogate) for space in spaces]
+            made += [attack_from_name(name, space, seed, surrogates) for space in spaces]
     if not made:
         raise InputError("attacks names no attack; clean, pgd-50-10, beta-30 and autoattack are some")
     return made
@@ -93,6 +93,7 @@ def evaluate(
     seed: int = 0,
     batch_size: int = 250,
     checks: int = 100,
+    surrogates: Surrogates | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
     """The accuracy of any network on ``data`` under each attack, and the reasons to doubt it.
@@ -103,6 +104,8 @@ def evaluate(
     "l2", cut to [0, 1]), or several, whose results are then named ``pgd-50-10@4/255``; constraint: any other set.
     checks: how many examples the checks of :func:`check` look at; 0 for none. What they find is in ``.warnings``, and
     issued as :class:`EvaluationWarning`.
+    surrogates: the networks that attacks ``transfer:NAME`` go through, by name, or a function that gives them, as
+    ``ba.load`` does for the paths of runs.
 
     Raises :class:`InputError` for an unknown attack, and where inputs are not in [0, 1]: ε would mean something else.
     """
@@ -111,7 +114,7 @@ def evaluate(
     spaces: list[Constraint] = [ball(norm, radius) for radius in _radii(epsilon)]
     if constraint is not None:
         spaces.append(constraint)
-    made = attacks_at(attacks, spaces, seed)
+    made = attacks_at(attacks, spaces, seed, surrogates)
     in_train_mode = any(module.training for module in model.modules())
     images = as_images(data, model)
     fingerprint = images.sha256()[:16]

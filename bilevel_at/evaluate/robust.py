@@ -15,9 +15,9 @@ from ..batch import Batch
 from ..data import ImageSet
 from ..errors import InputError
 from ..modes import attack_mode
-from .attacks import Attack, Stage
+from .attacks import Attack
 from .ensemble import Component
-from .stages import OnSurrogate
+from .stages import OnSurrogate, Stage
 
 __all__ = ["Trace", "attack_examples", "attacked", "robust_correct"]
 

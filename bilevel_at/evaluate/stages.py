@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +19,21 @@ from ..modes import attack_mode
 from ..problem import LowerProblem
 from ..targeted import Targeted
 
-if TYPE_CHECKING:
-    from .attacks import Stage
+__all__ = ["Descent", "Margins", "NormalizedSteps", "OnSurrogate", "Stage"]
 
-__all__ = ["Descent", "Margins", "NormalizedSteps", "OnSurrogate"]
+
+class Stage(Protocol):
+    """One part of an attack: a restart, a group of classes, one of AutoAttack's four."""
+
+    @property
+    def name(self) -> str:
+        """What the record calls it."""
+
+    def rows(self, classes: int) -> int:
+        """How many copies of an example it sends through the network at once."""
+
+    def __call__(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> Tensor:
+        """Attacked images ``[B, ...]`` in x + C(x); the network is in eval mode."""
 
 
 @dataclass(frozen=True)

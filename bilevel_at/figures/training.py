@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from ..train import rank
+from ..runs.metrics import rank
 from .comparison import legible, one_curve
 from .style import BLUE, GREY, ORANGE, plt, save
 

@@ -6,7 +6,11 @@ Importing this package is light: recipes, which every problem file imports, need
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .directory import RunDir
+    from .networks import load
 
 __all__ = ["RunDir", "load"]
 

@@ -91,7 +91,9 @@ def test_the_problem_file_of_a_run_is_not_run():
     assert "--model-file FILE" in complaint(evaluate, ["named", "--attacks", "transfer:own"])
     assert "pass one as load(..., model=...)" in complaint(ba.load, "own")
     model = ba.load("named")
-    assert "load(..., model=...)" in complaint(evaluate_in_python, model, images(), ["transfer:own"], 0.2, checks=0)
+    assert "load(..., model=...)" in complaint(
+        evaluate_in_python, model, images(), ["transfer:own"], 0.2, checks=0, surrogates=ba.load
+    )
     assert "Not measured: evil: the network of own is defined" in page(["own"]) and "--model-file FILE" in page(["own"])
     report(["own"], "page", measure=False)
     assert not Path("own/evaluation/commands.json").exists()
@@ -192,7 +194,7 @@ def test_no_pickle_is_loaded():
             shutil.copy(path, f"named/{which}.pt")
         assert "is not a checkpoint of tensors" in complaint(ba.load, "named")
         assert "is not a checkpoint of tensors" in complaint(evaluate, ["named", *QUICK])
-        said = complaint(evaluate_in_python, model, images(), ["transfer:named"], 0.2, checks=0)
+        said = complaint(evaluate_in_python, model, images(), ["transfer:named"], 0.2, checks=0, surrogates=ba.load)
         assert "is not a checkpoint of tensors" in said
         assert "is not a checkpoint of tensors" in page(["named"])
         resume = ["problems/fastat.py", "--out", "named", "--resume"]
