@@ -9,6 +9,7 @@ Source: Fast-BAT paper (Zhang et al., 2022), equations 2, 3 and 8.
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -86,6 +87,18 @@ class LowerProblem(Policy):
     anchor: Anchor | str
     mode: Mode
     attack_loss: AnyLoss
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> LowerProblem:
+        """An object with an anchor of its own, where the class has one: what it remembers is not shared."""
+        lower = super().__new__(cls)
+        anchor = getattr(cls, "anchor", None)
+        if isinstance(anchor, str | Anchor):
+            object.__setattr__(lower, "anchor", anchor_policy(copy.deepcopy(anchor)))
+        return lower
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """A name becomes its anchor once: taken anew for every solve, "remembered" would never remember."""
+        super().__setattr__(name, anchor_policy(value) if name == "anchor" and isinstance(value, str) else value)
 
     def base(self, model: nn.Module, batch: Batch) -> Tensor:
         """What δ is added to: it gives δ its shape, and the constraint its x.
