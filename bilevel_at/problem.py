@@ -22,7 +22,7 @@ from .anchors import Anchor, anchor_policy
 from .batch import Batch
 from .constraints import Constraint
 from .errors import InputError
-from .losses import AnyLoss, as_loss, cross_entropy
+from .losses import AnyLoss, as_loss, check_prepared, cross_entropy
 from .modes import Mode, attack_mode, no_graph
 from .policy import Policy
 from .solution import Hypergradient, Solution
@@ -151,7 +151,7 @@ class LowerProblem(Policy):
         """
         with torch.enable_grad(), attack_mode(model, attack_mode_of(self)):
             with contextlib.nullcontext() if differentiable else no_graph():
-                seen = self.prepare(model, batch, generator)
+                seen = check_prepared(self, self.prepare(model, batch, generator))
             memo, drawn = None, anchor is None
             if anchor is None:
                 anchor, memo = anchor_policy(getattr(self, "anchor", "zero")).draw(self, model, seen, generator)
