@@ -17,7 +17,6 @@ from transcriptions import ce_gradient, clip, seeded
 
 import bilevel_at as ba
 from bilevel_at.problem import objective_gradient
-from bilevel_at.runs.recipe import Recipe
 from bilevel_at.solvers import FullKKT, HessianFreeKKT, ZeroIG
 from bilevel_at.testing import hypergradcheck
 from bilevel_at.testing import strategies as bst
@@ -131,7 +130,6 @@ def test_policies_refuse_what_they_do_not_know():
         (lambda: ba.Adaptive(1.0, 1.0, low=0.2, high=0.1), "steps are clipped to 0.2 … 0.1"),
         (lambda: ba.Remembered(start="gradient-step"), "begins at a Start such as 'uniform' or 'zero', not Steps"),
         (lambda: ba.Remembered(by="row"), "by is 'row'; choose from 'example', 'position'"),
-        (lambda: Recipe(replays=2.5), "replays is 2.5"),
     ):
         with pytest.raises(ba.InputError, match=re.escape(says)):
             wrong()

@@ -10,6 +10,7 @@ import torch
 from networks import F64
 from transcriptions import assert_moved, assert_same, ce, clip, seeded, sign_step
 
+import bilevel_at as ba
 from bilevel_at.data import Images, Loader
 from bilevel_at.evaluate.attacks import attack_from_name
 from bilevel_at.problems import fgsm, free, standard
@@ -70,6 +71,13 @@ def test_the_trainer_replays_each_batch(replays):
                 updates += 1
     assert updates == 2 * trainer.steps_per_epoch
     assert_same(model, twin)
+
+
+def test_replays_are_at_least_one_and_do_not_go_with_accumulation():
+    with pytest.raises(ba.InputError, match="--replays is 0; it must be at least 1"):
+        Recipe(replays=0)
+    with pytest.raises(ba.InputError, match="--replays is 2 and --accumulate 3; one of them must be 1"):
+        Recipe(replays=2, accumulate=3)
 
 
 @pytest.mark.parametrize(
