@@ -23,7 +23,7 @@ from rich.console import Console
 import bilevel_at
 from bilevel_at import run as main_job
 from bilevel_at.commands import flags
-from bilevel_at.commands.plan import resolve_device
+from bilevel_at.commands.device import resolve_device
 from bilevel_at.data import ImageSet, load_data
 from bilevel_at.errors import InputError
 from bilevel_at.evaluate import attack_from_name

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bilevel_at.commands import flags
-from bilevel_at.commands.plan import resolve_device
+from bilevel_at.commands.device import resolve_device
 from bilevel_at.data import ImageSet, load_data
 from bilevel_at.errors import InputError
 from bilevel_at.evaluate import Attack

@@ -5,9 +5,8 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -15,24 +14,22 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from ..data import ImageSet, load_data
+from ..data import ImageSet
 from ..errors import InputError
 from ..evaluate.attacks import ATTACKS, Attack, ball
 from ..evaluate.evaluation import attacks_at
 from ..evaluate.radius import radius_text
 from ..evaluate.result import Finding, Score
 from ..evaluate.robust import Trace
-from ..models import MODELS, ActivationName
-from ..runs.directory import RunDir
 from ..runs.doubts import record_checks
-from ..runs.evaluations import Store
+from ..runs.evaluations import Store, remember_command
 from ..runs.model_files import ModelFiles
-from ..runs.networks import Which
 from . import flags
-from .plan import resolve_device
-from .target import Target, from_checkpoint, from_run
+from .device import resolve_device
+from .options import EvaluateOptions
+from .target import Target, find_target
 
-__all__ = ["PROG", "Options", "command"]
+__all__ = ["PROG", "command"]
 
 PROG = "bilevel_at.evaluate"
 USAGE = f"""usage: python -m {PROG} RUN [flags]
@@ -40,60 +37,6 @@ USAGE = f"""usage: python -m {PROG} RUN [flags]
 
 RUN is a directory that bilevel_at.run made; WEIGHTS.pt a state_dict of a network known by name.
 python -m {PROG} RUN --help lists the flags; --list the attacks."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """The flags.
-
-    attacks: what to attack with: clean, fgsm, pgd-50-10, beta-30, autoattack, ...; --list has them all.
-    epsilon: radius of the ball, or several for a curve; that of the training if not given.
-    norm: linf or l2; that of the training if not given.
-    which: checkpoints of the run; all that it has if not given.
-    examples: attack this many test examples only.
-    checks: examples that the checks for masked gradients look at; 0 for none.
-    data: the run's own if not given.
-    data_dir: the run's own if not given.
-    download: fetch a named data set that is not there.
-    model: the network that the weights belong to.
-    model_file: the problem file that defines the network of a run (or of transfer:RUN); it is run.
-    activation: of that network.
-    mean: per channel, where the weights do not say how inputs are normalised.
-    std: per channel, likewise.
-    batch_size: network rows at a time.
-    seed: of every draw.
-    device: cpu, cuda, or auto for a GPU where there is one.
-    out: where results of weights from elsewhere go; WEIGHTS-evaluation if not given.
-    again: do not reuse what is there.
-    """
-
-    attacks: tuple[str, ...] = ("clean", "pgd-50-10")
-    epsilon: tuple[float, ...] = ()
-    norm: Literal["linf", "l2"] | None = None
-    which: tuple[Which, ...] = ()
-    examples: int | None = None
-    checks: int = 100
-    data: str | None = None
-    data_dir: str | None = None
-    download: bool = True
-    model: str | None = None
-    model_file: tuple[str, ...] = ()
-    activation: ActivationName = "relu"
-    mean: tuple[float, ...] = ()
-    std: tuple[float, ...] = ()
-    batch_size: int = 250
-    seed: int = 0
-    device: str = "auto"
-    out: str | None = None
-    again: bool = False
-
-    def __post_init__(self) -> None:
-        for name, least in (("examples", 1), ("checks", 0), ("batch_size", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise InputError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
-        if not 0 <= self.seed < 2**32:
-            raise InputError(f"--seed is {self.seed}; it must be at least 0 and below 2**32")
 
 
 def command(args: Sequence[str]) -> int:
@@ -108,25 +51,18 @@ def command(args: Sequence[str]) -> int:
     if args[0].startswith("-"):
         raise InputError(f"the run comes first: python -m {PROG} RUN {' '.join(args[:2])}")
     about = "Attack the networks of a run, or weights from elsewhere."
-    options = Options(**flags.parse(flags.flags_of(Options), args[1:], f"python -m {PROG} {args[0]}", about))
+    values = flags.parse(flags.flags_of(EvaluateOptions), args[1:], f"python -m {PROG} {args[0]}", about)
+    options = EvaluateOptions(**values)
     device = resolve_device(options.device)
     files = ModelFiles(options.model_file)
-    target, images = _target(Path(args[0]), options, files)
+    target, images = find_target(Path(args[0]), options, files)
     images = images.to(device)
-
-    norm = options.norm or target.norm
-    same = norm == target.norm
-    radii = options.epsilon or (() if target.epsilon is None or not same else (target.epsilon,))
-    if not radii and not same and target.norm:
-        raise InputError(f"{args[0]} was trained in {target.norm}; for --norm {norm} give --epsilon, too")
-    if norm is None or (not radii and set(options.attacks) != {"clean"}):
-        raise InputError(f"{args[0]} does not say which ball to attack in; give --norm linf and --epsilon 8/255, say")
-    spaces = [ball(norm, radius) for radius in dict.fromkeys(radii)]
-    attacks = attacks_at(options.attacks, spaces, options.seed, files.load)
+    norm, radii = _balls(args[0], options, target)
+    attacks = attacks_at(options.attacks, [ball(norm, radius) for radius in radii], options.seed, files.load)
     target.check()
-    usual = target.epsilon if same else None
-    if not (target.run.path / "config.json").exists():
-        target.run.write_json("config.json", target.about)
+    usual = target.epsilon if norm == target.norm else None
+    if not target.run.exists:
+        target.run.write_config(target.about)
 
     console = Console()
     told = f"{len(images)} test images on {device}"
@@ -137,7 +73,7 @@ def command(args: Sequence[str]) -> int:
     except KeyboardInterrupt:
         same_command = "the same command" + (" without --again" if options.again else "")
         raise KeyboardInterrupt(f"what is done is in {target.run}; {same_command} goes on") from None
-    job.remember([PROG, *args])
+    remember_command(target.run, [PROG, *args])
     console.print(job.table(found))
     for name in target.names:
         for finding in job.said.get(name, []):
@@ -151,60 +87,16 @@ def command(args: Sequence[str]) -> int:
     return 0
 
 
-def _target(path: Path, options: Options, files: ModelFiles) -> tuple[Target, ImageSet]:
-    """What is evaluated, and on which images."""
-    transfers = any(name.startswith("transfer:") for name in options.attacks)
-    if path.is_dir():
-        for name in ("model", "mean", "std", "out"):
-            if getattr(options, name):
-                raise InputError(f"--{name} is for weights from elsewhere; {path} is a run, which says so itself")
-        target = from_run(path, options.which or None, files)
-        if options.model_file and not transfers and target.about.get("model") != "file":
-            raise InputError(f"--model-file is for runs whose problem file defines the network; {path} is no such run")
-        data = options.data or target.data
-        images = _images(data, options.data_dir or target.data_dir, options, target.test_examples)
-        expected = target.about.get("shape"), target.about.get("classes")
-        if expected != (list(images.shape), images.classes):
-            raise InputError(
-                f"{path} was trained on images of {expected[0]} in {expected[1]} classes; {data} has "
-                f"{list(images.shape)} in {images.classes}"
-            )
-        return target, images
-    if not path.exists():
-        raise InputError(f"{path} does not exist; give a run directory, or a file of weights with --model")
-    if options.model is None:
-        raise InputError(f"{path} is a file of weights; say whose with --model: {', '.join(MODELS)}")
-    if options.which:
-        raise InputError("--which is for runs; a file of weights has one network")
-    if options.model_file and not transfers:
-        raise InputError("--model-file is for runs; whose weights these are is said with --model")
-    if not options.epsilon and set(options.attacks) != {"clean"}:
-        raise InputError("--epsilon is missing: weights from elsewhere do not say which radius they were trained for")
-    data = options.data or "digits"
-    images = _images(data, options.data_dir or "data", options, None)
-    out = Path(options.out) if options.out else path.with_name(f"{path.stem}-evaluation")
-    if out.exists() and not out.is_dir():
-        raise InputError(f"--out {out} is a file; it must be a directory, or not exist")
-    epsilon = next((e for e in options.epsilon if e > 0), 0.0) if options.epsilon else None
-    constraint = {"norm": options.norm or "linf", "epsilon": epsilon}
-    record = {"data": data, "constraint": constraint}  # what a run's config.json says, too
-    mean, std = options.mean or None, options.std or None
-    target = from_checkpoint(path, images, options.model, options.activation, mean, std, out, record)
-    known = target.run.read_json("config.json") if (out / "config.json").exists() else None
-    if known is not None and (not isinstance(known, dict) or known.get("checkpoint") != str(path.resolve())):
-        raise InputError(f"{out} holds something else; choose another --out")
-    if known is not None:
-        constraint = known.get("constraint", constraint)
-    target.norm, target.epsilon = str(constraint["norm"]), epsilon
-    if isinstance(constraint["epsilon"], float):
-        target.epsilon = constraint["epsilon"]
-    return target, images
-
-
-def _images(data: str, data_dir: str, options: Options, usual: int | None) -> ImageSet:
-    _, test = load_data(data, data_dir, options.download)
-    count = options.examples if options.examples is not None else usual
-    return test if count is None else test.sample(count)
+def _balls(name: str, options: EvaluateOptions, target: Target) -> tuple[str, list[float]]:
+    """(norm, radii) to attack in: those of the flags, or else of the training."""
+    norm = options.norm or target.norm
+    same = norm == target.norm
+    radii = options.epsilon or (() if target.epsilon is None or not same else (target.epsilon,))
+    if not radii and not same and target.norm:
+        raise InputError(f"{name} was trained in {target.norm}; for --norm {norm} give --epsilon, too")
+    if norm is None or (not radii and set(options.attacks) != {"clean"}):
+        raise InputError(f"{name} does not say which ball to attack in; give --norm linf and --epsilon 8/255, say")
+    return norm, list(dict.fromkeys(radii))
 
 
 class Job:
@@ -215,7 +107,7 @@ class Job:
         target: Target,
         images: ImageSet,
         attacks: Sequence[Attack],
-        options: Options,
+        options: EvaluateOptions,
         norm: str,
         usual: float,
         console: Console,
@@ -272,17 +164,6 @@ class Job:
         if len(here) > 1:
             self.unions[name] = torch.stack(here).all(0).float().mean().item()
         return found
-
-    def remember(self, words: list[str]) -> None:
-        """Add the command to those that made what is there."""
-        folder = RunDir(self.target.run.path / "evaluation")
-        try:
-            known: Any = folder.read_json("commands.json") if (folder.path / "commands.json").exists() else []
-        except InputError:  # damaged
-            known = []
-        commands = known if isinstance(known, list) else []
-        if words not in commands:
-            folder.write_json("commands.json", [*commands, words])
 
     def table(self, found: dict[str, dict[str, Score]]) -> Table:
         """Attacks by networks, in %, with the worst case of all at the usual radius."""

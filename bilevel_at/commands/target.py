@@ -1,46 +1,42 @@
-"""What ``python -m bilevel_at.evaluate`` is pointed at: a run, or the weights of a named network from elsewhere."""
+"""What ``evaluate`` is pointed at: a run, or the weights of a named network from elsewhere."""
 
 from __future__ import annotations
 
-import datetime
-import math
-import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..data import ImageSet
+from ..data import ImageSet, load_data
 from ..errors import InputError
-from ..models import ActivationName, Normalized, build_model
-from ..runs.checkpoints import load_tensors
+from ..models import MODELS
 from ..runs.directory import RunDir
 from ..runs.model_files import ModelFiles
-from ..runs.networks import Which
+from ..runs.provenance import today, versions
+from .options import EvaluateOptions
+from .weights import network_with_weights
 
-__all__ = ["Target", "from_checkpoint", "from_run"]
-
-PREFIXES = ("module.", "_orig_mod.")  # of DataParallel, and of torch.compile
-WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "weights")
+__all__ = ["Target", "find_target"]
 
 
 @dataclass
 class Target:
-    """Networks by name (best, last, last_good, or model), where their results go, and what is known of them.
+    """Networks by name, where their results go, and what is known of them.
 
-    data, data_dir, test_examples: the images of a run. norm, epsilon: its constraint, None where that is not a ball.
+    run: the directory of the results.
+    names: best, last, last_good, or model, that of weights from elsewhere.
+    about: what config.json says, or will say.
+    norm: of the ball that the network was trained in; None where that is not a ball.
+    epsilon: its radius.
+    network: that of weights from elsewhere.
     files: the problem files that define networks, as far as the user has named them.
     """
 
     run: RunDir
     names: list[str]
     about: Mapping[str, Any]
-    data: str = "digits"
-    data_dir: str = "data"
-    test_examples: int | None = None
     norm: str | None = None
     epsilon: float | None = None
     network: nn.Module | None = None
@@ -59,13 +55,59 @@ class Target:
         return self.files.load(self.run.path, which)
 
 
-def from_run(path: Path, which: tuple[Which, ...] | None, files: ModelFiles) -> Target:
-    """The networks of a run; :class:`InputError` where it is not one, or has no such checkpoint.
+def find_target(path: Path, options: EvaluateOptions, files: ModelFiles) -> tuple[Target, ImageSet]:
+    """What is evaluated, and on which images.
 
-    files: the problem files that define networks, as far as the user has named them.
+    path: what the user has named.
+    options: the flags.
+    files: the problem files that the user has named.
     """
+    if path.is_dir():
+        return _run(path, options, files)
+    if not path.exists():
+        raise InputError(f"{path} does not exist; give a run directory, or a file of weights with --model")
+    return _weights(path, options)
+
+
+def _transfers(options: EvaluateOptions) -> bool:
+    return any(name.startswith("transfer:") for name in options.attacks)
+
+
+def _images(options: EvaluateOptions, data: str, data_dir: str, usual: int | None) -> ImageSet:
+    """The test images, as many as the flags say, or else as usual."""
+    _, test = load_data(data, data_dir, options.download)
+    count = options.examples if options.examples is not None else usual
+    return test if count is None else test.sample(count)
+
+
+def _run(path: Path, options: EvaluateOptions, files: ModelFiles) -> tuple[Target, ImageSet]:
+    """The networks of a run; :class:`InputError` where it is not one, or has no such checkpoint."""
+    for name in ("model", "mean", "std", "out"):
+        if getattr(options, name):
+            raise InputError(f"--{name} is for weights from elsewhere; {path} is a run, which says so itself")
     run = RunDir(path)
-    config = run.read_json("config.json")
+    config = run.config()
+    data, data_dir, test_examples, norm, epsilon = _recorded(path, config)
+    if not run.checkpoints:
+        raise InputError(f"{path} has no checkpoint yet; bilevel_at.run writes one after its first epoch")
+    missing = [which for which in options.which if which not in run.checkpoints]
+    if missing:
+        present = ", ".join(f"{which}.pt" for which in run.checkpoints)
+        raise InputError(f"{path} has no {missing[0]}.pt; it has {present}")
+    if options.model_file and not _transfers(options) and config.get("model") != "file":
+        raise InputError(f"--model-file is for runs whose problem file defines the network; {path} is no such run")
+    images = _images(options, options.data or data, options.data_dir or data_dir, test_examples)
+    expected = config.get("shape"), config.get("classes")
+    if expected != (list(images.shape), images.classes):
+        raise InputError(
+            f"{path} was trained on images of {expected[0]} in {expected[1]} classes; {options.data or data} has "
+            f"{list(images.shape)} in {images.classes}"
+        )
+    return Target(run, list(options.which or run.checkpoints), config, norm, epsilon, files=files), images
+
+
+def _recorded(path: Path, config: Any) -> tuple[str, str, int | None, str | None, float | None]:
+    """(data, data_dir, test_examples, norm, epsilon) of a run's configuration."""
     try:
         options = config["options"]
         data, data_dir, examples = options["data"], options.get("data_dir", "data"), options.get("test_examples")
@@ -73,78 +115,45 @@ def from_run(path: Path, which: tuple[Which, ...] | None, files: ModelFiles) -> 
         norm, epsilon = constraint["norm"], constraint["epsilon"]
     except (AttributeError, KeyError, TypeError):
         raise InputError(f"{path}/config.json is not one of bilevel_at.run") from None
-    there: list[str] = [name for name in ("best", "last", "last_good") if (run.path / f"{name}.pt").exists()]
-    if not there:
-        raise InputError(f"{path} has no checkpoint yet; bilevel_at.run writes one after its first epoch")
-    missing = [name for name in which or () if name not in there]
-    if missing:
-        raise InputError(f"{path} has no {missing[0]}.pt; it has {', '.join(f'{name}.pt' for name in there)}")
-    return Target(run, list(which or there), config, data, data_dir, examples, norm, epsilon, files=files)
+    kinds = [(data, str), (data_dir, str), (examples, int | None), (norm, str | None), (epsilon, float | int | None)]
+    if not all(isinstance(value, kind) for value, kind in kinds):
+        raise InputError(f"{path}/config.json is not one of bilevel_at.run: data and constraint are not what they were")
+    return data, data_dir, examples, norm, epsilon
 
 
-def from_checkpoint(
-    path: Path,
-    images: ImageSet,
-    model: str,
-    activation: ActivationName,
-    mean: tuple[float, ...] | None,
-    std: tuple[float, ...] | None,
-    out: Path,
-    about: Mapping[str, Any],
-) -> Target:
-    """The network ``model`` with the weights in ``path``: a state_dict, alone or in a dictionary, tensors only.
-
-    The weights are those of our network, which normalises its inputs itself, or of the network inside it; then ``mean``
-    and ``std`` say how. Raises :class:`InputError` where they do not fit, and for a file that holds anything but
-    tensors and plain values, which is not unpickled.
-    """
-    found = load_tensors(path)
-    state = _state_dict(found)
-    if not state:
-        raise InputError(f"{path} holds {type(found).__name__} without a state_dict; save model.state_dict()")
-    network = build_model(model, images.shape, images.classes, activation=activation)
-    assert isinstance(network, Normalized)
-    whole = {"mean", "std"} <= state.keys()
-    if whole and (mean or std):
-        raise InputError(f"{path} says itself how inputs are normalised; leave out --mean and --std")
-    if not whole:
-        if mean is None or std is None:
-            raise InputError(f"{path} does not say how inputs are normalised; give --mean and --std (0 and 1 for none)")
-        for name, values in (("mean", mean), ("std", std)):
-            state[name] = _channels(name, values, images.shape[0])
-        state = {k if k in ("mean", "std") else f"network.{k}": v for k, v in state.items()}
-    try:
-        network.load_state_dict(state)
-    except RuntimeError as error:
-        said = " ".join(" ".join(str(error).splitlines()[1:]).split()) or str(error)
-        raise InputError(f"{path} does not fit the model {model} for {images.shape} images: {said[:200]}") from None
-    record = {**about, "model": model, "activation": activation, "checkpoint": str(path.resolve()), **_here(images)}
-    return Target(RunDir(out), ["model"], record, network=network.eval())
-
-
-def _state_dict(found: Any) -> dict[str, Tensor]:
-    """The tensors by name in what was loaded, without the prefixes that wrappers add; empty where there are none."""
-    for _ in range(5):  # a dictionary may contain itself
-        inside = [found[key] for key in WRAPPERS if isinstance(found, Mapping) and isinstance(found.get(key), Mapping)]
-        found = inside[0] if inside else found
-    if not isinstance(found, Mapping):
-        return {}
-    state = {str(k): v for k, v in found.items() if isinstance(v, Tensor)}
-    while prefix := next((p for p in PREFIXES if state and all(k.startswith(p) for k in state)), ""):
-        state = {k.removeprefix(prefix): v for k, v in state.items()}
-    return state
-
-
-def _channels(name: str, values: tuple[float, ...], channels: int) -> Tensor:
-    if len(values) not in (1, channels) or not all(map(math.isfinite, values)) or (name == "std" and min(values) <= 0):
-        raise InputError(f"--{name} is {values}; it must be {channels} numbers, or one for all channels")
-    return torch.tensor(values).expand(channels).reshape(-1, 1, 1).clone()
-
-
-def _here(images: ImageSet) -> dict[str, Any]:
-    return {
+def _weights(path: Path, options: EvaluateOptions) -> tuple[Target, ImageSet]:
+    """The network that a file of weights is for; results go beside the file, or where ``--out`` says."""
+    if options.model is None:
+        raise InputError(f"{path} is a file of weights; say whose with --model: {', '.join(MODELS)}")
+    if options.which:
+        raise InputError("--which is for runs; a file of weights has one network")
+    if options.model_file and not _transfers(options):
+        raise InputError("--model-file is for runs; whose weights these are is said with --model")
+    if not options.epsilon and set(options.attacks) != {"clean"}:
+        raise InputError("--epsilon is missing: weights from elsewhere do not say which radius they were trained for")
+    data = options.data or "digits"
+    images = _images(options, data, options.data_dir or "data", None)
+    run = RunDir(options.out or path.with_name(f"{path.stem}-evaluation"))
+    if run.path.exists() and not run.path.is_dir():
+        raise InputError(f"--out {run} is a file; it must be a directory, or not exist")
+    network = network_with_weights(path, images, options.model, options.activation, options.mean, options.std)
+    epsilon = next((e for e in options.epsilon if e > 0), 0.0) if options.epsilon else None
+    about: dict[str, Any] = {
+        "data": data,
+        "constraint": {"norm": options.norm or "linf", "epsilon": epsilon},
+        "model": options.model,
+        "activation": options.activation,
+        "checkpoint": str(path.resolve()),
         "shape": list(images.shape),
         "classes": images.classes,
-        "evaluated": datetime.date.today().isoformat(),
-        "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
+        "evaluated": today(),
+        "versions": versions(),
     }
+    known = run.config() if run.exists else about
+    if not isinstance(known, dict) or known.get("checkpoint") != about["checkpoint"]:
+        raise InputError(f"{run} holds something else; choose another --out")
+    constraint = known.get("constraint", about["constraint"])
+    norm = str(constraint["norm"])
+    if isinstance(constraint["epsilon"], float):
+        epsilon = constraint["epsilon"]
+    return Target(run, ["model"], about, norm, epsilon, network), images

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..batch import Batch
+from ..data.sets import check_images
 from ..errors import InputError, positive, whole_number
 from ..losses import cross_entropy, input_gradient
 from ..modes import attack_mode
@@ -64,7 +65,9 @@ def loss_landscape(
     if x.ndim not in (3, 4):
         raise InputError(f"x has shape {tuple(x.shape)}; an image is [C, H, W], several are [n, C, H, W]")
     x = x if x.ndim == 4 else x[None]
-    batch = Batch(x, torch.as_tensor(y, device=x.device).reshape(-1)).check()
+    batch = Batch(x, torch.as_tensor(y, device=x.device).reshape(-1))
+    assert batch.y is not None
+    check_images(x, batch.y)
     random = 2.0 * torch.randint(0, 2, x.shape, generator=torch.Generator().manual_seed(seed)).to(x) - 1
     middle = points // 2
     offsets = torch.arange(-middle, middle + 1, dtype=x.dtype, device=x.device) * (radius / middle)

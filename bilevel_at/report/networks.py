@@ -44,7 +44,7 @@ class Subject:
         for which in get_args(Which):
             if which == self.which:
                 yield which, self.model
-            elif (self.run.path / f"{which}.pt").is_file():
+            elif which in self.run.checkpoints:
                 yield which, ModelFiles(self.run.model_files).load(self.run.path, which).to(self.images.device)
 
 
@@ -76,7 +76,7 @@ def _looked_at(groups: Sequence[Group]) -> tuple[list[Subject], dict[str, str]]:
         run, which = group.runs[0], group.main if group.main in ("best", "last", "last_good") else "best"
         if len(found) == MOST or not run.metrics or run.norm is None or not run.epsilon:
             continue
-        if (run.path / f"{which}.pt").is_file():
+        if which in run.checkpoints:
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
             options = run.part("options")
             try:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import zipfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import InputError
+from ..runs.evaluations import outcomes
 from ..runs.record import Run
 from .groups import Group
 from .numbers import Spread, number
@@ -59,42 +57,12 @@ def per_example(run: Run, which: str) -> dict[str, np.ndarray]:
         return {}
     kind = kinds.most_common(1)[0][0]
     kept = [n for n in entries if _kind(entries[n]) == kind or (n == "clean" and _kind(entries[n])[:2] == kind[:2])]
-    return _same_images({name: found for name in kept if (found := _load(run, entries[name])) is not None})
+    return _same_images({name: found for name in kept if (found := outcomes(run.path, entries[name])) is not None})
 
 
 def _kind(entry: Mapping[str, Any]) -> tuple[str, str, str, float]:
     at = round(number(entry.get("epsilon")), 9)
     return entry["data"], str(entry.get("weights")), str(entry.get("norm")), at
-
-
-def _load(run: Run, entry: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray] | None:
-    """(labels, correct) of an entry's file; None where it is not there."""
-    file = run.path / entry["file"]
-    if not file.is_file() or run.path.resolve() not in file.resolve().parents:
-        return None
-    try:
-        with np.load(file, allow_pickle=False) as arrays:
-            label, correct = arrays["label"], arrays["correct"]
-            if "identity" in arrays.files and not _is_of(arrays, entry):
-                return None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{file} is not an evaluation's arrays (label, correct): {reason}") from None
-    if correct.dtype != np.bool_ or correct.ndim != 1 or correct.shape != label.shape or not len(correct):
-        raise InputError(
-            f"{file}: correct is {correct.dtype}{list(correct.shape)}; it must be bool, one for each label"
-        )
-    return label, correct
-
-
-def _is_of(arrays: Any, entry: Mapping[str, Any]) -> bool:
-    """Whether a file is the finished record of an entry, and not what a later, unfinished evaluation has left."""
-    try:
-        identity = json.loads(str(arrays["identity"]))
-        settings = [identity[name] == entry[name] for name in ("attack", "data", "weights", "seed", "batch_size")]
-        return bool(arrays["finished"]) and all(settings)
-    except (KeyError, TypeError, ValueError):
-        return False
 
 
 def _same_images(found: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, np.ndarray]:

@@ -21,12 +21,21 @@ import torch
 from ..errors import InputError
 from .checkpoints import load_tensors
 
-__all__ = ["RunDir", "plainly"]
+__all__ = ["CHECKPOINTS", "RunDir", "plain"]
+
+CONFIG, METRICS, RESULTS, CHECKS = "config.json", "metrics.jsonl", "results.json", "checks.json"
+CHECKPOINTS = ("best", "last", "last_good")
+"""Best by held-out robust accuracy, the last epoch, and the last before catastrophic overfitting."""
 
 
-def plainly(value: Any) -> str:
+def _type_name(value: Any) -> str:
     """What a file of JSON says of an object: its type, since its address would differ in every run."""
     return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
+def plain(value: Any) -> Any:
+    """The value as it is read back from a file of JSON."""
+    return json.loads(json.dumps(value, default=_type_name))
 
 
 class RunDir:
@@ -39,10 +48,34 @@ class RunDir:
         return str(self.path)
 
     @property
+    def exists(self) -> bool:
+        """Whether a run, or the evaluation of a checkpoint, lies here."""
+        return (self.path / CONFIG).exists()
+
+    @property
     def figures(self) -> Path:
+        """The folder of the run's own figures, made where it is not there."""
         folder = self.path / "figures"
         folder.mkdir(exist_ok=True)
         return folder
+
+    @property
+    def examples(self) -> Path:
+        """The figure of attacked images that a run draws."""
+        return self.path / "figures" / "examples.png"
+
+    def config(self) -> Any:
+        """``config.json``; :class:`InputError` where it is missing or not JSON."""
+        return self.read_json(CONFIG)
+
+    def write_config(self, config: Mapping[str, Any]) -> None:
+        self.write_json(CONFIG, config)
+
+    def begin(self, config: Mapping[str, Any]) -> None:
+        """Write the configuration of a run that starts now; metrics and results that lie here belong to no run."""
+        self.write_config(config)
+        self.metrics(epochs=0)
+        (self.path / RESULTS).unlink(missing_ok=True)
 
     def _replace(self, name: str, write: Any) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
@@ -52,7 +85,7 @@ class RunDir:
         os.replace(partial, self.path / name)
 
     def write_json(self, name: str, value: Any) -> None:
-        text = json.dumps(value, indent=2, default=plainly) + "\n"
+        text = json.dumps(value, indent=2, default=_type_name) + "\n"
         self._replace(name, lambda path: path.write_text(text))
 
     def read_json(self, name: str) -> Any:
@@ -64,9 +97,6 @@ class RunDir:
             return json.loads(file.read_text())
         except (ValueError, RecursionError) as error:  # not JSON, or not text, or nested without end
             raise InputError(f"{file} is not JSON: {error}") from None
-
-    def save(self, name: str, value: Any) -> None:
-        self._replace(name, lambda path: torch.save(value, path))
 
     def save_arrays(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
         def write(path: Path) -> None:
@@ -83,26 +113,37 @@ class RunDir:
         except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error):
             return {}
 
-    def copy(self, name: str, to: str) -> None:
-        self._replace(to, lambda path: shutil.copyfile(self.path / name, path))
+    @property
+    def checkpoints(self) -> list[str]:
+        """The names of :data:`CHECKPOINTS` that are here."""
+        return [which for which in CHECKPOINTS if (self.path / f"{which}.pt").is_file()]
 
-    def restore(self, name: str, device: torch.device | str = "cpu") -> Any:
+    def save_checkpoint(self, which: str, state: Mapping[str, Any]) -> None:
+        self._replace(f"{which}.pt", lambda path: torch.save(dict(state), path))
+
+    def copy_checkpoint(self, which: str, to: str) -> None:
+        self._replace(f"{to}.pt", lambda path: shutil.copyfile(self.path / f"{which}.pt", path))
+
+    def remove_checkpoint(self, which: str) -> None:
+        (self.path / f"{which}.pt").unlink(missing_ok=True)
+
+    def checkpoint(self, which: str, device: torch.device | str = "cpu") -> Any:
         """Tensors and plain values from a checkpoint; a file that holds anything else is refused, not run."""
-        file = self.path / name
+        file = self.path / f"{which}.pt"
         if not file.is_file():
-            raise InputError(f"{self.path} has no {name}")
+            raise InputError(f"{self.path} has no {which}.pt")
         return load_tensors(file, device)
 
     def append_metrics(self, line: dict[str, Any]) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
-        if (self.path / "metrics.jsonl").is_symlink():
-            raise InputError(f"{self.path / 'metrics.jsonl'} is a link; a run's files are its own")
-        with open(self.path / "metrics.jsonl", "a") as file:
+        if (self.path / METRICS).is_symlink():
+            raise InputError(f"{self.path / METRICS} is a link; a run's files are its own")
+        with open(self.path / METRICS, "a") as file:
             file.write(json.dumps(line) + "\n")
 
     def metrics(self, epochs: int | None = None) -> list[dict[str, Any]]:
         """The lines of ``metrics.jsonl``; with ``epochs``, lines past it are dropped from the file too."""
-        file = self.path / "metrics.jsonl"
+        file = self.path / METRICS
         text = file.read_text() if file.is_file() else ""
         try:
             # A line without its end was being written when the run was stopped.
@@ -113,5 +154,5 @@ class RunDir:
             lines = lines[:epochs]
             kept = "".join(json.dumps(line) + "\n" for line in lines)
             if kept != text:
-                self._replace("metrics.jsonl", lambda path: path.write_text(kept))
+                self._replace(METRICS, lambda path: path.write_text(kept))
         return lines

@@ -10,7 +10,7 @@ from ..errors import InputError
 from ..evaluate.attacks import Norm, ball
 from ..evaluate.checks import check, compare_traces, findings
 from ..evaluate.result import Finding
-from .directory import RunDir
+from .directory import CHECKS, RunDir
 from .evaluations import Store
 
 __all__ = ["record_checks"]
@@ -58,14 +58,14 @@ def record_checks(
         "compared": compared,
         "of": of,
     }
-    run.write_json("checks.json", known)
+    run.write_json(CHECKS, known)
     return reasons
 
 
 def _object(run: RunDir) -> dict[str, Any]:
     """What the file says; nothing where it is not there or damaged: it is made anew."""
     try:
-        found = run.read_json("checks.json") if (run.path / "checks.json").exists() else {}
+        found = run.read_json(CHECKS) if (run.path / CHECKS).exists() else {}
         for entry in found.values():
             findings(_part(entry, "network")), findings(_part(entry, "compared"))
     except (AttributeError, InputError, KeyError, TypeError, ValueError):

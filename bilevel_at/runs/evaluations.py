@@ -12,7 +12,7 @@ import re
 import time
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,13 @@ from ..evaluate.attacks import Attack
 from ..evaluate.result import Score, result_name
 from ..evaluate.robust import Trace, attack_examples
 from ..evaluate.stages import OnSurrogate
-from .directory import RunDir
+from .directory import RESULTS, RunDir
 from .provenance import device_name, fingerprint, today, versions
 
-__all__ = ["Store", "score_from"]
+__all__ = ["Store", "outcomes", "read_commands", "remember_command", "score_from"]
 
+FOLDER = "evaluation"
+COMMANDS = "commands.json"
 SAVE_EVERY = 2.0  # seconds
 
 
@@ -84,7 +86,7 @@ class Store:
 
     def results(self) -> dict[str, Any]:
         """All of ``results.json``, an empty one where there is none or something else."""
-        found = self.run.read_json("results.json") if (self.run.path / "results.json").exists() else {}
+        found = self.run.read_json(RESULTS) if (self.run.path / RESULTS).exists() else {}
         results: dict[str, Any] = found if isinstance(found, dict) else {}
         if not isinstance(results.get(self.which), dict):
             results[self.which] = {}
@@ -142,7 +144,7 @@ class Store:
         # What is there of other weights is of a network that this checkpoint no longer is.
         kept = {k: v for k, v in results[self.which].items() if self._current(v)}
         results[self.which] = {**kept, name: score.asdict()}
-        self.run.write_json("results.json", results)
+        self.run.write_json(RESULTS, results)
         return name, score
 
     def _place(self, attack: Attack) -> tuple[str, Score | None]:
@@ -182,7 +184,7 @@ class Store:
         return json.dumps(stated, sort_keys=True)
 
     def _file(self, name: str) -> Path:
-        return self.run.path / "evaluation" / self.which / file_name(name)
+        return self.run.path / FOLDER / self.which / file_name(name)
 
     def _read(self, path: Path, identity: str, attack: Attack) -> Trace | None:
         """The trace in the file; None where there is none, or it is of another evaluation, or damaged."""
@@ -217,3 +219,62 @@ class Store:
             "finished": np.array(trace.stage > len(attack.stages)),
             **trace.arrays(),
         }
+
+
+def outcomes(run: Path, entry: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray] | None:
+    """(labels, correct) of an entry of ``results.json``, from its file; None where that is not in the run's directory.
+
+    run: the directory. Raises :class:`InputError` for a damaged file.
+    """
+    file = run / entry["file"]
+    if not file.is_file() or run.resolve() not in file.resolve().parents:
+        return None
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            label, correct = arrays["label"], arrays["correct"]
+            if "identity" in arrays.files and not _is_of(arrays, entry):
+                return None
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{file} is not an evaluation's arrays (label, correct): {reason}") from None
+    if correct.dtype != np.bool_ or correct.ndim != 1 or correct.shape != label.shape or not len(correct):
+        raise InputError(
+            f"{file}: correct is {correct.dtype}{list(correct.shape)}; it must be bool, one for each label"
+        )
+    return label, correct
+
+
+def _is_of(arrays: Any, entry: Mapping[str, Any]) -> bool:
+    """Whether a file is the finished record of an entry, and not what a later, unfinished evaluation has left."""
+    try:
+        identity = json.loads(str(arrays["identity"]))
+        settings = [identity[name] == entry[name] for name in ("attack", "data", "weights", "seed", "batch_size")]
+        return bool(arrays["finished"]) and all(settings)
+    except (KeyError, TypeError, ValueError):
+        return False
+
+
+def remember_command(run: RunDir, words: list[str]) -> None:
+    """Add a command to those that made what is there, once."""
+    folder = RunDir(run.path / FOLDER)
+    try:
+        known: Any = folder.read_json(COMMANDS) if (folder.path / COMMANDS).exists() else []
+    except InputError:  # damaged
+        known = []
+    commands = known if isinstance(known, list) else []
+    if words not in commands:
+        folder.write_json(COMMANDS, [*commands, words])
+
+
+def read_commands(run: Path) -> list[list[str]]:
+    """The commands that made a run's evaluations; :class:`InputError` for a damaged file."""
+    folder = RunDir(run / FOLDER)
+    file = folder.path / COMMANDS
+    if not file.is_file():
+        return []
+    found = folder.read_json(COMMANDS)
+    if not isinstance(found, list) or not all(
+        isinstance(command, list) and all(isinstance(word, str) for word in command) for command in found
+    ):
+        raise InputError(f"{file} is not a list of commands, each a list of words")
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,8 +11,11 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from .directory import RunDir
 
-__all__ = ["History", "read_history"]
+__all__ = ["History", "history_arrays", "read_history", "write_history"]
+
+FILE = "history.npz"
 
 
 @dataclass(frozen=True)
@@ -42,12 +46,22 @@ class History:
             )
 
 
+def write_history(run: RunDir, arrays: Mapping[str, np.ndarray]) -> None:
+    """What a recorder has of the epochs so far."""
+    run.save_arrays(FILE, arrays)
+
+
+def history_arrays(run: RunDir) -> dict[str, np.ndarray]:
+    """The arrays by name, as they are; none where there is no file, or it is damaged."""
+    return run.arrays(FILE)
+
+
 def read_history(run_path: str | Path) -> History | None:
     """The ``history.npz`` of a run directory, or None where it has none. Nothing pickled is loaded.
 
     Raises :class:`InputError` where the file is damaged or does not hold the arrays of :class:`History`.
     """
-    file = Path(run_path) / "history.npz"
+    file = Path(run_path) / FILE
     if not file.is_file():
         return None
     try:

@@ -78,4 +78,4 @@ class ModelFiles:
 
     def load(self, run: str | Path, which: Which = "best") -> nn.Module:
         """A network of a run, as :func:`load` gives it, also where one of these files defines it."""
-        return load(run, which, self.network(run, RunDir(run).read_json("config.json")))
+        return load(run, which, self.network(run, RunDir(run).config()))

@@ -41,7 +41,7 @@ def load(run_dir: str | Path, which: Which = "best", model: nn.Module | None = N
     if which not in get_args(Which):
         raise InputError(f"which is {which!r}; choose 'best', 'last' or 'last_good'")
     run = RunDir(run_dir)
-    config = run.read_json("config.json")
+    config = run.config()
     name, shape, classes = described(run_dir, config)
     if model is None:
         if name == "file":
@@ -50,7 +50,7 @@ def load(run_dir: str | Path, which: Which = "best", model: nn.Module | None = N
                 "load(..., model=...)"
             )
         model = build_model(name, shape, classes, activation=str(config.get("activation", "relu")))  # type: ignore[arg-type]
-    state = run.restore(f"{which}.pt")
+    state = run.checkpoint(which)
     try:
         model.load_state_dict(weights(state))
     except (RuntimeError, KeyError) as error:

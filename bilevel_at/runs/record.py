@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,7 +10,8 @@ from typing import Any
 
 from ..errors import InputError
 from ..evaluate.radius import number_from_text
-from .directory import RunDir
+from .directory import CHECKS, CONFIG, METRICS, RESULTS, RunDir
+from .evaluations import read_commands
 from .metrics import Collapse, catastrophic_overfitting, rank
 
 __all__ = ["WHICH", "Run", "attack_and_radius", "number", "read", "read_all"]
@@ -37,6 +37,18 @@ class Run:
     checks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     commands: Sequence[Sequence[str]] = ()
     model_files: Sequence[str] = ()
+
+    @property
+    def checkpoints(self) -> list[str]:
+        """The checkpoints whose weights are here."""
+        return RunDir(self.path).checkpoints
+
+    @property
+    def examples(self) -> Path | None:
+        """The figure of attacked images that the run has drawn; None where it has not, or the file leads elsewhere."""
+        drawn = RunDir(self.path).examples
+        own = drawn.is_file() and self.path.resolve() in drawn.resolve().parents
+        return drawn if own and drawn.read_bytes()[:16] == b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" else None
 
     def part(self, name: str) -> Mapping[str, Any]:
         """A section of the configuration, empty where there is none."""
@@ -122,17 +134,17 @@ def read(path: str | Path, model_files: Sequence[str] = ()) -> Run:
         raise InputError(
             f"there is no run {folder}: " + ("a run is a directory" if folder.exists() else "no such place")
         )
-    if not (folder / "config.json").is_file() and not (folder / "results.json").is_file():
+    if not (folder / CONFIG).is_file() and not (folder / RESULTS).is_file():
         raise InputError(f"{folder} is not a run: it has no config.json, as a run of bilevel_at.run does")
     try:
         return Run(
             path=folder,
             name=folder.resolve().name,
-            config=_object(folder, "config.json"),
+            config=_object(folder, CONFIG),
             metrics=_metrics(folder),
             results=_results(folder),
-            checks=_sections(folder, "checks.json"),
-            commands=_commands(folder),
+            checks=_sections(folder, CHECKS),
+            commands=read_commands(folder),
             model_files=model_files,
         )
     except OSError as error:
@@ -173,13 +185,13 @@ def _sections(folder: Path, name: str) -> dict[str, dict[str, Any]]:
 
 
 def _results(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
-    found = _sections(folder, "results.json")
+    found = _sections(folder, RESULTS)
     for which, entries in found.items():
         for name, entry in entries.items():
             accuracy = number(entry.get("accuracy")) if isinstance(entry, dict) else math.nan
             if not 0 <= accuracy <= 1:
                 raise InputError(
-                    f"{folder / 'results.json'}: {which!r}, {name!r} has no accuracy between 0 and 1; "
+                    f"{folder / RESULTS}: {which!r}, {name!r} has no accuracy between 0 and 1; "
                     "bilevel_at.evaluate writes one"
                 )
     return {w: found[w] for w in sorted(found, key=lambda w: (WHICH.index(w) if w in WHICH else len(WHICH), w))}
@@ -189,22 +201,5 @@ def _metrics(folder: Path) -> list[dict[str, Any]]:
     lines = RunDir(folder).metrics()
     for place, line in enumerate(lines, 1):
         if not isinstance(line, dict) or math.isnan(number(line.get("epoch"))):
-            raise InputError(
-                f"{folder / 'metrics.jsonl'}: line {place} is not an epoch; each is a JSON object with one"
-            )
+            raise InputError(f"{folder / METRICS}: line {place} is not an epoch; each is a JSON object with one")
     return lines
-
-
-def _commands(folder: Path) -> list[list[str]]:
-    file = folder / "evaluation" / "commands.json"
-    if not file.is_file():
-        return []
-    try:
-        found = json.loads(file.read_text())
-    except ValueError as error:
-        raise InputError(f"{file} is not JSON: {error}") from None
-    if not isinstance(found, list) or not all(
-        isinstance(command, list) and all(isinstance(word, str) for word in command) for command in found
-    ):
-        raise InputError(f"{file} is not a list of commands, each a list of words")
-    return found

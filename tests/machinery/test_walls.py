@@ -197,3 +197,26 @@ def test_recipes_are_light(name):
     heavy = {"torchvision", "sklearn", "scipy", "matplotlib", "tyro", "rich", "pyautoattack"}
     assert not top(loaded(name)) & heavy
     assert "torch" in top(loaded(name))  # data/, which says what an augmentation is
+
+
+RUN_FILES = {f"{which}.pt" for which in ("best", "last", "last_good")} | {
+    "config.json",
+    "metrics.jsonl",
+    "results.json",
+    "checks.json",
+    "history.npz",
+    "commands.json",
+    "examples.png",
+}
+
+
+def test_only_runs_knows_how_a_run_lies_on_disk():
+    """Elsewhere the names of its files may be spoken of, in messages, but are not paths."""
+    for name in modules():
+        if folder(name) not in ("runs", "problems"):
+            spelt = {node.value for node in ast.walk(tree(name)) if isinstance(node, ast.Constant)} & RUN_FILES
+            assert not spelt, f"{modules()[name]} spells {spelt}"
+            paths = [n.right for n in ast.walk(tree(name)) if isinstance(n, ast.BinOp) and isinstance(n.op, ast.Div)]
+            ends = [p.values[-1] for p in paths if isinstance(p, ast.JoinedStr)]
+            made = [end.value for end in ends if isinstance(end, ast.Constant)]
+            assert ".pt" not in made, f"{modules()[name]} makes a path to a checkpoint"

@@ -1,0 +1,123 @@
+"""The flags that ``run`` and ``evaluate`` have, whatever they are pointed at."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+from ..errors import InputError
+from ..models import ActivationName
+from ..runs.networks import Which
+from ..runs.recipe import Recipe
+from ..solvers import SolverName
+
+__all__ = ["EvaluateOptions", "RunOptions"]
+
+
+@dataclass(frozen=True)
+class RunOptions(Recipe):
+    """The flags that every problem file has: those of its recipe, and these.
+
+    solver: how the players are coupled: zero-ig, hessian-free-kkt or full-kkt; the file's own choice if not given.
+    data: a data set by name, or an .npz with x_train, y_train, x_test, y_test.
+    data_dir: where named data sets lie, as NAME.npz or as torchvision keeps them.
+    download: fetch a named data set that is not there.
+    activation: of a network by name.
+    dropout: in the blocks of a wide residual network; published adversarial training has none.
+    examples: train on this many examples only.
+    test_examples: evaluate on this many test examples only.
+    attacks: what the final table shows, on the test set: clean, fgsm, pgd-STEPS-RESTARTS.
+    select: the attack on the held-out tenth that picks the best epoch.
+    device: cpu, cuda, or auto for a GPU where there is one.
+    precision: float32, or bfloat16 for autocast; auto is float32.
+    seed: of the weights, the order of the data, and every draw.
+    out: run directory; runs/FILE-DATA-seedN if not given.
+    resume: go on with the run that is there.
+    """
+
+    solver: SolverName | None = None
+    data: str = "digits"
+    data_dir: str = "data"
+    download: bool = True
+    activation: ActivationName = "relu"
+    dropout: float = 0.0
+    examples: int | None = None
+    test_examples: int | None = None
+    attacks: tuple[str, ...] = ("clean", "fgsm", "pgd-50-10")
+    select: str = "pgd-20-1"
+    device: str = "auto"
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    seed: int = 0
+    out: str | None = None
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.attacks:
+            raise InputError("--attacks names no attack; clean, fgsm and pgd-50-10 are some")
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"--seed is {self.seed}; it must be at least 0 and below 2**32")
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"--dropout is {self.dropout:g}; it must be at least 0 and below 1")
+        if self.test_examples is not None and self.test_examples < 1:
+            raise InputError(f"--test-examples is {self.test_examples}; it must be at least 1")
+        if self.examples is not None and self.examples < 20:
+            raise InputError(f"--examples is {self.examples}; it must be at least 20, a tenth of which is held out")
+
+    def recipe(self) -> Recipe:
+        return Recipe(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Recipe)})
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """The flags.
+
+    attacks: what to attack with: clean, fgsm, pgd-50-10, beta-30, autoattack, ...; --list has them all.
+    epsilon: radius of the ball, or several for a curve; that of the training if not given.
+    norm: linf or l2; that of the training if not given.
+    which: checkpoints of the run; all that it has if not given.
+    examples: attack this many test examples only.
+    checks: examples that the checks for masked gradients look at; 0 for none.
+    data: the run's own if not given.
+    data_dir: the run's own if not given.
+    download: fetch a named data set that is not there.
+    model: the network that the weights belong to.
+    model_file: the problem file that defines the network of a run (or of transfer:RUN); it is run.
+    activation: of that network.
+    mean: per channel, where the weights do not say how inputs are normalised.
+    std: per channel, likewise.
+    batch_size: network rows at a time.
+    seed: of every draw.
+    device: cpu, cuda, or auto for a GPU where there is one.
+    out: where results of weights from elsewhere go; WEIGHTS-evaluation if not given.
+    again: do not reuse what is there.
+    """
+
+    attacks: tuple[str, ...] = ("clean", "pgd-50-10")
+    epsilon: tuple[float, ...] = ()
+    norm: Literal["linf", "l2"] | None = None
+    which: tuple[Which, ...] = ()
+    examples: int | None = None
+    checks: int = 100
+    data: str | None = None
+    data_dir: str | None = None
+    download: bool = True
+    model: str | None = None
+    model_file: tuple[str, ...] = ()
+    activation: ActivationName = "relu"
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    batch_size: int = 250
+    seed: int = 0
+    device: str = "auto"
+    out: str | None = None
+    again: bool = False
+
+    def __post_init__(self) -> None:
+        for name, least in (("examples", 1), ("checks", 0), ("batch_size", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise InputError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"--seed is {self.seed}; it must be at least 0 and below 2**32")

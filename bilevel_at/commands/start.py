@@ -1,0 +1,86 @@
+"""Where a run goes, and how it goes on with what lies there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import InputError
+from ..runs.directory import RunDir, plain
+from ..runs.history import history_arrays
+from ..train import Trainer
+from .options import RunOptions
+
+__all__ = ["begin", "resume", "run_directory"]
+
+MAY_CHANGE = ("device", "attacks", "data_dir", "download", "test_examples")
+"""Options that do not change the weights which training gives."""
+
+
+def run_directory(options: RunOptions, problem: str) -> RunDir:
+    """``--out``, or the first free runs/NAME; with ``--resume`` the one that is there."""
+    if options.out is not None:
+        run = RunDir(options.out)
+        if run.path.exists() and not run.path.is_dir():
+            raise InputError(f"--out {run} is a file; it must be a directory, or not exist")
+        if run.exists and not options.resume:
+            raise InputError(f"{run} already holds a run; add --resume to go on with it, or choose another --out")
+    else:
+        stem = f"{problem}-{Path(options.data).stem}-seed{options.seed}"
+        paths = [Path("runs") / stem, *(Path("runs") / f"{stem}-{i}" for i in range(2, 10_000))]
+        free = next(i for i, path in enumerate(paths) if not path.exists())
+        run = RunDir(paths[max(0, free - 1)] if options.resume else paths[free])
+    if options.resume and not run.exists:
+        raise InputError(f"there is no run to resume in {run}")
+    return run
+
+
+def begin(run: RunDir, config: dict[str, Any]) -> None:
+    """Write the configuration of a run that starts now."""
+    try:
+        run.begin(config)
+    except OSError as error:
+        raise InputError(f"{run} cannot be written: {error.strerror or error}") from None
+
+
+def resume(run: RunDir, config: dict[str, Any], trainer: Trainer, device: torch.device) -> None:
+    """Give the trainer the state that the run has reached.
+
+    Raises :class:`InputError` where a setting, the problem file or the training images differ from those the run was
+    started with, and where its files do not belong together.
+    """
+    _same_settings(run, run.config(), plain(config))
+    if "last" in run.checkpoints:
+        state = run.checkpoint("last", device)
+        try:
+            trainer.load_state_dict(state)
+        except Exception as error:  # torch's loaders fail in many ways on what is not theirs
+            reason = str(error).strip().split("\n")[0]
+            raise InputError(
+                f"{run}/last.pt is not a checkpoint of this run ({type(error).__name__}: {reason})"
+            ) from error
+    trainer.recorder.restore(history_arrays(run), trainer.done)
+    if len(run.metrics(epochs=trainer.done)) != trainer.done:
+        raise InputError(f"{run}/metrics.jsonl does not have the {trainer.done} epochs that last.pt has")
+
+
+def _same_settings(run: RunDir, before: Any, now: dict[str, Any]) -> None:
+    """Raise :class:`InputError` for the first setting that differs from the saved one."""
+    try:
+        settings = {section: dict(before[section]) for section in ("problem", "solver", "options")}
+        file = before["file_sha256"]
+    except (KeyError, TypeError, ValueError):
+        raise InputError(f"{run}/config.json is not one of bilevel_at.run; choose another --out") from None
+    if file != now["file_sha256"]:
+        raise InputError(f"{run} was started with another {before.get('file')}; it has changed since")
+    if before.get("data_sha256") != now["data_sha256"]:
+        raise InputError(f"{run} was started with other training images; the data has changed since")
+    for section, saved in settings.items():
+        for key in sorted({*saved, *now[section]}):
+            old, new = saved.get(key), now[section].get(key)
+            if old != new and key not in MAY_CHANGE:
+                raise InputError(
+                    f"{run} was started with {key} = {old}, and is resumed with {new}; give the same flags"
+                )
