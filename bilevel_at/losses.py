@@ -133,6 +133,16 @@ def check_values(name: str, values: Tensor, batch: Batch) -> None:
         )
 
 
+def check_prepared(problem: Policy, batch: Any) -> Batch:
+    """What ``problem.prepare`` returned, or :class:`InputError` where that is no batch."""
+    if not isinstance(batch, Batch):
+        raise InputError(
+            f"{type(problem).__name__}: prepare returns {type(batch).__name__}; it must return the Batch, as "
+            "batch.replace(name=tensor) does"
+        )
+    return batch
+
+
 def check_classes(output: Tensor, batch: Batch) -> Tensor:
     """The class labels ``[B]``, where ``output`` is one row of logits per sample that they fit.
 

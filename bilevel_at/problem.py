@@ -9,6 +9,7 @@ Source: Fast-BAT paper (Zhang et al., 2022), equations 2, 3 and 8.
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -21,7 +22,7 @@ from .anchors import Anchor, anchor_policy
 from .batch import Batch
 from .constraints import Constraint
 from .errors import InputError
-from .losses import AnyLoss, as_loss, cross_entropy
+from .losses import AnyLoss, as_loss, check_prepared, cross_entropy
 from .modes import Mode, attack_mode, no_graph
 from .policy import Policy
 from .solution import Hypergradient, Solution
@@ -87,6 +88,18 @@ class LowerProblem(Policy):
     mode: Mode
     attack_loss: AnyLoss
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> LowerProblem:
+        """An object with an anchor of its own, where the class has one: what it remembers is not shared."""
+        lower = super().__new__(cls)
+        anchor = getattr(cls, "anchor", None)
+        if isinstance(anchor, str | Anchor):
+            object.__setattr__(lower, "anchor", anchor_policy(copy.deepcopy(anchor)))
+        return lower
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """A name becomes its anchor once: taken anew for every solve, "remembered" would never remember."""
+        super().__setattr__(name, anchor_policy(value) if name == "anchor" and isinstance(value, str) else value)
+
     def base(self, model: nn.Module, batch: Batch) -> Tensor:
         """What δ is added to: it gives δ its shape, and the constraint its x.
 
@@ -138,7 +151,7 @@ class LowerProblem(Policy):
         """
         with torch.enable_grad(), attack_mode(model, attack_mode_of(self)):
             with contextlib.nullcontext() if differentiable else no_graph():
-                seen = self.prepare(model, batch, generator)
+                seen = check_prepared(self, self.prepare(model, batch, generator))
             memo, drawn = None, anchor is None
             if anchor is None:
                 anchor, memo = anchor_policy(getattr(self, "anchor", "zero")).draw(self, model, seen, generator)

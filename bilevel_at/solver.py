@@ -19,7 +19,7 @@ from . import policy
 from .batch import Batch, per_sample
 from .constraints import ActiveSet
 from .errors import InputError, at_least, one_of
-from .losses import check_values
+from .losses import check_prepared, check_values
 from .modes import attack_mode
 from .policy import Policy
 from .problem import BilevelProblem, LowerProblem, attack_mode_of, objective_gradient
@@ -83,7 +83,7 @@ class Solver(Policy):
             raise InputError("no parameter of the model requires a gradient; there is nothing to differentiate in")
         parameters = list(named.values())
 
-        seen = upper.prepare(model, batch, generator)
+        seen = check_prepared(upper, upper.prepare(model, batch, generator))
         solution = lower.solve(model, batch, anchor, generator, differentiable=self.implicit)
         gradient = self.lower_gradient(lower, model, solution) if self.implicit else None
         if self.implicit and gradient is None:

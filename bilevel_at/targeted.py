@@ -80,8 +80,8 @@ class Targeted(LowerProblem):
         each = targets.shape[1]
         example = torch.arange(len(batch), device=targets.device).repeat_interleave(each)
         wide = batch.repeat(each).replace(target=targets.flatten(), example=example)
-        if wide.index is not None and "target" not in batch.more:
-            # What is remembered is remembered per example and class.
+        if wide.index is not None and "example" not in batch.more:
+            # What is remembered is remembered per example and class; a batch that has been here says so by its rows.
             wide = wide.replace(index=wide.index * classes + targets.flatten())
         return super().prepare(model, wide, generator)
 

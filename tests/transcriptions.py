@@ -340,7 +340,8 @@ def relative_error(model, gradients):
 
 def under_autocast(problem, solver, model, batch, anchor=None):
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        step = solver.backward(problem, model, batch, anchor=anchor, generator=seeded(0))
+        step = solver.hypergradient(problem, model, batch, anchor=anchor, generator=seeded(0))
+        step.add_to(model)
     assert all(p.dtype == torch.float32 and p.grad.dtype == torch.float32 for p in model.parameters())
     assert step.solution.delta.dtype == torch.float32 and step.solution.anchor.dtype == torch.float32
     return step

@@ -18,20 +18,22 @@ def test_a_named_policy_on_the_class_keeps_its_state():
     class Remembering(Quadratic):
         anchor = "remembered"
 
-    one, two, batch = Remembering(), Remembering(), batch_of(3, 6)
-    batch = ba.Batch(batch.x, batch.y, torch.arange(3))
-    delta = one.solve(dense(6, 5, 3), batch).delta
+    one, two = (ba.BilevelProblem(ba.UpperProblem(), Remembering()) for _ in range(2))
+    batch = batch_of(3, 6).replace(index=torch.arange(3))
+    delta = ZeroIG().backward(one, dense(6, 5, 3), batch).solution.delta
+    assert not torch.equal(two.lower.solve(dense(6, 5, 3), batch).anchor, delta)  # each object has its own
     two.load_state_dict(one.state_dict())
-    assert torch.equal(two.draw_anchor(dense(6, 5, 3), batch, None), delta)
-    one.anchor = ba.Zero()  # and may be changed afterwards
-    assert (one.solve(dense(6, 5, 3), batch).anchor == 0).all()
+    for problem in (one, two):
+        assert torch.equal(problem.lower.solve(dense(6, 5, 3), batch).anchor, delta)
+    one.lower.anchor = ba.Zero()  # and may be changed afterwards
+    assert (one.lower.solve(dense(6, 5, 3), batch).anchor == 0).all()
 
 
 def test_random_corners_are_fair():
     x = torch.full((1, 4000), 0.5, dtype=F64)
     model = torch.nn.Linear(4000, 2).double()
     lower = fgsm.problem(0.1, "corner").lower
-    z = lower.draw_anchor(model, ba.Batch(x, torch.tensor([0])), seeded(3))
+    z = lower.solve(model, ba.Batch(x, torch.tensor([0])), generator=seeded(3)).anchor
     assert abs((z > 0).double().mean().item() - 0.5) < 0.04  # five standard deviations
 
 
@@ -44,18 +46,18 @@ def test_perturbations_follow_their_image_exactly(data, n, padding):
     index, y = torch.arange(n), torch.zeros(n).long()
     first, second = data.draw(views(n, padding)), data.draw(views(n, padding))
     batch = ba.Batch(first.apply(first.pad(images)), y, index, first)
-    delta = lower.solve(model, batch).delta
-    assert torch.equal(lower.draw_anchor(model, batch, None), delta)
+    delta = ZeroIG().backward(ba.BilevelProblem(ba.UpperProblem(), lower), model, batch).solution.delta
+    assert torch.equal(lower.solve(model, batch).anchor, delta)
     canvas = lower.anchor.memory.values[index]
     again = ba.Batch(second.apply(second.pad(images)), y, index, second)
-    assert torch.equal(lower.draw_anchor(model, again, None), second.apply(canvas))
+    assert torch.equal(lower.solve(model, again).anchor, second.apply(canvas))
     assert torch.equal(first.apply(canvas), delta)
 
 
 def test_perturbations_are_redrawn_on_schedule():
     model, batch = small()
     problem = atas.problem(epsilon=0.1, reset_every=3)
-    ZeroIG().hypergradient(problem, model, batch)
+    ZeroIG().backward(problem, model, batch)
     emptied = []
     for epoch in range(10):
         problem.lower.anchor.memory.known = torch.ones(8, dtype=torch.bool)

@@ -89,7 +89,7 @@ def test_samples_fill_the_box():
     width = (high - low)[0]
     assert ((draws.mean(0) - (low + high)[0] / 2).abs() < 5 * width / (12 * 4000) ** 0.5).all()
     assert ((draws.var(0) / (width**2 / 12) - 1).abs() < 5 * (0.8 / 4000) ** 0.5 + 0.01).all()
-    corners = ba.LinfBall(0.3).corner(x, torch.Generator().manual_seed(0))
+    corners = ba.Corner().fresh(ba.LinfBall(0.3), x, torch.Generator().manual_seed(0))
     assert ((corners == low) | (corners == high)).all()
     assert ((corners == low).double().mean(0) - 0.5).abs().max() < 0.05
 
@@ -139,7 +139,7 @@ def test_bad_sets_and_inputs_are_named():
     with pytest.raises(ba.InputError, match="the polyhedron is empty"):
         empty.project(torch.zeros(1, 1), torch.zeros(1, 1))
     with pytest.raises(ba.InputError, match="L2Ball has no random corner"):
-        ba.L2Ball(1.0).corner(torch.zeros(1, 2))
+        ba.Corner().fresh(ba.L2Ball(1.0), torch.zeros(1, 2), None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -168,9 +168,12 @@ def test_points_projected_onto_the_sphere_count_as_on_it(dtype, epsilon):
 
 def test_attack_steps_have_a_scale():
     one_sided = ba.Polyhedron(torch.cat([torch.eye(2), -torch.eye(2)]), torch.tensor([0.3, 0.3, 0.0, 0.0]))
-    assert one_sided.attack_step() == ("normalized", pytest.approx(0.3))
-    with pytest.raises(ba.InputError, match="no scale for FGSM or PGD"):
-        ba.Polyhedron(torch.eye(2), torch.zeros(2)).attack_step()
+    assert one_sided.steepest == "normalized" and one_sided.radius == pytest.approx(0.3)
+    assert one_sided.reach == pytest.approx(0.3 * 2**0.5)  # its corner is that far
+    cone = ba.Polyhedron(torch.eye(2), torch.zeros(2))
+    assert cone.radius is None and cone.reach is None
+    ball, sphere = ba.LinfBall(0.1), ba.L2Ball(0.5)
+    assert (ball.steepest, ball.radius) == ("sign", 0.1) and (sphere.steepest, sphere.radius) == ("normalized", 0.5)
     assert ba.LinfBall(np.float32(0.1)).epsilon == pytest.approx(0.1)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,8 +13,10 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from networks import ATK, batch_of, dense, network, proximal, taylor
 from scipy.optimize import nnls
+from transcriptions import ce_gradient, clip, seeded
 
 import bilevel_at as ba
+from bilevel_at.problem import objective_gradient
 from bilevel_at.solvers import FullKKT, HessianFreeKKT, ZeroIG
 from bilevel_at.testing import hypergradcheck
 from bilevel_at.testing import strategies as bst
@@ -78,8 +81,8 @@ def test_proximal_satisfies_its_kkt_conditions(s):
 
 @given(s=bst.settings_of(bst.linearized, lambda s: bst.boxes()))
 def test_solution_gradient_is_that_of_the_objective(s):
-    """What solve_differentiable keeps is ∇_δ g at δ*, and so is its derivative in θ."""
-    solution = s.problem.lower.solve_differentiable(s.model, s.batch, anchor=s.anchor)
+    """What a differentiable solve keeps is ∇_δ g at δ*, and so is its derivative in θ."""
+    solution = s.problem.lower.solve(s.model, s.batch, anchor=s.anchor, differentiable=True)
     delta = solution.delta.clone().requires_grad_()
     value = s.problem.lower.objective(s.model, s.batch, delta, s.anchor).sum()
     (expected,) = torch.autograd.grad(value, delta, create_graph=True)
@@ -118,36 +121,47 @@ def test_policies_refuse_what_they_do_not_know():
         with pytest.raises(ba.InputError, match="lam is"):
             ba.Proximal(atk, ball, lam=lam)
     for wrong, says in (
-        (lambda: ba.Remembered(-1), "reset_every is -1; it must be a whole number, at least 0"),
+        (lambda: ba.Remembered(reset_every=-1), "reset_every is -1; it must be a whole number, at least 0"),
         (lambda: ba.Remembered(size=2.5), "size is 2.5; it must be a whole number, at least 1"),
         (lambda: ba.Steps(count=1.5), "count is 1.5; it must be a whole number, at least 0"),
         (lambda: ba.Gaussian(0.0), "scale is 0; it must be a positive finite number"),
         (lambda: ba.Adaptive(1.0, 1.0, warmup_epochs=-1), "warmup_epochs is -1"),
         (lambda: ba.Adaptive(1.0, 1.0, warmup_step=float("nan")), "warmup_step is nan"),
         (lambda: ba.Adaptive(1.0, 1.0, low=0.2, high=0.1), "steps are clipped to 0.2 … 0.1"),
-        (lambda: ba.BilevelProblem(ba.UpperProblem(), ba.LowerProblem(), 2.5), "replays is 2.5"),
+        (lambda: ba.Remembered(start="gradient-step"), "begins at a Start such as 'uniform' or 'zero', not Steps"),
+        (lambda: ba.Remembered(by="row"), "by is 'row'; choose from 'example', 'position'"),
     ):
         with pytest.raises(ba.InputError, match=re.escape(says)):
             wrong()
     model, x, y = network()
-    mean = ba.Linearized(lambda *a: atk(*a).mean(), ball)
-    with pytest.raises(ba.InputError, match=r"the attack loss has shape \(\); it must be one value per sample, \[5\]"):
-        mean.solve(model, ba.Batch(x, y))
+    few = ba.Linearized(lambda *a: atk(*a)[:-1], ball)
+    with pytest.raises(ba.InputError, match=r"the attack loss has shape \(4,\); it must be one value per sample, \["):
+        few.solve(model, ba.Batch(x, y))
 
-    class Prepares:
-        def __call__(self, model, batch, delta):
-            return atk(model, batch, delta)
-
-        def prepare(self, model, batch):
+    class Prepares(ba.CrossEntropy):
+        def prepare(self, model, batch, generator):
             return batch.x
 
-    with pytest.raises(ba.InputError, match="prepare\\(model, batch\\) returns Tensor; it must return the Batch"):
+    with pytest.raises(ba.InputError, match="prepare returns Tensor; it must return the Batch"):
         ba.Linearized(Prepares(), ball).solve(model, ba.Batch(x, y))
+    with pytest.raises(ba.InputError, match="prepare returns Tensor; it must return the Batch"):
+        ZeroIG().hypergradient(ba.BilevelProblem(ba.UpperProblem(Prepares()), taylor().lower), model, ba.Batch(x, y))
     with pytest.raises(ba.InputError, match="mode 'test' is not known"):
         ba.Linearized(atk, ball, mode="test").solve(model, ba.Batch(x, y))
-    adaptive = ba.Linearized(atk, ball, "gradient-step", "taylor", ba.Adaptive(1.0, 1.0))
-    with pytest.raises(ba.InputError, match="give the anchor its own"):
-        adaptive.solve(model, ba.Batch(x, y, index=torch.arange(5)))
+    with pytest.raises(ba.InputError, match=r"AtAnchor has no step of its own; give the anchor one: Steps\(step=...\)"):
+        ba.AtAnchor(ball, "gradient-step").solve(model, ba.Batch(x, y))
+
+
+def test_steps_of_the_anchor_are_those_of_the_problem():
+    """Also adaptive ones, each as long as the gradient where it is taken asks for."""
+    model, x, y = network()
+    lower = ba.Linearized(ATK, ba.LinfBall(0.3), "gradient-step", "taylor", ba.Adaptive(1.0, 1.0, beta=0.0))
+    solution = lower.solve(model, ba.Batch(x, y, index=torch.arange(5)), generator=seeded(1))
+    z = ba.LinfBall(0.3).sample(x, seeded(1))
+    for expected in (solution.anchor, solution.delta):
+        gradient = ce_gradient(model, x + z, y)
+        z = clip(z + gradient / (1 + gradient.flatten(1).norm(dim=1))[:, None, None, None], x, 0.3)
+        torch.testing.assert_close(expected, z)
 
 
 def test_proximal_states_where_it_did_not_converge():
@@ -189,22 +203,32 @@ def test_proximal_is_where_scipy_finds_it(s):
         np.testing.assert_allclose(delta[i].flatten().numpy(), reference.x, atol=1e-5)
 
 
-def test_a_solution_needs_only_delta_and_anchor():
+def test_a_solution_needs_only_delta_anchor_and_batch():
+    """Then it has no derivative, and KKT solvers refuse it rather than train as ZeroIG."""
+
     class Own(ba.LowerProblem):
         constraint = ba.LinfBall(0.1)
 
         def objective(self, model, batch, delta, anchor):
             return 0.5 * (delta - anchor).flatten(1).square().sum(1) + ATK(model, batch, delta)
 
-        def solve(self, model, batch, anchor=None, generator=None):
-            class Found:
-                delta, anchor = torch.zeros_like(batch.x), torch.zeros_like(batch.x)
+        def solve_at(self, model, batch, anchor, differentiable):
+            return ba.Solution(torch.zeros_like(batch.x), anchor, batch)
 
-            return Found()
+    class WithGradient(Own):
+        def solve_at(self, model, batch, anchor, differentiable):
+            solution = super().solve_at(model, batch, anchor, differentiable)
+            gradient = objective_gradient(self, model, batch, solution.delta, anchor) if differentiable else None
+            return replace(solution, gradient=gradient)
 
-    problem = ba.BilevelProblem(ba.UpperProblem(), Own())
-    for solver in (ZeroIG(), HessianFreeKKT(damping=1.0), FullKKT(damping=5.0)):
-        assert solver.backward(problem, dense(6, 5, 3), batch_of(3, 6)).loss.isfinite()
+    problem, model, batch = ba.BilevelProblem(ba.UpperProblem(), Own()), dense(6, 5, 3), batch_of(3, 6)
+    assert ZeroIG().backward(problem, model, batch).loss.isfinite()
+    for solver in (HessianFreeKKT(damping=1.0), FullKKT(damping=5.0)):
+        name = type(solver).__name__
+        with pytest.raises(ba.InputError, match=rf"a δ\* without a derivative .* {name} needs; use ZeroIG"):
+            solver.backward(problem, model, batch)
+        step = solver.backward(ba.BilevelProblem(ba.UpperProblem(), WithGradient()), model, batch)
+        assert step.loss.isfinite() and step.implicit_norm > 0
 
 
 def test_inputs_that_require_a_gradient_leave_no_graph():

@@ -19,7 +19,7 @@ from bilevel_at.solvers import FullKKT, HessianFreeKKT, ZeroIG
     [
         (lambda: FullKKT(method="lu"), "method is 'lu'"),
         (lambda: FullKKT(curvature="upper"), "curvature is 'upper'"),
-        (lambda: FullKKT(damping=-1.0), "damping is -1.0"),
+        (lambda: FullKKT(damping=-1.0), "damping is -1; it must be a finite number, at least 0"),
         (lambda: HessianFreeKKT(ig_weight=float("nan")), "ig_weight is nan"),
         (lambda: HessianFreeKKT(cross_at="middle"), "cross_at is 'middle'"),
     ],

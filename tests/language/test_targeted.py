@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import bilevel_at as ba
+from bilevel_at.solvers import ZeroIG
 from bilevel_at.testing import strategies as bst
 
 OPTIMISERS = [torch.optim.RMSprop, torch.optim.Adam, torch.optim.SGD, torch.optim.LBFGS, torch.optim.Adagrad]
@@ -42,7 +43,7 @@ def test_beta_stays_inside_and_takes_the_best_class(optimizer, data):
     each = classes - 1
     for i in range(len(batch)):
         rows = slice(i * each, (i + 1) * each)
-        targets = every.batch.target[rows]
+        targets = every.batch.more["target"][rows]
         assert targets.tolist() == [j for j in range(classes) if j != batch.y[i]]
         M = (
             margins(model, batch.x[i] + every.delta[rows], batch.y[i].expand(each))
@@ -50,7 +51,7 @@ def test_beta_stays_inside_and_takes_the_best_class(optimizer, data):
             .squeeze(1)
         )
         j = M.argmax()
-        assert best.batch.target[i] == targets[j]
+        assert best.batch.more["target"][i] == targets[j]
         torch.testing.assert_close(best.delta[i], every.delta[rows][j])
 
 
@@ -63,7 +64,8 @@ def test_each_class_is_the_separate_problem_of_algorithm_1():
     batch = ba.Batch(torch.rand(3, 6, dtype=torch.float64), torch.tensor([0, 3, 1]))
     lower = ba.Targeted(ba.LinfBall(0.2), steps=5, step=0.05, keep="all")
     together = lower.solve(model, batch, generator=torch.Generator().manual_seed(0))
-    for row, (delta, z, target) in enumerate(zip(together.delta, together.anchor, together.batch.target, strict=True)):
+    rows = zip(together.delta, together.anchor, together.batch.more["target"], strict=True)
+    for row, (delta, z, target) in enumerate(rows):
         x, y = batch.x[row // 3], batch.y[row // 3]
         eta = z.clone().requires_grad_()
         optimizer = torch.optim.RMSprop([eta], lr=0.05)
@@ -99,7 +101,15 @@ def test_a_solution_is_found_again_from_its_batch_and_anchor():
         lower = ba.Targeted(ba.LinfBall(0.1), steps=3, step=0.01, keep=keep)
         first = lower.solve(model, batch)
         again = lower.solve(model, first.batch, anchor=first.anchor)
-        assert torch.equal(first.delta, again.delta) and torch.equal(first.batch.target, again.batch.target)
+        assert torch.equal(first.delta, again.delta)
+        assert torch.equal(first.batch.more["target"], again.batch.more["target"])
+
+
+class EveryClass(ba.UpperProblem):
+    """Cross-entropy under every class's perturbation."""
+
+    def loss_at(self, model, batch, solution, generator=None):
+        return ba.cross_entropy(model, solution.batch, solution.delta).reshape(len(batch), -1).mean(1)
 
 
 def test_remembered_perturbations_are_kept_per_class():
@@ -107,10 +117,11 @@ def test_remembered_perturbations_are_kept_per_class():
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(6, 4)).double()
     batch = ba.Batch(torch.rand(3, 6, dtype=torch.float64), torch.tensor([0, 1, 2]), torch.tensor([4, 0, 2]))
     lower = ba.Targeted(ba.LinfBall(0.1), steps=2, step=0.01, keep="all", anchor="remembered")
-    first = lower.solve(model, batch)
-    second = lower.solve(model, batch)
+    problem = ba.BilevelProblem(EveryClass(), lower)
+    first = ZeroIG().backward(problem, model, batch).solution
+    second = ZeroIG().backward(problem, model, batch).solution
     assert torch.equal(second.anchor, first.delta)
-    aimed = lower.solve(model, batch.aimed_at(torch.tensor([3, 0, 3])))  # the same memory, by class
+    aimed = lower.solve(model, batch.replace(target=torch.tensor([3, 0, 3])))  # the same memory, by class
     rows = [
         3 * i + [j for j in range(4) if j != y].index(t)
         for i, (y, t) in enumerate(zip([0, 1, 2], [3, 0, 3], strict=True))

@@ -10,12 +10,14 @@ import torch
 from networks import F64
 from transcriptions import assert_moved, assert_same, ce, clip, seeded, sign_step
 
+import bilevel_at as ba
 from bilevel_at.data import Images, Loader
 from bilevel_at.evaluate.attacks import attack_from_name
 from bilevel_at.problems import fgsm, free, standard
+from bilevel_at.runs.metrics import catastrophic_overfitting, last_is_first_to_fall
+from bilevel_at.runs.recipe import Recipe
 from bilevel_at.solvers import ZeroIG
-from bilevel_at.train import Recipe, Trainer, catastrophic_overfitting
-from bilevel_at.train.metrics import last_is_first_to_fall
+from bilevel_at.train import Trainer
 
 
 def images(n=22, side=3, classes=3, seed=0):
@@ -52,7 +54,7 @@ def test_the_trainer_replays_each_batch(replays):
     """m updates of θ on a batch before the next one; δ is carried, and a short batch uses its first rows."""
     model, epsilon = dense_network(), 0.1
     twin = copy.deepcopy(model)
-    trainer = trained(free.problem(epsilon, replays), PLAIN, model, epochs=2)
+    trainer = trained(free.problem(epsilon), replace(PLAIN, replays=replays), model, epochs=2)
     assert trainer.steps_per_epoch == 3 * replays
     optimizer, delta = sgd(twin), torch.zeros(8, 1, 3, 3, dtype=F64)
     loader, updates = Loader(images(), 8, seed=4), 0
@@ -69,6 +71,13 @@ def test_the_trainer_replays_each_batch(replays):
                 updates += 1
     assert updates == 2 * trainer.steps_per_epoch
     assert_same(model, twin)
+
+
+def test_replays_are_at_least_one_and_do_not_go_with_accumulation():
+    with pytest.raises(ba.InputError, match="--replays is 0; it must be at least 1"):
+        Recipe(replays=0)
+    with pytest.raises(ba.InputError, match="--replays is 2 and --accumulate 3; one of them must be 1"):
+        Recipe(replays=2, accumulate=3)
 
 
 @pytest.mark.parametrize(

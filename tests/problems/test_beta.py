@@ -33,7 +33,7 @@ def test_beta(s, steps, rate):
     attacks = rmsprop_margins(s.twin, s.x, s.y, beta_starts(s), steps, rate, s.epsilon)
     best = [max(row, key=lambda one: one[1]) for row in attacks]
     delta = torch.cat([eta for eta, _, _ in best])
-    assert taken.solution.batch.target.tolist() == [j for _, _, j in best]
+    assert taken.solution.batch.more["target"].tolist() == [j for _, _, j in best]
     torch.testing.assert_close(taken.solution.delta, delta, rtol=1e-8, atol=1e-11)
     descend_on(s.twin, ce(s.twin, s.x + delta, s.y).mean(), s.lr)
     assert_same(s.model, s.twin, rtol=1e-8, atol=1e-10)

@@ -23,8 +23,8 @@ from transcriptions import (
 )
 
 import bilevel_at as ba
-from bilevel_at.problem_file import packaged_problems
 from bilevel_at.problems import atta, fastat, fgsm, minmax, standard
+from bilevel_at.runs.problem_file import packaged_problems
 from bilevel_at.solvers import FullKKT, HessianFreeKKT, ZeroIG
 
 
@@ -83,7 +83,8 @@ def test_bfloat16_upper_gradients(file):
         x, delta = batch.x.double(), step.solution.delta.double()
         low, high = box(x, 0.1)
         assert ((delta >= low - 1e-6) & (delta <= high + 1e-6)).all()
-        loss = problem.upper.loss(exact, ba.Batch(x, batch.y), delta).mean()
+        batch = ba.Batch(x, batch.y)
+        loss = problem.upper.loss_at(exact, batch, ba.Solution(delta, delta, batch)).mean()
         worst = max(worst, relative_error(model, torch.autograd.grad(loss, list(exact.parameters()))))
     print(f"bfloat16, {file.__name__}: {worst:.4f} (bound {FIRST:.4f})")
     assert worst <= FIRST

@@ -151,7 +151,7 @@ def test_the_implicit_term_and_the_hessian_count_in_these_settings():
 def test_fast_bat_steps_are_the_published_ones():
     for level, numerator in ((2, 5000), (8, 5000), (9, 2000), (16, 2000)):
         lower, solver = fastbat.problem(level / 255).lower, fastbat.solver(epsilon=level / 255)
-        assert lower.step_size() == pytest.approx(numerator / 255)
+        assert lower.step.value == pytest.approx(numerator / 255)
         assert solver.ig_weight == pytest.approx(0.1 * 255 / numerator)  # α₂/λ = 0.1 α₁
 
 
@@ -163,7 +163,7 @@ SCHEMES = {
     "sign-step": lambda model, x, y, z0, step: ba.LinfBall(0.1).project(
         z0 + 0.05 * ce_gradient(model, x + z0, y).sign(), x
     ),
-    "corner": lambda model, x, y, z0, step: ba.LinfBall(0.1).corner(x, torch.Generator().manual_seed(1)),
+    "corner": lambda model, x, y, z0, step: ba.Corner().fresh(ba.LinfBall(0.1), x, torch.Generator().manual_seed(1)),
 }
 
 
@@ -193,8 +193,8 @@ def test_fast_bat_with_each_linearisation_scheme(scheme):
 
 
 def test_published_fast_bat_constants():
-    assert fastbat.problem(epsilon=8 / 255).lower.step_size() == pytest.approx(5000 / 255)
-    assert fastbat.problem(epsilon=16 / 255).lower.step_size() == pytest.approx(2000 / 255)
+    assert fastbat.problem(epsilon=8 / 255).lower.step.value == pytest.approx(5000 / 255)
+    assert fastbat.problem(epsilon=16 / 255).lower.step.value == pytest.approx(2000 / 255)
     assert fastbat.solver().ig_weight == pytest.approx(0.1 * 255 / 5000)
     assert fastbat.solver("full-kkt", epsilon=16 / 255).ig_weight == pytest.approx(0.1 * 255 / 2000)
     assert fastbat.solver("full-kkt").curvature == "attack"

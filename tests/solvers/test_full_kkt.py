@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from networks import ATK, F64, batch_of, dense, proximal, taylor, with_batch_nor
 from torch import nn
 
 import bilevel_at as ba
+from bilevel_at.problem import objective_gradient
 from bilevel_at.solvers import FullKKT, HessianFreeKKT
 from bilevel_at.testing import hypergradcheck
 from bilevel_at.testing import strategies as bst
@@ -24,8 +26,10 @@ class Saddle(ba.LowerProblem):
     def objective(self, model, batch, delta, anchor):
         return 0.5 * ((batch.x - 0.5) * (delta - model(batch.x).mean(1, keepdim=True)) ** 2).flatten(1).sum(1)
 
-    def solve(self, model, batch, anchor=None, generator=None):
-        return ba.Solution(torch.full_like(batch.x, 0.1), torch.zeros_like(batch.x), batch)
+    def solve_at(self, model, batch, anchor, differentiable):
+        delta = torch.full_like(batch.x, 0.1)
+        gradient = objective_gradient(self, model, batch, delta, anchor) if differentiable else None
+        return ba.Solution(delta, anchor, batch, gradient=gradient)
 
 
 @pytest.mark.parametrize("method", ["dense", "cg"])
@@ -52,7 +56,7 @@ def test_hessian_aware_is_the_attack_hessian_plus_lambda():
     model, batch, problem = dense(6, 5, 3), batch_of(3, 6), taylor(epsilon=0.01, step=0.05)
     for method in ("dense", "cg"):
         step = FullKKT(method=method, curvature="attack", tol=1e-13).hypergradient(problem, model, batch)
-        solution = problem.lower.solve_differentiable(model, batch, anchor=torch.zeros_like(batch.x))
+        solution = problem.lower.solve(model, batch, anchor=torch.zeros_like(batch.x), differentiable=True)
         delta = solution.delta.clone().requires_grad_()
         (v,) = torch.autograd.grad(ba.cross_entropy(model, batch, delta).mean(), delta)
         low, high = ba.LinfBall(0.01).box(batch.x)
@@ -123,11 +127,11 @@ def test_coupled_samples_are_solved_as_one_system_from_the_start():
             parameter.mul_(3)
     for lam in (8.0, 15.0, 30.0):
         problem = ba.BilevelProblem(ba.UpperProblem(), ba.Linearized(ATK, ba.LinfBall(0.3), "zero", "taylor", 1 / lam))
-        solution = problem.lower.solve_differentiable(model, batch)
+        solution = problem.lower.solve(model, batch, differentiable=True)
         delta = solution.delta.flatten()
         H = torch.autograd.functional.hessian(lambda d: ATK(model, batch, d.reshape(4, 6)).sum(), delta)
         H = H + lam * torch.eye(24, dtype=F64)
-        free = problem.lower.active(solution).free.flatten()
+        free = problem.lower.constraint.active(solution.delta, batch.x).free.flatten()
         v = torch.randn(4, 6, dtype=F64)
         solver = FullKKT(curvature="attack", tol=1e-12)
         if torch.linalg.eigvalsh(H[free][:, free]).min() > 0:
@@ -171,7 +175,8 @@ def test_half_precision_is_not_factorised():
 def test_conjugate_gradients_on_the_linearised_objective_find_lambda(s):
     """The Hessian of a linearised g, taken by differentiating g instead of being known, is λI all the same."""
     expected = HessianFreeKKT().hypergradient(s.problem, s.model, s.batch, anchor=s.anchor)
-    s.problem.lower.hessian_is_lam = False
+    lower = s.problem.lower
+    lower.curvature = functools.partial(ba.LowerProblem.curvature, lower)  # ∇²g by differentiating g, and λ not added
     got = FullKKT(method="cg", tol=1e-13).hypergradient(s.problem, s.model, s.batch, anchor=s.anchor)
     for name, g in expected.grads.items():
         torch.testing.assert_close(got.grads[name], g, rtol=1e-8, atol=1e-12)
