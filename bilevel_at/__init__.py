@@ -1,35 +1,52 @@
 """bilevel-at: adversarial training as bilevel optimisation.
 
-A problem says what each player wants and where it may move; a solver says how the players are coupled; the trainer
-only repeats.
+A problem says what each player wants, where it may move and what it must withstand; a solver says how the players are
+coupled; computing is pure, and one call remembers; the trainer only repeats.
 """
 
 from __future__ import annotations
 
+from importlib import import_module as _import_module
 from pathlib import Path as _Path
+from typing import Any as _Any
 
-from . import testing
-from .anchors import Anchor, Corner, Gaussian, Remembered, Steps, Uniform, Zero
+from .anchors import Anchor, Corner, Gaussian, Remembered, Start, Steps, Uniform, Zero
 from .batch import Batch, CropFlip
-from .constraints import ActiveSet, Constraint, L2Ball, LinfBall, Polyhedron
+from .constraints import ActiveSet, Constraint, L2Ball, LinfBall, Range
 from .directions import Direction
 from .errors import BilevelError, ConvergenceError, CurvatureError, InputError
-from .losses import Loss, cross_entropy, kl_divergence, logits, margins, minus, negative_margin
-from .lower import Linearized, Proximal
+from .losses import (
+    CrossEntropy,
+    Loss,
+    cross_entropy,
+    input_gradient,
+    kl_divergence,
+    logits,
+    margins,
+    minus,
+    negative_margin,
+)
+from .lower import AtAnchor, Linearized, Proximal
 from .memory import SampleMemory
 from .modes import attack_mode
-from .problem import BilevelProblem, LowerProblem, Solution, UpperProblem
-from .runs.networks import load
-from .solver import Hypergradient, KKTSolver, Solver
+from .policy import Counter, Policy, Schedule, policies
+from .polyhedra import Polyhedron
+from .problem import BilevelProblem, LowerProblem, UpperProblem, solve_by_descent
+from .solution import Hypergradient, Solution
+from .solver import KKTSolver, Solver
 from .steps import Adaptive, Constant, Step
 from .targeted import Targeted
 
 __version__ = "0.1.0"
 
+_ON_DEMAND = {"load": ("bilevel_at.runs", "load"), "testing": ("bilevel_at.testing", None)}
+"""What loads more than the language does: imported when it is first asked for."""
+
 __all__ = [
     "ActiveSet",
     "Adaptive",
     "Anchor",
+    "AtAnchor",
     "Batch",
     "BilevelError",
     "BilevelProblem",
@@ -37,7 +54,9 @@ __all__ = [
     "Constraint",
     "ConvergenceError",
     "Corner",
+    "Counter",
     "CropFlip",
+    "CrossEntropy",
     "CurvatureError",
     "Direction",
     "Gaussian",
@@ -49,12 +68,16 @@ __all__ = [
     "LinfBall",
     "Loss",
     "LowerProblem",
+    "Policy",
     "Polyhedron",
     "Proximal",
+    "Range",
     "Remembered",
     "SampleMemory",
+    "Schedule",
     "Solution",
     "Solver",
+    "Start",
     "Step",
     "Steps",
     "Targeted",
@@ -63,17 +86,29 @@ __all__ = [
     "Zero",
     "attack_mode",
     "cross_entropy",
+    "input_gradient",
     "kl_divergence",
     "load",
     "logits",
     "margins",
     "minus",
     "negative_margin",
+    "policies",
+    "solve_by_descent",
     "testing",
 ]
 
-# In a checkout, problems/ and solvers/ are beside this folder. Searching there makes them this checkout's own, even where
-# another checkout is installed. In an installed package they are inside this folder, and nothing is added.
+
+def __getattr__(name: str) -> _Any:
+    if name not in _ON_DEMAND:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, attribute = _ON_DEMAND[name]
+    loaded = _import_module(module)
+    return loaded if attribute is None else getattr(loaded, attribute)
+
+
+# In a checkout, problems/ and solvers/ are beside this folder. Searching there makes them this checkout's own, even
+# where another is installed. In an installed package they are inside this folder, and nothing is added.
 _checkout = _Path(__file__).resolve().parent.parent
 if (_checkout / "pyproject.toml").is_file() and (_checkout / "solvers" / "full_kkt.py").is_file():
     __path__.append(str(_checkout))

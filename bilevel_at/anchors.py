@@ -1,184 +1,283 @@
-"""Anchor policies: where z, the point a lower level is linearised around or pulled towards, comes from.
+"""Anchor policies: where z comes from, the point that a lower level is linearised around or pulled towards.
 
-A policy is a small object with one method, ``draw(lower, model, batch, generator) -> z [B, ...]``. The ones that
-remember have a state that outlives the batch. Names stand for the policies that need no argument.
+An anchor has one method that computes, :meth:`Anchor.draw`, and may remember in ``observe``. Names stand for the
+anchors that need no argument.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from .batch import Batch
+from .batch import Batch, per_sample
+from .constraints import Box, Constraint
 from .directions import Direction, direction_of
-from .errors import InputError
+from .errors import InputError, at_least, positive, whole_number
+from .losses import AnyLoss, input_gradient
 from .memory import SampleMemory
-from .steps import positive, whole_number
+from .policy import Policy
+from .solution import Hypergradient
+from .steps import Step, step_policy
 
-if TYPE_CHECKING:
-    from .problem import LowerProblem
+__all__ = ["Anchor", "Corner", "Gaussian", "Remembered", "Start", "Steps", "Uniform", "Zero", "anchor_policy"]
 
-__all__ = ["Anchor", "Corner", "Gaussian", "Remembered", "Steps", "Uniform", "Zero", "anchor_policy"]
-
-AnchorName = Literal["zero", "uniform", "corner", "sign-step", "gradient-step", "remembered"]
+Generator = torch.Generator | None
 
 
-class Anchor:
-    """Base class of the policies. Stateless ones need only :meth:`draw`."""
+class Attacker(Protocol):
+    """What an anchor reads of the lower problem that it serves."""
 
-    def draw(self, lower: LowerProblem, model: nn.Module, batch: Batch, generator: torch.Generator | None) -> Tensor:
-        """z ``[B, ...]``, detached and in C(x)."""
+    @property
+    def constraint(self) -> Constraint: ...
+    @property
+    def attack_loss(self) -> AnyLoss: ...
+    def base(self, model: nn.Module, batch: Batch) -> Tensor: ...
+
+
+class Anchor(Policy):
+    """Base class of the anchors."""
+
+    def draw(self, lower: Attacker, model: nn.Module, batch: Batch, generator: Generator) -> tuple[Tensor, Any]:
+        """z for each row of the batch, and a memo.
+
+        Args:
+            lower: the lower problem: its constraint, attack loss and base.
+            model: the network, in the mode of attack passes.
+            batch: the batch, as the attack loss prepared it.
+            generator: for whatever is drawn at random.
+
+        Returns:
+            (z ``[B, ...]``, whatever :meth:`observe` wants to see again as ``step.solution.memo``).
+        """
         raise NotImplementedError(f"{type(self).__name__} does not define draw(lower, model, batch, generator)")
 
-    def remember(self, batch: Batch, delta: Tensor) -> None:
-        """Called with δ* after each solve whose anchor this policy drew."""
 
-    def set_epoch(self, epoch: int, epochs: int) -> None:
-        """Called at the start of each epoch."""
+class Start(Anchor):
+    """Base class of the anchors that look at nothing but the set, so that a memory can fill itself with them."""
 
-    def state_dict(self) -> dict[str, Any]:
-        return {}
+    def fresh(self, constraint: Constraint, base: Tensor, generator: Generator) -> Tensor:
+        """z, shaped like ``base``, which δ is added to."""
+        raise NotImplementedError(f"{type(self).__name__} does not define fresh(constraint, base, generator)")
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
+    def draw(self, lower: Attacker, model: nn.Module, batch: Batch, generator: Generator) -> tuple[Tensor, Any]:
+        return self.fresh(lower.constraint, lower.base(model, batch), generator), None
 
 
-@dataclass(frozen=True)
-class Zero(Anchor):
+@dataclass(frozen=True, eq=False)
+class Zero(Start):
     """z = 0 (FGSM)."""
 
-    def draw(self, lower: LowerProblem, model: nn.Module, batch: Batch, generator: torch.Generator | None) -> Tensor:
-        return torch.zeros_like(batch.x)
+    def fresh(self, constraint: Constraint, base: Tensor, generator: Generator) -> Tensor:
+        return torch.zeros_like(base)
 
 
-@dataclass(frozen=True)
-class Uniform(Anchor):
-    """z ~ U(C(x)) (FGSM-RS; BETA, Algorithm 1)."""
+@dataclass(frozen=True, eq=False)
+class Uniform(Start):
+    """z uniform in C(x); with a radius r, uniform in the cube [−r, r]^d and then clipped to the input range.
 
-    def draw(self, lower: LowerProblem, model: nn.Module, batch: Batch, generator: torch.Generator | None) -> Tensor:
-        return lower.constraint.sample(batch.x, generator)
+    The two differ where a value is within r of a bound: clipping leaves mass on the bound. Published code draws in the
+    cube (Wong et al., 2020); BETA (Algorithm 1) in C.
+
+    Args:
+        radius: r ≥ 0; by default the draw is from the constraint.
+        clip: whether x + z is clipped to the constraint's ``bounds``, where it has any.
+    """
+
+    radius: float | None = None
+    clip: bool = True
+
+    def __post_init__(self) -> None:
+        if self.radius is not None:
+            at_least("radius", self.radius)
+
+    def fresh(self, constraint: Constraint, base: Tensor, generator: Generator) -> Tensor:
+        if self.radius is None:
+            return constraint.sample(base, generator)
+        unit = torch.rand(base.shape, generator=generator, dtype=base.dtype, device=base.device)
+        return _clipped((2 * unit - 1) * self.radius, constraint, base, self.clip)
 
 
-@dataclass(frozen=True)
-class Corner(Anchor):
-    """z a random corner of the ℓ∞ ball, {−ε, ε}^d cut to the input range (Fast-BAT, Table A4)."""
+@dataclass(frozen=True, eq=False)
+class Corner(Start):
+    """z a fair random corner of C(x) (Fast-BAT, Table A4); with a radius r, of the cube {−r, r}^d.
 
-    def draw(self, lower: LowerProblem, model: nn.Module, batch: Batch, generator: torch.Generator | None) -> Tensor:
-        return lower.constraint.corner(batch.x, generator)
+    Args:
+        radius: r ≥ 0; by default the corners are the constraint's, which must be a box.
+        clip: whether x + z is clipped to the constraint's ``bounds``, where a radius is given.
+
+    Raises:
+        InputError: from a draw, where the constraint is no box and no radius is given.
+    """
+
+    radius: float | None = None
+    clip: bool = True
+
+    def __post_init__(self) -> None:
+        if self.radius is not None:
+            at_least("radius", self.radius)
+
+    def fresh(self, constraint: Constraint, base: Tensor, generator: Generator) -> Tensor:
+        down = torch.rand(base.shape, generator=generator, device=base.device) < 0.5
+        if self.radius is not None:
+            return _clipped(torch.where(down, -self.radius, self.radius).to(base), constraint, base, self.clip)
+        if not isinstance(constraint, Box):
+            raise InputError(
+                f"{type(constraint).__name__} has no random corner; give the corner anchor a radius, or use a LinfBall"
+            )
+        low, high = constraint.box(base)
+        return torch.where(down, low, high)
 
 
-@dataclass(frozen=True)
-class Gaussian(Anchor):
-    """z ~ N(0, scale² I), projected onto C(x) (TRADES and MART, whose code starts at scale 0.001)."""
+@dataclass(frozen=True, eq=False)
+class Gaussian(Start):
+    """z ~ N(0, scale² I) (TRADES and MART, whose code starts at scale 0.001).
+
+    Args:
+        scale: the standard deviation, above 0.
+        clip: whether z is projected onto C(x).
+    """
 
     scale: float = 1e-3
+    clip: bool = True
 
     def __post_init__(self) -> None:
         positive("scale", self.scale)
 
-    def draw(self, lower: LowerProblem, model: nn.Module, batch: Batch, generator: torch.Generator | None) -> Tensor:
-        noise = torch.randn(batch.x.shape, generator=generator, dtype=batch.x.dtype, device=batch.x.device)
-        return lower.constraint.project(self.scale * noise, batch.x)
+    def fresh(self, constraint: Constraint, base: Tensor, generator: Generator) -> Tensor:
+        noise = torch.randn(base.shape, generator=generator, dtype=base.dtype, device=base.device)
+        return constraint.project(self.scale * noise, base) if self.clip else self.scale * noise
 
 
-@dataclass
+def _clipped(z: Tensor, constraint: Constraint, base: Tensor, clip: bool) -> Tensor:
+    """z with base + z in the constraint's input range, where it has one."""
+    bounds = getattr(constraint, "bounds", None)
+    if not clip or bounds is None:
+        return z
+    return torch.clamp(z, bounds[0] - base, bounds[1] - base)
+
+
+@dataclass(eq=False)
 class Steps(Anchor):
     """z after ``count`` projected gradient steps from another anchor: z ← P_C(z − step · D(∇_δ ℓ_atk(θ, z))).
 
-    start: the policy they begin at. direction: D, "sign", "taylor" or "normalized". step: its length, by default the
-    lower problem's own 1/λ. ``Steps("uniform", "taylor")`` is Fast-BAT's anchor (Remark 2);
-    ``Steps("uniform", "sign", count=K - 1)`` under a sign-linearised problem is PGD-K. count: at least 0.
+    ``Steps("uniform", "taylor")`` is Fast-BAT's anchor (Remark 2); ``Steps("uniform", "sign", count=K - 1)`` under a
+    sign-linearised problem is PGD-K.
 
-    Raises :class:`InputError` for values outside these ranges, and where the lower problem has no fixed step to use.
+    Args:
+        start: the anchor they begin at, or its name.
+        direction: D, "sign", "taylor" or "normalized".
+        step: its length, a number or a policy; by default that of the linearised problem that the anchor is given to.
+        count: how many, at least 0.
+
+    Raises:
+        InputError: for values outside these ranges, and from a draw, where there is no step to use.
     """
 
-    start: Anchor | AnchorName = "uniform"
+    start: Anchor | str = "uniform"
     direction: Direction | str = "taylor"
-    step: float | None = None
+    step: Step | float | None = None
     count: int = 1
 
     def __post_init__(self) -> None:
         self.start = anchor_policy(self.start)
         self.direction = direction_of(self.direction)
         if self.step is not None:
-            positive("step", self.step)
+            self.step = step_policy(self.step)
         whole_number("count", self.count, 0)
 
-    def draw(self, lower: LowerProblem, model: nn.Module, batch: Batch, generator: torch.Generator | None) -> Tensor:
-        """z ``[B, ...]`` after ``count`` steps; each is one forward and one backward pass."""
-        step = lower.step_size() if self.step is None else self.step
+    def draw(self, lower: Attacker, model: nn.Module, batch: Batch, generator: Generator) -> tuple[Tensor, Any]:
+        """z ``[B, ...]`` after ``count`` steps, each one forward and one backward pass; the memo is the start's."""
+        start, direction, step = anchor_policy(self.start), direction_of(self.direction), self.step
         if step is None:
-            raise InputError(f"{type(lower).__name__} has no fixed step; give the anchor its own: Steps(step=...)")
-        z = anchor_policy(self.start).draw(lower, model, batch, generator)
-        direction = direction_of(self.direction)
+            raise InputError(f"{type(lower).__name__} has no step of its own; give the anchor one: Steps(step=...)")
+        z, memo = start.draw(lower, model, batch, generator)
+        base = lower.base(model, batch)
         for _ in range(self.count):
-            gradient = lower.attack_gradient(model, batch, z)
-            z = lower.constraint.project(z - step * direction(gradient), batch.x)
-        return z
-
-    def remember(self, batch: Batch, delta: Tensor) -> None:
-        anchor_policy(self.start).remember(batch, delta)
-
-    def set_epoch(self, epoch: int, epochs: int) -> None:
-        anchor_policy(self.start).set_epoch(epoch, epochs)
-
-    def state_dict(self) -> dict[str, Any]:
-        return anchor_policy(self.start).state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        anchor_policy(self.start).load_state_dict(state)
+            gradient, _ = input_gradient(lower.attack_loss, model, batch, z)
+            size = per_sample(step_policy(step).size(batch, gradient), z)
+            z = lower.constraint.project(z - size * direction(gradient), base)
+        return z, memo
 
 
-@dataclass
+@dataclass(eq=False)
 class Remembered(Anchor):
-    """z = the example's δ* of the last time it was seen, moved through the same crop and flip as its image.
+    """z = δ* of the last time the example was seen, moved through the same crop and flip as its image.
 
-    Perturbations live on the padded canvas of ``batch.view`` (or, without one, on the image itself), start uniform,
-    and are forgotten as every ``reset_every``-th epoch begins (0: never), except the last one.
-    size: keep them resized to ``size × size``, for images too many and too large to remember at full size; bilinear,
-        antialiased on the way down. The view is not followed then, as in Algorithm 2.
-    Raises :class:`InputError` where a batch has no index. Source: ATAS (Huang et al., 2023), Algorithms 1 and 2, and
-    ATTA before it; the schedule is that of their published code.
+    With ``view``, perturbations live on the padded canvas of ``batch.view`` (where a batch has one). They are forgotten
+    as every ``reset_every``-th epoch begins, except the last. Source: ATAS (Huang et al., 2023), Algorithms 1 and 2,
+    and ATTA before it; the schedule is that of their published code.
+
+    Args:
+        start: where examples begin that nothing is remembered of; drawn without the input range.
+        by: "example" remembers by ``batch.index``; "position" by the place in the batch.
+        view: whether what is remembered follows the crop and flip.
+        clip: whether z is projected onto C(x).
+        reset_every: epochs, 0 for never. :meth:`resets` may be overridden for another rule.
+        size: remember them resized to ``size × size``, for images too many and too large to remember as they are;
+            bilinear, antialiased on the way down. The view is not followed then, as in Algorithm 2.
+
+    Raises:
+        InputError: for values outside these ranges, and where a batch has no index.
     """
 
+    start: Start | str = "uniform"
+    by: Literal["example", "position"] = "example"
+    view: bool = True
+    clip: bool = True
     reset_every: int = 0
     size: int | None = None
-    memory: SampleMemory = field(default_factory=SampleMemory, repr=False)
+    memory: SampleMemory = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        self.start = _start(self.start)
+        self.memory = SampleMemory(self.by)
         whole_number("reset_every", self.reset_every, 0)
         if self.size is not None:
             whole_number("size", self.size, 1)
 
-    def draw(self, lower: LowerProblem, model: nn.Module, batch: Batch, generator: torch.Generator | None) -> Tensor:
-        """The kept perturbations ``[B, ...]`` in the batch's view, or a uniform draw, projected onto C(x)."""
+    def draw(self, lower: Attacker, model: nn.Module, batch: Batch, generator: Generator) -> tuple[Tensor, Any]:
+        """(what is remembered ``[B, ...]``, in the batch's view, or a fresh start; the whole canvas as the memo)."""
+        base = lower.base(model, batch)
+        like = base
         if self.size is not None:
-            small = batch.x.new_zeros((*batch.x.shape[:2], self.size, self.size))
-            kept = self.memory.read(batch, lower.constraint.unbounded().sample(small, generator))
-            return lower.constraint.project(_resized(kept, *batch.x.shape[2:]), batch.x)
-        like = batch.x if batch.view is None else batch.view.pad(batch.x)
-        canvas = self.memory.read(batch, lower.constraint.unbounded().sample(like, generator))
-        if batch.view is not None:
-            # Unseen canvases are kept at once: writing back one window must not lose the rest of the draw.
-            self.memory.write(batch, canvas)
-            canvas = batch.view.apply(canvas)
-        return lower.constraint.project(canvas, batch.x)
+            like = base.new_zeros((*base.shape[:2], self.size, self.size))
+        elif self._followed(batch) is not None:
+            like = self._followed(batch).pad(base)
+        # Drawn for every row, known or not: the draws do not depend on what is remembered.
+        canvas = self.memory.read(batch, _start(self.start).fresh(lower.constraint.unbounded(), like, generator))
+        z = canvas
+        if self.size is not None:
+            z = _resized(canvas, *base.shape[2:])
+        elif self._followed(batch) is not None:
+            z = self._followed(batch).apply(canvas)
+        return (lower.constraint.project(z, base) if self.clip else z), canvas
 
-    def remember(self, batch: Batch, delta: Tensor) -> None:
-        """Write δ* back where :meth:`draw` reads it; what the view does not show stays as it is."""
+    def to_remember(self, step: Hypergradient) -> Tensor:
+        """What is remembered of a step, shaped like z: δ*."""
+        return step.solution.delta
+
+    def observe(self, step: Hypergradient) -> None:
+        """Write back where :meth:`draw` reads; what the view does not show stays as it was."""
+        batch, canvas, delta = step.solution.batch, step.solution.memo, self.to_remember(step)
         if self.size is not None:
             delta = _resized(delta, self.size, self.size)
-        elif batch.view is not None:
-            canvas = self.memory.read(batch, batch.view.pad(torch.zeros_like(delta)))
-            delta = batch.view.write(canvas, delta)
+        elif self._followed(batch) is not None:
+            delta = self._followed(batch).write(canvas, delta)
         self.memory.write(batch, delta)
 
+    def _followed(self, batch: Batch) -> Any:
+        return batch.view if self.view else None
+
+    def resets(self, epoch: int, epochs: int) -> bool:
+        """Whether everything is forgotten as epoch ``epoch`` of ``epochs`` (from 0) begins."""
+        return self.reset_every > 0 and (epoch + 1) % self.reset_every == 0 and epoch != epochs - 1
+
     def set_epoch(self, epoch: int, epochs: int) -> None:
-        if self.reset_every and (epoch + 1) % self.reset_every == 0 and epoch != epochs - 1:
+        if self.resets(epoch, epochs):
             self.memory.clear()
 
     def state_dict(self) -> dict[str, Any]:
@@ -203,10 +302,27 @@ _NAMED: dict[str, Callable[[], Anchor]] = {
 }
 
 
-def anchor_policy(anchor: Anchor | str) -> Anchor:
-    """The policy itself, or the one of that name: zero, uniform, corner, sign-step, gradient-step, remembered."""
-    if isinstance(anchor, Anchor):
-        return anchor
-    if anchor not in _NAMED:
-        raise InputError(f"anchor {anchor!r} is not known; choose from {', '.join(_NAMED)}, or pass an Anchor")
-    return _NAMED[anchor]()
+def anchor_policy(anchor: Anchor | str, step: Step | float | None = None) -> Anchor:
+    """The anchor itself, or the one of that name: zero, uniform, corner, sign-step, gradient-step, remembered.
+
+    Args:
+        anchor: an anchor or a name.
+        step: what steps of the anchor take that have no length of their own.
+
+    Raises:
+        InputError: for an unknown name.
+    """
+    if isinstance(anchor, str):
+        if anchor not in _NAMED:
+            raise InputError(f"anchor {anchor!r} is not known; choose from {', '.join(_NAMED)}, or pass an Anchor")
+        anchor = _NAMED[anchor]()
+    if isinstance(anchor, Steps) and anchor.step is None and step is not None:
+        return replace(anchor, start=anchor_policy(anchor.start, step), step=step)
+    return anchor
+
+
+def _start(start: Start | str) -> Start:
+    policy = anchor_policy(start)
+    if not isinstance(policy, Start):
+        raise InputError(f"a memory begins at a Start such as 'uniform' or 'zero', not {type(policy).__name__}")
+    return policy

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, overload
 
 import torch
@@ -81,71 +82,68 @@ class CropFlip:
         return CropFlip(self.top[rows], self.left[rows], self.flip[rows], self.padding)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False, eq=False)
 class Batch:
-    """Examples as every problem and solver sees them.
+    """Examples as every problem and solver sees them: tensors with a leading batch axis, of any type and shape.
 
-    x: inputs ``[B, ...]`` in [0, 1]; y: labels ``[B]``, int64.
-    index: ``[B]`` positions in the training set, needed by whatever is remembered per example (ATTA, ATAS).
-    view: the crop and flip that produced ``x``, so that what is remembered follows the image.
-    target: ``[B]`` classes a targeted attack aims at; set by targeted lower levels, not by users.
-    reference: ``[B, ...]`` what an attack loss would otherwise compute anew in every pass, such as the prediction at x
-        that a divergence is measured from; set by its ``prepare`` (:meth:`LowerProblem.prepare`), not by users.
+    Args:
+        x: inputs ``[B, ...]``: images, features, token numbers, ...
+        y: targets ``[B, ...]``: class labels (int64), real values, ...; None where there are none.
+        index: ``[B]`` positions in the training set, needed by whatever is remembered per example (ATTA, ATAS).
+        view: the crop and flip that produced ``x``, so that what is remembered follows the image.
+        more: further tensors ``[B, ...]`` by name, indexed and moved along with x. A loss's ``prepare`` keeps what it
+            computes once per solve here; targeted lower levels keep ``target``, the classes aimed at.
 
-    Raises :class:`InputError` where the lengths do not agree.
+    Raises:
+        InputError: where the lengths do not agree.
     """
 
     x: Tensor
-    y: Tensor
-    index: Tensor | None = None
-    view: CropFlip | None = None
-    target: Tensor | None = None
-    reference: Tensor | None = None
+    y: Tensor | None
+    index: Tensor | None
+    view: CropFlip | None
+    more: Mapping[str, Tensor]
 
-    def __post_init__(self) -> None:
-        if self.x.ndim < 2:
-            raise InputError(f"x has shape {tuple(self.x.shape)}; a batch is [B, ...] with at least two axes")
-        if self.y.dtype != torch.int64:
-            raise InputError(f"y is {self.y.dtype}; labels are int64 (y.long())")
-        for name in ("y", "index", "target"):
-            value = getattr(self, name)
-            if value is not None and value.shape != (len(self.x),):
-                raise InputError(f"{name} has shape {tuple(value.shape)}; {len(self.x)} inputs need [{len(self.x)}]")
+    def __init__(
+        self,
+        x: Tensor,
+        y: Tensor | None = None,
+        index: Tensor | None = None,
+        view: CropFlip | None = None,
+        **more: Tensor,
+    ) -> None:
+        if x.ndim < 1:
+            raise InputError("x is a single number; a batch is [B, ...]")
+        for name, value in {"y": y, "index": index, **more}.items():
+            if value is not None and (value.ndim < 1 or len(value) != len(x)):
+                raise InputError(f"{name} has shape {tuple(value.shape)}; {len(x)} inputs need [{len(x)}, ...]")
+        if index is not None and index.ndim != 1:
+            raise InputError(f"index has shape {tuple(index.shape)}; it must be [{len(x)}]")
+        fields = {"x": x, "y": y, "index": index, "view": view, "more": more}
+        for name, field in fields.items():
+            object.__setattr__(self, name, field)
 
     def __len__(self) -> int:
         return len(self.x)
 
+    def _map(self, function: Callable[[Any], Any]) -> Batch:
+        """The batch with ``function`` applied to every tensor and to the view."""
+        values: dict[str, Any] = {"x": self.x, "y": self.y, "index": self.index, "view": self.view, **self.more}
+        mapped: dict[str, Any] = {name: None if value is None else function(value) for name, value in values.items()}
+        return Batch(**mapped)
+
     def __getitem__(self, rows: Any) -> Batch:
-        """The examples at ``rows`` (a slice, mask or index tensor), every field with them."""
-        held = ((f.name, getattr(self, f.name)) for f in fields(self))
-        taken: dict[str, Any] = {name: None if value is None else value[rows] for name, value in held}
-        return Batch(**taken)
+        """The examples at ``rows`` (a slice, mask or index tensor), every tensor with them."""
+        return self._map(lambda value: value[rows])
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch with its tensors on ``device``."""
-        held = ((f.name, getattr(self, f.name)) for f in fields(self))
-        moved: dict[str, Any] = {name: None if value is None else value.to(device) for name, value in held}
-        return Batch(**moved)
+        return self._map(lambda value: value.to(device))
 
-    def aimed_at(self, target: Tensor) -> Batch:
-        """The batch with a target class per example."""
-        return replace(self, target=target)
+    def replace(self, **tensors: Any) -> Batch:
+        """The batch with these tensors in place of its own; names other than x, y, index and view go to ``more``."""
+        return Batch(**{"x": self.x, "y": self.y, "index": self.index, "view": self.view, **self.more, **tensors})
 
     def repeat(self, times: int) -> Batch:
         """Each example ``times`` times, copies side by side: rows ``i·times … (i+1)·times − 1`` are example i."""
         return self[torch.arange(len(self), device=self.x.device).repeat_interleave(times)]
-
-    def check(self, classes: int | None = None) -> Batch:
-        """Return the batch, or raise :class:`InputError` where a value is out of range (this waits for a GPU)."""
-        if not self.x.is_floating_point():
-            raise InputError(f"x is {self.x.dtype}; images are floating point in [0, 1] (divide uint8 by 255)")
-        low, high = self.x.min().item(), self.x.max().item()
-        if not (low >= 0 and high <= 1):
-            raise InputError(f"x has values from {low:g} to {high:g}; images lie in [0, 1] (normalise in the model)")
-        low_label, high_label = int(self.y.min()), int(self.y.max())
-        if low_label < 0 or (classes is not None and high_label >= classes):
-            bad = low_label if low_label < 0 else high_label
-            raise InputError(
-                f"label {bad} is out of range; labels are 0 … {'classes' if classes is None else classes} − 1"
-            )
-        return self

@@ -7,26 +7,23 @@ curvature that a curved boundary adds to the Hessian. Every solver is written in
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, replace
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .batch import per_sample
-from .errors import InputError
-from .polyhedra import nearest_points
+from .errors import InputError, at_least
 
-__all__ = ["ActiveSet", "Constraint", "L2Ball", "LinfBall", "Polyhedron"]
+__all__ = ["ActiveSet", "Constraint", "L2Ball", "LinfBall", "Range"]
 
 
 @dataclass
 class ActiveSet:
     """The constraints that bind at δ*, as what they leave free.
 
-    free: ``[B, ...]`` bool, the coordinates that no input range or ℓ∞ bound holds.
+    free: ``[B, ...]`` bool, the coordinates that are at no bound of an input range or ℓ∞ ball.
     normals: ``[B, r, d]`` orthonormal rows (zero rows allowed) of the other active constraints, or None.
     curvature: ``[B]``, the multiplier μ that a curved boundary adds to the Hessian as μI, or None.
     """
@@ -49,14 +46,30 @@ class ActiveSet:
         return matrix if self.normals is None else matrix - (self.normals.mT @ self.normals).to(dtype)
 
     def fraction_free(self) -> float:
-        """The share of coordinates not held at a bound: where it is 0 the implicit term vanishes."""
+        """The share of coordinates that are not at a bound: where it is 0 the implicit term vanishes."""
         return self.free.float().mean().item()
 
 
 class Constraint:
-    """A closed convex set C(x) of perturbations. Subclass with at least :meth:`project` and :meth:`active`."""
+    """A closed convex set C(x) of perturbations of x. Subclass with at least :meth:`project`.
 
-    tol: float | None = None
+    ``x`` is what δ is added to, as the lower problem says (:meth:`LowerProblem.base`): the inputs, as a rule.
+
+    :meth:`sample` serves random starts, :meth:`active` the KKT solvers. A set may also have these attributes:
+
+    radius: ε in the set's norm, for the record and as the scale of attack steps.
+    reach: the scale of attack steps, where that is not the radius.
+    steepest: the direction of steepest descent in that norm, "sign" or "normalized".
+    bounds: the input range (low, high) that x + δ stays in, None for none.
+    tol: within what distance of its bound a constraint counts as active.
+    """
+
+    # No values here: a dataclass would take an inherited value for the default of its own field of that name.
+    radius: float | None
+    reach: float | None
+    steepest: str
+    bounds: tuple[float, float] | None
+    tol: float | None
 
     def project(self, delta: Tensor, x: Tensor) -> Tensor:
         """P_C(δ), the nearest point of C(x), ``[B, ...]``."""
@@ -64,32 +77,18 @@ class Constraint:
 
     def sample(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """A random point of C(x) per sample, shaped like ``x``."""
-        raise NotImplementedError(f"{type(self).__name__} does not define sample(x, generator)")
-
-    def corner(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """A uniformly random vertex of C(x) per sample."""
-        raise InputError(f"{type(self).__name__} has no random corner; the 'corner' anchor needs a LinfBall")
+        raise InputError(f"{type(self).__name__} does not define sample(x, generator), which a random start needs")
 
     def active(self, delta: Tensor, x: Tensor, gradient: Tensor | None = None) -> ActiveSet:
         """The constraints active at δ*; ``gradient`` is ∇_δ g there, which curved boundaries need."""
-        raise NotImplementedError(f"{type(self).__name__} does not define active(delta, x, gradient)")
+        raise InputError(f"{type(self).__name__} does not define active(delta, x, gradient), which KKT solvers need")
 
     def strict_complementarity(self, delta: Tensor, x: Tensor, gradient: Tensor) -> Tensor:
         """How far δ* is from degenerate activity, ``[B]``: the least slack or multiplier.
 
         At 0, dδ*/dθ does not exist.
         """
-        raise NotImplementedError(f"{type(self).__name__} does not define strict_complementarity")
-
-    def attack_step(self) -> tuple[str, float]:
-        """(direction of steepest descent, radius): how standard attacks move here, in steps of parts of the radius."""
-        raise InputError(
-            f"{type(self).__name__} does not define attack_step(); it needs one to be attacked with FGSM or PGD"
-        )
-
-    def attack_reach(self) -> float:
-        """How far steps of standard attacks have to go to reach everything: the radius, in a ball."""
-        return self.attack_step()[1]
+        raise InputError(f"{type(self).__name__} does not define strict_complementarity(delta, x, gradient)")
 
     def unbounded(self) -> Constraint:
         """The same set without the input range: what perturbations of unseen pixels are drawn from."""
@@ -100,21 +99,19 @@ class Constraint:
 
         Balls and polyhedra allow for the rounding of a projected point besides.
         """
-        if self.tol is not None:
-            return self.tol
+        tol: float | None = getattr(self, "tol", None)
+        if tol is not None:
+            return tol
         return 1e-10 if like.dtype == torch.float64 else 1e-7
 
 
-def _check_epsilon(epsilon: Any) -> float:
-    if isinstance(epsilon, bool) or not isinstance(epsilon, Real):
-        raise InputError(f"epsilon is {epsilon!r}; it must be a number such as 8/255")
-    value = float(epsilon)
-    if not (math.isfinite(value) and value >= 0):
-        raise InputError(f"epsilon is {value:g}; it must be a finite number, at least 0 (such as 8/255)")
-    return value
+def check_epsilon(epsilon: Any) -> float:
+    """ε as a finite float of at least 0, or an :class:`InputError`."""
+    return at_least("epsilon", epsilon, hint=" (such as 8/255)")
 
 
-def _check_bounds(bounds: tuple[float, float] | None) -> tuple[float, float] | None:
+def check_bounds(bounds: tuple[float, float] | None) -> tuple[float, float] | None:
+    """The input range as two floats in order, or None."""
     if bounds is None:
         return None
     low, high = bounds
@@ -123,7 +120,7 @@ def _check_bounds(bounds: tuple[float, float] | None) -> tuple[float, float] | N
     return float(low), float(high)
 
 
-def _range(x: Tensor, bounds: tuple[float, float]) -> tuple[Tensor, Tensor]:
+def input_range(x: Tensor, bounds: tuple[float, float]) -> tuple[Tensor, Tensor]:
     """The box low − x … high − x. Looks at the data where that is free, because outside the range it is empty."""
     low, high = bounds[0] - x, bounds[1] - x
     if not x.is_cuda and not ((low <= 0) & (high >= 0)).all():
@@ -134,32 +131,12 @@ def _range(x: Tensor, bounds: tuple[float, float]) -> tuple[Tensor, Tensor]:
     return low, high
 
 
-@dataclass(frozen=True)
-class LinfBall(Constraint):
-    """C(x) = {δ : ‖δ‖_∞ ≤ ε, low ≤ x + δ ≤ high}, the box max(−ε, low − x) … min(ε, high − x).
-
-    epsilon: ε ≥ 0. bounds: the input range, (0, 1) by default, or None for none. tol: within what distance of a
-    bound a coordinate is active.
-
-    Raises :class:`InputError` where ε or bounds are out of range, and, from its methods, where x is outside the bounds
-    (on a GPU the data is not looked at). Source: Fast-BAT paper, equation 10.
-    """
-
-    epsilon: float
-    bounds: tuple[float, float] | None = (0.0, 1.0)
-    tol: float | None = None
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "epsilon", _check_epsilon(self.epsilon))
-        object.__setattr__(self, "bounds", _check_bounds(self.bounds))
+class Box(Constraint):
+    """A set of the form low ≤ δ ≤ high, coordinate by coordinate; a subclass says between what bounds."""
 
     def box(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The lower and upper bound of every coordinate of δ, each shaped like ``x``."""
-        if self.bounds is None:
-            high = torch.full_like(x, self.epsilon)
-            return -high, high
-        low, high = _range(x, self.bounds)
-        return low.clamp(min=-self.epsilon), high.clamp(max=self.epsilon)
+        raise NotImplementedError(f"{type(self).__name__} does not define box(x)")
 
     def project(self, delta: Tensor, x: Tensor) -> Tensor:
         return torch.clamp(delta, *self.box(x))
@@ -169,10 +146,6 @@ class LinfBall(Constraint):
         low, high = self.box(x)
         unit = torch.rand(x.shape, generator=generator, dtype=x.dtype, device=x.device)
         return torch.clamp(low + (high - low) * unit, low, high)
-
-    def corner(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        low, high = self.box(x)
-        return torch.where(torch.rand(x.shape, generator=generator, device=x.device) < 0.5, low, high)
 
     def active(self, delta: Tensor, x: Tensor, gradient: Tensor | None = None) -> ActiveSet:
         low, high = self.box(x)
@@ -187,8 +160,76 @@ class LinfBall(Constraint):
         pinned = high - low <= self.activity_tol(delta)
         return torch.where(free, slack, gradient.abs()).masked_fill(pinned, torch.inf).flatten(1).amin(1)
 
-    def attack_step(self) -> tuple[str, float]:
-        return "sign", self.epsilon
+
+@dataclass(frozen=True)
+class Range(Box):
+    """C(x) = {δ : low ≤ x + δ ≤ high}: the input range alone, or with ``bounds=None`` all of space.
+
+    Args:
+        bounds: the input range, (0, 1) by default, or None for none.
+        tol: within what distance of a bound a coordinate is active.
+
+    Raises:
+        InputError: where bounds are out of order, where x is outside them (on a GPU the data is not looked at), and
+            where all of space is to be sampled.
+    """
+
+    bounds: tuple[float, float] | None = (0.0, 1.0)
+    tol: float | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "bounds", check_bounds(self.bounds))
+
+    def box(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if self.bounds is None:
+            high = torch.full_like(x, torch.inf)
+            return -high, high
+        return input_range(x, self.bounds)
+
+    def sample(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        if self.bounds is None:
+            raise InputError("Range(None) is all of space, which has no uniform draw; give the start a radius")
+        return super().sample(x, generator)
+
+    def unbounded(self) -> Range:
+        return Range(None, self.tol)
+
+
+@dataclass(frozen=True)
+class LinfBall(Box):
+    """C(x) = {δ : ‖δ‖_∞ ≤ ε, low ≤ x + δ ≤ high}, the box max(−ε, low − x) … min(ε, high − x).
+
+    Source: Fast-BAT paper, equation 10.
+
+    Args:
+        epsilon: ε ≥ 0.
+        bounds: the input range, (0, 1) by default, or None for none.
+        tol: within what distance of a bound a coordinate is active.
+
+    Raises:
+        InputError: where ε or bounds are out of range, and, from its methods, where x is outside the bounds (on a GPU
+            the data is not looked at).
+    """
+
+    epsilon: float
+    bounds: tuple[float, float] | None = (0.0, 1.0)
+    tol: float | None = None
+
+    radius: float = field(init=False, repr=False, compare=False)
+
+    steepest = "sign"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "epsilon", check_epsilon(self.epsilon))
+        object.__setattr__(self, "radius", self.epsilon)
+        object.__setattr__(self, "bounds", check_bounds(self.bounds))
+
+    def box(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if self.bounds is None:
+            high = torch.full_like(x, self.epsilon)
+            return -high, high
+        low, high = input_range(x, self.bounds)
+        return low.clamp(min=-self.epsilon), high.clamp(max=self.epsilon)
 
     def unbounded(self) -> LinfBall:
         return replace(self, bounds=None)
@@ -198,35 +239,47 @@ class LinfBall(Constraint):
 class L2Ball(Constraint):
     """C(x) = {δ : ‖δ‖₂ ≤ ε}, and low ≤ x + δ ≤ high where ``bounds`` are given.
 
-    epsilon: ε ≥ 0, the radius per sample. bounds: the input range, None by default.
     The intersection with a range is projected onto exactly: P_C(u) = clip(s·u) with the largest s ≤ 1 in the ball.
     The boundary is curved: where it is active with multiplier μ (∇g + μδ* = 0 off the range's bounds), the
     hypergradient sees the Hessian H + μI on the tangent space (the second-order KKT conditions; Nocedal and Wright,
-    Numerical Optimization, section 12.5). Raises as :class:`LinfBall` does.
+    Numerical Optimization, section 12.5).
+
+    Args:
+        epsilon: ε ≥ 0, the radius per sample.
+        bounds: the input range, None by default.
+        tol: within what distance of a bound a coordinate is active.
+
+    Raises:
+        InputError: as :class:`LinfBall` does.
     """
 
     epsilon: float
     bounds: tuple[float, float] | None = None
     tol: float | None = None
 
+    radius: float = field(init=False, repr=False, compare=False)
+
+    steepest = "normalized"
+
     def __post_init__(self) -> None:
-        object.__setattr__(self, "epsilon", _check_epsilon(self.epsilon))
-        object.__setattr__(self, "bounds", _check_bounds(self.bounds))
+        object.__setattr__(self, "epsilon", check_epsilon(self.epsilon))
+        object.__setattr__(self, "radius", self.epsilon)
+        object.__setattr__(self, "bounds", check_bounds(self.bounds))
 
     def project(self, delta: Tensor, x: Tensor) -> Tensor:
         u = delta.flatten(1)
         scale = self._shrink(u.norm(dim=1))
         if self.bounds is None:
             return (u * scale[:, None]).reshape(delta.shape)
-        low, high = (side.flatten(1) for side in _range(x, self.bounds))
+        low, high = (side.flatten(1) for side in input_range(x, self.bounds))
         # s and the set of clipped coordinates both only grow, so this ends after at most d rounds.
         clipped = torch.zeros_like(u, dtype=torch.bool)
         while True:
             point = torch.clamp(u * scale[:, None], low, high)
-            held = clipped | (u * scale[:, None] < low) | (u * scale[:, None] > high)
-            if bool((held == clipped).all()):
+            now = clipped | (u * scale[:, None] < low) | (u * scale[:, None] > high)
+            if bool((now == clipped).all()):
                 return point.reshape(delta.shape)
-            clipped = held
+            clipped = now
             left = (self.epsilon**2 - point.masked_fill(~clipped, 0).square().sum(1)).clamp(min=0).sqrt()
             grown = self._shrink(u.masked_fill(clipped, 0).norm(dim=1), left)
             scale = torch.maximum(scale, grown)
@@ -244,14 +297,14 @@ class L2Ball(Constraint):
         delta = self.epsilon * per_sample(radius, x) * unit
         if self.bounds is None:
             return delta
-        return torch.clamp(delta, *_range(x, self.bounds))
+        return torch.clamp(delta, *input_range(x, self.bounds))
 
     def _parts(self, delta: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(free coordinates, whether the sphere is active ``[B]``, its normal on the free coordinates ``[B, d]``)."""
         tol = self.activity_tol(delta)
         free = torch.ones_like(delta, dtype=torch.bool)
         if self.bounds is not None:
-            low, high = _range(x, self.bounds)
+            low, high = input_range(x, self.bounds)
             free = (delta > low + tol) & (delta < high - tol)
         # A projected point is on the sphere up to rounding, which grows with the radius.
         rounding = 32 * torch.finfo(delta.dtype).eps * self.epsilon
@@ -280,114 +333,11 @@ class L2Ball(Constraint):
         norm = delta.flatten(1).norm(dim=1)
         least = torch.where(on_sphere, mu * self.epsilon, self.epsilon - norm)
         if self.bounds is not None:
-            low, high = _range(x, self.bounds)
+            low, high = input_range(x, self.bounds)
             multiplier = (gradient + per_sample(mu, delta) * delta).abs()
             slack = torch.minimum(delta - low, high - delta)
             least = torch.minimum(least, torch.where(free, slack, multiplier).flatten(1).amin(1))
         return least
 
-    def attack_step(self) -> tuple[str, float]:
-        return "normalized", self.epsilon
-
     def unbounded(self) -> L2Ball:
         return replace(self, bounds=None)
-
-
-@dataclass(frozen=True, eq=False)
-class Polyhedron(Constraint):
-    """C(x) = {δ : Bδ ≤ b}, and low ≤ x + δ ≤ high where ``bounds`` are given.
-
-    B: ``[m, d]`` with d the number of values in one input; b: ``[m]``. The same rows hold for every sample; they are
-    scaled to unit length, so that activity means distance. Projection solves the dual as a non-negative least squares
-    problem per sample (Lawson and Hanson's least distance programming, scipy's ``nnls``), in float64 on the CPU, so it
-    suits small inputs. Source: Fast-BAT paper, equation 10.
-
-    Raises :class:`InputError` where the shapes do not agree or no row constrains anything; and, when something is
-    projected onto it, where the set is empty.
-    """
-
-    B: Tensor
-    b: Tensor
-    bounds: tuple[float, float] | None = None
-    tol: float | None = None
-    _unit: tuple[Tensor, Tensor] = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        for name in ("B", "b"):
-            value = torch.as_tensor(getattr(self, name))
-            object.__setattr__(self, name, value if value.is_floating_point() else value.double())
-        if self.B.ndim != 2 or self.b.shape != self.B.shape[:1]:
-            raise InputError(
-                f"B has shape {tuple(self.B.shape)} and b {tuple(self.b.shape)}; they must be [m, d] and [m]"
-            )
-        if not (self.B.isfinite().all() and self.b.isfinite().all()):
-            raise InputError("B and b must be finite")
-        object.__setattr__(self, "bounds", _check_bounds(self.bounds))
-        B, b = self.B.detach().double(), self.b.detach().double()
-        length = B.norm(dim=1)
-        if (b[length == 0] < 0).any():
-            raise InputError("no δ satisfies Bδ ≤ b: a row of B is zero and its b negative")
-        rows = length > 0
-        if not rows.any():
-            raise InputError("every row of B is zero, so Bδ ≤ b constrains nothing")
-        object.__setattr__(self, "_unit", (B[rows] / length[rows, None], b[rows] / length[rows]))
-
-    def rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """All inequalities, of unit length and in float64: (``[m', d]``, right-hand sides ``[batch, m']``)."""
-        flat = x.detach().flatten(1)
-        if flat.shape[1] != self.B.shape[1]:
-            raise InputError(f"inputs have {flat.shape[1]} values; this polyhedron's B has {self.B.shape[1]} columns")
-        B, b = (part.to(x.device) for part in self._unit)
-        b = b.expand(len(x), -1)
-        if self.bounds is None:
-            return B, b
-        low, high = _range(flat.double(), self.bounds)
-        eye = torch.eye(flat.shape[1], dtype=B.dtype, device=x.device)
-        return torch.cat([B, eye, -eye]), torch.cat([b, high, -low], 1)
-
-    def project(self, delta: Tensor, x: Tensor) -> Tensor:
-        B, b = self.rows(x)
-        return nearest_points(delta.flatten(1), B, b).reshape(delta.shape)
-
-    def sample(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """The projection of a normal draw with the scale of the faces' distances: a random point, not a uniform one."""
-        noise = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
-        scale = self._unit[1].abs().mean().item() or 1.0  # a cone has no scale of its own
-        return self.project(scale * noise, x)
-
-    def _active_rows(self, delta: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(rows with inactive ones zeroed ``[batch, m', d]``, activity ``[batch, m']``, slack ``[batch, m']``)."""
-        B, b = self.rows(x)
-        flat = delta.detach().double().flatten(1)
-        slack = b - flat @ B.mT
-        # A projected point is on its faces up to the rounding of δ to its own dtype.
-        rounding = 16 * torch.finfo(delta.dtype).eps * (b.abs() + flat.norm(dim=1, keepdim=True))
-        on = slack <= rounding.clamp(min=self.activity_tol(delta))
-        return B * on[..., None], on, slack
-
-    def active(self, delta: Tensor, x: Tensor, gradient: Tensor | None = None) -> ActiveSet:
-        rows, _, _ = self._active_rows(delta, x)
-        _, singular, basis = torch.linalg.svd(rows, full_matrices=False)
-        # Rows that are multiples of each other are so only up to the precision they were given in.
-        cut = max(rows.shape[1:]) * torch.finfo(self.B.dtype).eps * singular.amax(1, keepdim=True)
-        normals = (basis * (singular > cut)[..., None]).to(delta.dtype)
-        return ActiveSet(torch.ones_like(delta, dtype=torch.bool), normals)
-
-    def strict_complementarity(self, delta: Tensor, x: Tensor, gradient: Tensor) -> Tensor:
-        rows, on, slack = self._active_rows(delta, x)
-        multipliers = (torch.linalg.pinv(rows.mT) @ -gradient.double().flatten(1)[..., None]).squeeze(-1)
-        return torch.where(on, multipliers, slack).amin(1).to(delta.dtype)
-
-    def attack_step(self) -> tuple[str, float]:
-        """The gradient's direction, and the distance from 0 to the farthest face."""
-        radius = self._unit[1].amax().item()
-        if radius <= 0:
-            raise InputError("every b of this polyhedron is at most 0, so it has no scale for FGSM or PGD to step by")
-        return "normalized", radius
-
-    def attack_reach(self) -> float:
-        """√d times the distance of the farthest face, at which a box has its corners."""
-        return math.sqrt(self.B.shape[1]) * self.attack_step()[1]
-
-    def unbounded(self) -> Polyhedron:
-        return Polyhedron(self.B, self.b, None, self.tol)

@@ -1,51 +1,62 @@
-"""One tensor per training example, kept from epoch to epoch and addressed by ``batch.index``."""
+"""One row per training example, or per position in the batch, kept from batch to batch."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from .batch import Batch
-from .errors import InputError
+from .errors import InputError, one_of
 
 __all__ = ["SampleMemory"]
 
 
 class SampleMemory:
-    """A table of rows by example. It grows to the largest index seen and knows which rows were ever written.
+    """A table of rows. It grows to the largest row written, and knows which rows were ever written.
 
-    Every method that takes a batch raises :class:`InputError` where it has no ``index``.
+    Args:
+        by: "example" addresses rows by ``batch.index``; "position" by the place in the batch.
+
+    Raises:
+        InputError: from every method that takes a batch, where rows go by example and the batch has no index.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, by: Literal["example", "position"] = "example") -> None:
+        one_of("by", by, ("example", "position"))
+        self.by = by
         self.values: Tensor | None = None
         self.known: Tensor | None = None
 
-    @staticmethod
-    def rows(batch: Batch) -> Tensor:
-        """``batch.index``, or an :class:`InputError` that says where it is missing."""
+    def rows(self, batch: Batch) -> Tensor:
+        """The rows of the batch's examples, ``[B]``."""
+        if self.by == "position":
+            return torch.arange(len(batch), device=batch.x.device)
         if batch.index is None:
             raise InputError("this problem remembers something per example: pass Batch(x, y, index=...)")
         return batch.index
 
     def read(self, batch: Batch, fresh: Tensor) -> Tensor:
-        """The rows of the batch, ``fresh`` ``[B, ...]`` where an example has none yet."""
-        index = self.rows(batch)
-        self._reserve(int(index.max()) + 1, fresh)
-        assert self.values is not None and self.known is not None
-        kept = self.values[index].to(fresh)
-        known = self.known[index].reshape(-1, *[1] * (fresh.ndim - 1))
-        return torch.where(known, kept, fresh)
+        """The rows of the batch; ``fresh`` ``[B, ...]`` where a row was never written. Changes nothing."""
+        rows = self.rows(batch)
+        if self.values is None or self.known is None or self.values.shape[1:] != fresh.shape[1:]:
+            return fresh
+        # Clamped rather than looked at: asking a GPU for the largest row would wait for it.
+        inside = rows < len(self.values)
+        rows = rows.clamp(max=len(self.values) - 1)
+        known = (self.known[rows] & inside).reshape(-1, *[1] * (fresh.ndim - 1))
+        return torch.where(known, self.values[rows].to(fresh), fresh)
 
     def write(self, batch: Batch, values: Tensor) -> None:
-        """Keep ``values`` ``[B, ...]``, detached."""
-        index = self.rows(batch)
-        self._reserve(int(index.max()) + 1, values)
+        """Remember ``values`` ``[B, ...]``, detached. Rows of another shape than before replace the whole table."""
+        rows = self.rows(batch)
+        if self.values is not None and self.values.shape[1:] != values.shape[1:]:
+            self.clear()
+        self._reserve(int(rows.max()) + 1, values)
         assert self.values is not None and self.known is not None
-        self.values[index] = values.detach().to(self.values)
-        self.known[index] = True
+        self.values[rows] = values.detach().to(self.values)
+        self.known[rows] = True
 
     def clear(self) -> None:
         """Forget everything."""
@@ -56,10 +67,8 @@ class SampleMemory:
             self.values = torch.zeros((n, *like.shape[1:]), dtype=like.dtype, device=like.device)
             self.known = torch.zeros(n, dtype=torch.bool, device=like.device)
         elif n > len(self.values):
-            more = n - len(self.values)
-            more = max(more, len(self.values) // 2)
-            grown = self.values.new_zeros((more, *self.values.shape[1:]))
-            self.values = torch.cat([self.values, grown])
+            more = max(n - len(self.values), len(self.values) // 2)
+            self.values = torch.cat([self.values, self.values.new_zeros((more, *self.values.shape[1:]))])
             self.known = torch.cat([self.known, self.known.new_zeros(more)])
 
     def state_dict(self) -> dict[str, Any]:

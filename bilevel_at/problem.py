@@ -1,4 +1,4 @@
-"""The two players: what each wants, and where the attacker may move.
+"""The two players: what each wants, where the attacker may move, and what the network is to withstand.
 
     min_θ  mean_i f(θ, δ*_i(θ))    subject to    δ*_i(θ) ∈ argmin_{δ ∈ C(x_i)} g(θ, δ; z_i)
 
@@ -8,108 +8,125 @@ Source: Fast-BAT paper (Zhang et al., 2022), equations 2, 3 and 8.
 
 from __future__ import annotations
 
+import contextlib
+import copy
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import descent
+from . import descent, policy
 from .anchors import Anchor, anchor_policy
 from .batch import Batch
-from .constraints import ActiveSet, Constraint
+from .constraints import Constraint
 from .errors import InputError
-from .losses import Loss, cross_entropy
+from .losses import AnyLoss, as_loss, check_prepared, cross_entropy
 from .modes import Mode, attack_mode, no_graph
+from .policy import Policy
+from .solution import Hypergradient, Solution
 
-__all__ = ["BilevelProblem", "Curvature", "LowerProblem", "Solution", "UpperProblem"]
+__all__ = ["BilevelProblem", "CurvedPart", "LowerProblem", "UpperProblem", "solve_by_descent"]
 
-Curvature = Literal["lower", "attack"]
-CrossAt = Literal["anchor", "solution"]
+CurvedPart = Callable[[Batch, Tensor, Tensor], Tensor]
+"""ℓ(batch, delta, anchor) -> ``[B]`` or one number: the part of g whose Hessian in δ has to be computed."""
 
 
-@dataclass
-class Solution:
-    """What a lower level hands to the solver.
+class UpperProblem(Policy):
+    """The defender: f(θ, δ). Pass a loss, or override :meth:`loss_at`.
 
-    delta: δ* ``[B, ...]``, detached. anchor: the z it was solved from, which a check can hand back to hold it.
-    lam: λ, the weight of the proximal term in g (a number or ``[B]``), 0 where g has none.
-    step: the step sizes used, where the closed form has them (a number or ``[B]``).
-    batch: the batch as the lower level saw it, row for row with ``delta``; it differs from the upper level's
-        where there are several perturbations per example, or targets.
-    gradient: ∇_δ g(θ, δ*; z), differentiable in θ; present where a solver asked for it.
-    attack_gradient: ∇_δ ℓ_atk(θ, z), detached, where the closed form needed it.
-    clean_gradient: ∇_δ ℓ_atk(θ, 0), detached, where that is where the solve began.
-    residual: how far from a fixed point an iterative solve stopped, ``[B]``.
+    Args:
+        criterion: ``(model, batch, delta) -> [B]``, a :class:`~bilevel_at.Loss` or a plain function.
     """
 
-    delta: Tensor
-    anchor: Tensor
-    batch: Batch
-    lam: Tensor | float = 0.0
-    step: Tensor | float | None = None
-    gradient: Tensor | None = None
-    attack_gradient: Tensor | None = None
-    clean_gradient: Tensor | None = None
-    residual: Tensor | None = None
+    criterion: AnyLoss
 
-    @classmethod
-    def of(cls, found: Any, batch: Batch) -> Solution:
-        """``found`` itself, or what an object with ``delta``, ``anchor`` and perhaps ``lam`` says about ``batch``."""
-        return found if isinstance(found, cls) else cls(found.delta, found.anchor, batch, getattr(found, "lam", 0.0))
+    def __init__(self, criterion: AnyLoss = cross_entropy) -> None:
+        self.criterion = criterion
 
-
-class UpperProblem:
-    """The defender: f(θ, δ), one value per sample. Subclass and override :meth:`loss`, or pass a loss function."""
-
-    def __init__(self, loss: Loss = cross_entropy) -> None:
-        self.criterion = loss
-
-    def loss(self, model: nn.Module, batch: Batch, delta: Tensor) -> Tensor:
-        """f(θ, δ) ``[B]``; the solver minimises its mean."""
-        return self.criterion(model, batch, delta)
+    def prepare(self, model: nn.Module, batch: Batch, generator: torch.Generator | None) -> Batch:
+        """The batch as :meth:`loss_at` sees it. Called before the attack, with gradients, in the network's own mode."""
+        criterion = getattr(self, "criterion", None)
+        return batch if criterion is None else as_loss(criterion).prepare(model, batch, generator)
 
     def loss_at(
         self, model: nn.Module, batch: Batch, solution: Solution, generator: torch.Generator | None = None
     ) -> Tensor:
-        """f ``[B]`` at the lower level's solution.
+        """f at the lower level's solution, whose mean the solver minimises.
 
-        Override for a loss that draws something at random, from ``generator``, or reuses what the solution carries
-        (a regulariser's gradient).
+        Args:
+            model: the network.
+            batch: the batch, prepared.
+            solution: δ*, and what else the lower level hands on: its anchor, its batch, a shared output.
+            generator: for whatever is drawn at random.
+
+        Returns:
+            ``[B]``, or one number where the samples of the batch are coupled.
         """
-        return self.loss(model, batch, solution.delta)
+        return self.criterion(model, batch, solution.delta)
 
 
-class LowerProblem:
+class LowerProblem(Policy):
     """The attacker: δ* ∈ argmin_{δ ∈ C(x)} g(θ, δ; z).
 
-    A subclass needs a ``constraint`` and :meth:`objective`; the default :meth:`solve` is projected gradient descent
-    to ``tol``, which suits a smooth strongly convex g. Closed forms override it.
+    A subclass needs a ``constraint`` and :meth:`objective`; it is then solved by projected gradient descent to
+    tolerance, which suits a smooth strongly convex g. Closed forms override :meth:`solve_at`.
 
-    Class attributes, each of which a subclass or an instance may set:
+    Attributes, set on the class or on an object:
 
-    mode: 'train' or 'eval', the mode in which attack passes see the model; always restored afterwards.
-    anchor: the policy that draws z where none is given, or its name.
-    attack_loss: ℓ_atk, where g is built from one; FullKKT's ``curvature="attack"`` needs it. As a class attribute, a
-        plain function has to be a ``staticmethod``.
-    hessian_is_lam: True where ∇²_δδ g is exactly λI, so that no Hessian has to be computed.
-    learns: True where :meth:`learn` wants the gradient of the upper pass.
-    tol, max_iter: for the default solve; ``tol=None`` is eps^¾ of the dtype (6e-6 in float32, 2e-12 in float64).
+    constraint: C(x).
+    anchor: the policy that draws z where none is given, or its name; "zero" if there is none.
+    mode: 'train' or 'eval', the mode in which attack passes see the model; 'eval' if there is none.
+    attack_loss: ℓ_atk, where g is built from one: anchors that take steps and ``FullKKT(curvature="attack")`` need it.
+        A plain function as a class attribute has to be a ``staticmethod``.
     """
 
+    # No values here: a dataclass would take an inherited value for the default of its own field of that name.
     constraint: Constraint
-    mode: Mode = "eval"
-    anchor: Anchor | str = "zero"
-    attack_loss: Loss | None = None
-    hessian_is_lam: bool = False
-    learns: bool = False
-    tol: float | None = None
-    max_iter: int = 10_000
+    anchor: Anchor | str
+    mode: Mode
+    attack_loss: AnyLoss
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> LowerProblem:
+        """An object with an anchor of its own, where the class has one: what it remembers is not shared."""
+        lower = super().__new__(cls)
+        anchor = getattr(cls, "anchor", None)
+        if isinstance(anchor, str | Anchor):
+            object.__setattr__(lower, "anchor", anchor_policy(copy.deepcopy(anchor)))
+        return lower
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """A name becomes its anchor once: taken anew for every solve, "remembered" would never remember."""
+        super().__setattr__(name, anchor_policy(value) if name == "anchor" and isinstance(value, str) else value)
+
+    def base(self, model: nn.Module, batch: Batch) -> Tensor:
+        """What δ is added to: it gives δ its shape, and the constraint its x.
+
+        A leading axis of 1 is one δ, shared by the whole batch. The constraint must not depend on θ through it.
+        """
+        return batch.x
+
+    def prepare(self, model: nn.Module, batch: Batch, generator: torch.Generator | None) -> Batch:
+        """The batch as attack passes see it: by default, as the attack loss prepares it."""
+        loss = getattr(self, "attack_loss", None)
+        return batch if loss is None else as_loss(loss).prepare(model, batch, generator)
 
     def objective(self, model: nn.Module, batch: Batch, delta: Tensor, anchor: Tensor) -> Tensor:
-        """g(θ, δ; z) ``[B]``, minimised."""
+        """g(θ, δ; z), minimised: ``[B]``, or one number. Called in the mode of attack passes, with a prepared batch."""
         raise NotImplementedError(f"{type(self).__name__} does not define objective(model, batch, delta, anchor)")
+
+    def solve_at(self, model: nn.Module, batch: Batch, anchor: Tensor, differentiable: bool) -> Solution:
+        """δ* from the anchor; the one method to override for another way of solving. Must change nothing.
+
+        Args:
+            model: the network, in the mode of attack passes.
+            batch: the batch, prepared.
+            anchor: z, detached.
+            differentiable: whether ``solution.gradient``, ∇_δ g(θ, δ*; z) with its graph in θ, is wanted. Leave it
+                None where δ* has no derivative in θ; KKT solvers then refuse the problem.
+        """
+        return solve_by_descent(self, model, batch, anchor, differentiable)
 
     def solve(
         self,
@@ -117,164 +134,129 @@ class LowerProblem:
         batch: Batch,
         anchor: Tensor | None = None,
         generator: torch.Generator | None = None,
+        differentiable: bool = False,
     ) -> Solution:
-        """δ* and the anchor it was solved from; ``anchor`` holds z fixed, otherwise the policy draws it.
+        """δ*, and the anchor it was solved from. Changes nothing but the network's own buffers; not to be overridden.
 
-        Raises :class:`ConvergenceError`, naming the samples, where ``tol`` was not reached in ``max_iter`` steps.
+        Args:
+            model: the network; its mode is restored.
+            batch: the examples.
+            anchor: z, to hold it fixed; drawn by the anchor policy if not given.
+            generator: for whatever is drawn at random.
+            differentiable: keep ``solution.gradient`` with its graph in θ.
+
+        Raises:
+            InputError: for an unknown mode or anchor, for inputs that the constraint, a loss or a policy refuses.
+            ConvergenceError: where an iterative solve does not reach its tolerance, naming the samples.
         """
-        lam = self.proximal_weight()
-        with torch.enable_grad(), attack_mode(model, self.mode):
-            seen = self.prepare(model, batch)
-            z = self.draw_anchor(model, seen, generator) if anchor is None else anchor.detach()
-            delta, residual = descent.projected_gradient(
-                lambda d: self.objective(model, seen, d, z),
-                self.constraint.project(z, batch.x),
-                lambda d: self.constraint.project(d, batch.x),
-                tol=self.tol,
-                max_iter=self.max_iter,
-                scale=1 / lam if lam else 1.0,
-            )
-        if anchor is None:
-            self.policy().remember(batch, delta)
-        return Solution(delta, z, batch, lam=lam, residual=residual)
+        with torch.enable_grad(), attack_mode(model, attack_mode_of(self)):
+            with contextlib.nullcontext() if differentiable else no_graph():
+                seen = check_prepared(self, self.prepare(model, batch, generator))
+            memo, drawn = None, anchor is None
+            if anchor is None:
+                anchor, memo = anchor_policy(getattr(self, "anchor", "zero")).draw(self, model, seen, generator)
+            solution = self.solve_at(model, seen, anchor.detach(), differentiable)
+        return replace(solution, delta=solution.delta.detach(), memo=memo, drawn=drawn)
 
-    def solve_differentiable(
-        self,
-        model: nn.Module,
-        batch: Batch,
-        anchor: Tensor | None = None,
-        generator: torch.Generator | None = None,
-        at: CrossAt = "anchor",
-    ) -> Solution:
-        """:meth:`solve`, with ``solution.gradient`` = ∇_δ g(θ, δ*; z) ready to be differentiated in θ.
-
-        ``at`` matters to linearised objectives only: where their cross derivative is taken. Override where the
-        solve can keep what this would compute again.
-        """
-        solution = Solution.of(self.solve(model, batch, anchor, generator), batch)
-        with torch.enable_grad(), attack_mode(model, self.mode):
-            delta = solution.delta.detach().requires_grad_()
-            values = self.objective(model, solution.batch, delta, solution.anchor)
-            (solution.gradient,) = torch.autograd.grad(values.sum(), delta, create_graph=True)
-        return solution
-
-    def prepare(self, model: nn.Module, batch: Batch) -> Batch:
-        """The batch as attack passes see it: with what the attack loss would otherwise compute anew in each of them.
-
-        An attack loss that has a method ``prepare(model, batch) -> Batch`` is asked once per solve, in the mode of the
-        attack, and returns the batch with ``reference`` set. Its answer serves where no derivative in θ is taken; where
-        one is, the loss sees ``reference=None`` and computes it. Raises :class:`InputError` where it is not a batch.
-        """
-        prepare = getattr(self.attack_loss, "prepare", None)
-        if prepare is None:
-            return batch
-        with no_graph():
-            prepared = prepare(model, batch)
-        if not isinstance(prepared, Batch):
-            raise InputError(f"prepare(model, batch) returns {type(prepared).__name__}; it must return the Batch")
-        return prepared
-
-    def learn(self, solution: Solution, gradient: Tensor) -> None:
-        """Called after the upper pass with ∇_δ of the mean upper loss at δ*, where ``learns`` is set.
-
-        The pass that differentiates f in θ gives this gradient for nothing; Free-AT attacks with it. Not called where
-        the anchor was given, as in a check. What is kept here belongs in :meth:`state_dict`, or a resumed run differs.
-        """
-
-    def policy(self) -> Anchor:
-        """The anchor policy. A name becomes this instance's own policy on first use, which may hold state."""
-        if not isinstance(self.anchor, Anchor):
-            object.__setattr__(self, "anchor", anchor_policy(self.anchor))  # a frozen dataclass is a problem too
-        assert isinstance(self.anchor, Anchor)
-        return self.anchor
-
-    def draw_anchor(self, model: nn.Module, batch: Batch, generator: torch.Generator | None) -> Tensor:
-        """z from the policy."""
-        return self.policy().draw(self, model, batch, generator).detach()
-
-    def attack_gradient(self, model: nn.Module, batch: Batch, delta: Tensor, create_graph: bool = False) -> Tensor:
-        """∇_δ ℓ_atk(θ, δ), the sum over samples of per-sample losses differentiated: ``[B, ...]``."""
-        if self.attack_loss is None:
-            raise InputError(f"{type(self).__name__} has no attack_loss, which this step policy or anchor needs")
-        delta = delta.detach().requires_grad_()
-        with torch.enable_grad():
-            values = self.attack_loss(model, batch, delta)
-            if values.shape != (len(batch),):
-                raise InputError(
-                    f"the attack loss has shape {tuple(values.shape)}; it must be one value per sample, [{len(batch)}]"
-                )
-            if not values.requires_grad:
-                raise InputError("the model's output has no gradient in its input; only square attacks need none")
-            (gradient,) = torch.autograd.grad(values.sum(), delta, create_graph=create_graph)
-        return gradient
-
-    def proximal_weight(self) -> float:
-        """λ of g, 0 where g has no proximal term."""
-        return 0.0
-
-    def step_size(self) -> float | None:
-        """The step 1/λ, where one is fixed; anchors that take steps use it unless given their own."""
-        return None
-
-    def curved_part(
-        self, model: nn.Module, solution: Solution, curvature: Curvature
-    ) -> tuple[Callable[[Batch, Tensor, Tensor], Tensor] | None, Tensor | float]:
-        """(ℓ, λ) such that H = ∇²_δδ ℓ + λI; ℓ(batch, delta, anchor) -> ``[B]``, or None where H = λI."""
-        if curvature == "attack":
-            loss = self.attack_loss
-            if loss is None:
-                raise InputError(f'curvature="attack" needs an attack_loss, and {type(self).__name__} has none')
-            return lambda batch, delta, anchor: loss(model, batch, delta), solution.lam
-        if self.hessian_is_lam:
-            return None, solution.lam
+    def curvature(self, model: nn.Module, solution: Solution) -> tuple[CurvedPart | None, Tensor | float]:
+        """(ℓ, λ) such that ∇²_δδ g = ∇²_δδ ℓ + λI; None for ℓ where the Hessian is λI."""
         return lambda batch, delta, anchor: self.objective(model, batch, delta, anchor), 0.0
 
-    def active(self, solution: Solution) -> ActiveSet:
-        """The constraints that bind at δ*."""
-        gradient = None if solution.gradient is None else solution.gradient.detach()
-        return self.constraint.active(solution.delta, solution.batch.x, gradient)
 
-    def held(self, solution: Solution) -> LowerProblem:
-        """This problem with every choice that is not part of g's dependence on θ fixed as ``solution`` made it.
-
-        A finite-difference check needs it together with ``anchor=solution.anchor``.
-        """
-        return self
-
-    def set_epoch(self, epoch: int, epochs: int) -> None:
-        """Tell policies that change over training that epoch ``epoch`` of ``epochs`` (from 0) begins."""
-        self.policy().set_epoch(epoch, epochs)
-
-    def state_dict(self) -> dict[str, Any]:
-        """What outlives a batch (remembered perturbations, gradient norms): tensors and plain values only."""
-        return self.policy().state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned."""
-        self.policy().load_state_dict(state)
+def attack_mode_of(lower: LowerProblem) -> Mode:
+    """The mode in which the lower problem's passes see the model."""
+    mode: Mode = getattr(lower, "mode", "eval")
+    return mode
 
 
-@dataclass
+def solve_by_descent(
+    lower: LowerProblem,
+    model: nn.Module,
+    batch: Batch,
+    anchor: Tensor,
+    differentiable: bool,
+    *,
+    lam: float = 0.0,
+    tol: float | None = None,
+    max_iter: int = 10_000,
+) -> Solution:
+    """Minimise ``lower.objective`` over the constraint by projected gradient descent from the anchor.
+
+    Args:
+        lower, model, batch, anchor, differentiable: as :meth:`LowerProblem.solve_at` has them.
+        lam: λ, the weight of a proximal term in g; 0 where there is none.
+        tol: on max |δ − P_C(δ − ∇g/λ)| (λ = 1 where it is 0); None is eps^¾ of the dtype, 6e-6 in float32.
+        max_iter: steps allowed.
+
+    Raises:
+        ConvergenceError: where ``tol`` is not reached in ``max_iter`` steps, naming the samples.
+    """
+    with torch.no_grad():
+        base = lower.base(model, batch)
+    delta, residual = descent.projected_gradient(
+        lambda d: lower.objective(model, batch, d, anchor),
+        lower.constraint.project(anchor, base),
+        lambda d: lower.constraint.project(d, base),
+        tol=tol,
+        max_iter=max_iter,
+        scale=1 / lam if lam else 1.0,
+    )
+    gradient = objective_gradient(lower, model, batch, delta, anchor) if differentiable else None
+    return Solution(delta, anchor, batch, lam=lam, gradient=gradient, residual=residual)
+
+
+def objective_gradient(lower: LowerProblem, model: nn.Module, batch: Batch, delta: Tensor, anchor: Tensor) -> Tensor:
+    """∇_δ g(θ, δ; z), shaped like δ, with its graph in θ."""
+    with torch.enable_grad():
+        delta = delta.detach().requires_grad_()
+        values = lower.objective(model, batch, delta, anchor)
+        (gradient,) = torch.autograd.grad(values.sum(), delta, create_graph=True)
+    return gradient
+
+
 class BilevelProblem:
-    """An upper and a lower problem. A :class:`~bilevel_at.Solver` says how they are coupled.
+    """An upper and a lower problem, and what the network is to withstand. A solver says how the two are coupled.
 
-    replays: how many updates of θ a trainer makes on each batch before it takes the next, at least 1 (Free-AT's m).
+    Args:
+        upper: the defender.
+        lower: the attacker of training, whose perturbations are in ``lower.constraint``.
+        threat: the set that the network is to withstand: what evaluation attacks, what the best epoch is chosen by,
+            and whose radius is printed. ``lower.constraint`` if not given.
     """
 
-    upper: UpperProblem
-    lower: LowerProblem
-    replays: int = 1
+    def __init__(self, upper: UpperProblem, lower: LowerProblem, threat: Constraint | None = None) -> None:
+        self.upper, self.lower, self._threat = upper, lower, threat
 
-    def __post_init__(self) -> None:
-        if not isinstance(self.replays, int) or self.replays < 1:
-            raise InputError(f"replays is {self.replays}; it must be a whole number, at least 1")
+    @property
+    def threat(self) -> Constraint:
+        """The set that the network is to withstand.
+
+        Raises:
+            InputError: where neither the problem nor its lower problem has one.
+        """
+        threat = self._threat if self._threat is not None else getattr(self.lower, "constraint", None)
+        if threat is None:
+            raise InputError(
+                f"{type(self.lower).__name__} has no constraint; pass BilevelProblem(upper, lower, threat=...)"
+            )
+        return threat
+
+    def observe(self, step: Hypergradient) -> None:
+        """Let everything that remembers observe a training step; ``backward`` does."""
+        policy.observe(self, step)
 
     def set_epoch(self, epoch: int, epochs: int) -> None:
-        """Call at the start of each epoch where policies change over training (ATTA, ATAS)."""
-        self.lower.set_epoch(epoch, epochs)
+        """Say that epoch ``epoch`` of ``epochs`` (from 0) begins; warm-ups, schedules and resets follow it."""
+        policy.set_epoch(self, epoch, epochs)
 
     def state_dict(self) -> dict[str, Any]:
-        return self.lower.state_dict()
+        """What outlives a batch, by path: tensors and plain values only."""
+        return policy.state_of(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.lower.load_state_dict(state)
+        """Restore what :meth:`state_dict` returned; on resuming, after :meth:`set_epoch`."""
+        policy.load_state(self, state)
+
+    def __repr__(self) -> str:
+        threat = "" if self._threat is None else f", threat={self._threat!r}"
+        return f"BilevelProblem({type(self.upper).__name__}, {self.lower!r}{threat})"

@@ -15,14 +15,46 @@ long the first time, in ℓ2; η_x is ε√d, the length of a sign step of ε, f
 from __future__ import annotations
 
 import math
+from typing import Any
+
+import torch
+from torch import Tensor
 
 import bilevel_at as ba
 from bilevel_at.modes import Mode
 from bilevel_at.problems import atta
+from bilevel_at.runs.recipe import DIGITS, Recipe
 from bilevel_at.solvers import ZeroIG
-from bilevel_at.train import DIGITS, Recipe
 
 TINY = 1e-12  # keeps the step finite where a gradient is zero
+
+
+class NeverLonger(ba.Adaptive):
+    """γ / (c + √v̂_i) with v̂_i ← max(v̂_i, v_i), so that an example's steps never grow."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.largest = ba.SampleMemory()
+
+    def size(self, batch: ba.Batch, gradient: Tensor) -> Tensor:
+        return self.gamma / (self.c + self._largest(batch, gradient).sqrt())
+
+    def _largest(self, batch: ba.Batch, gradient: Tensor) -> Tensor:
+        v = self.square(batch, gradient)
+        return torch.maximum(v, self.largest.read(batch, torch.zeros_like(v)))
+
+    def observe(self, step: ba.Hypergradient) -> None:
+        batch, gradient = step.solution.batch, step.solution.attack_gradient
+        v, largest = self.square(batch, gradient), self._largest(batch, gradient)
+        self.memory.write(batch, v)
+        self.largest.write(batch, largest)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"v": self.memory.state_dict(), "largest": self.largest.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.memory.load_state_dict(state["v"])
+        self.largest.load_state_dict(state["largest"])
 
 
 def problem(
@@ -42,7 +74,7 @@ def problem(
         mode: train or eval batch statistics in attack passes.
     """
     length = epsilon * math.sqrt(3072) if eta is None else eta
-    policy = ba.Adaptive(gamma=length, c=TINY, beta=beta, monotone=True)
+    policy = NeverLonger(gamma=length, c=TINY, beta=beta)
     anchor = ba.Remembered(size=size)
     lower = ba.Linearized(ba.minus(ba.cross_entropy), ba.LinfBall(epsilon), anchor, "taylor", policy, mode)
     return ba.BilevelProblem(ba.UpperProblem(), lower)

@@ -16,8 +16,8 @@ from dataclasses import replace
 
 import bilevel_at as ba
 from bilevel_at.modes import Mode
+from bilevel_at.runs.recipe import CIFAR, DIGITS, IMAGENET, Recipe
 from bilevel_at.solvers import ZeroIG
-from bilevel_at.train import CIFAR, DIGITS, IMAGENET, Recipe
 
 
 def problem(
@@ -36,7 +36,7 @@ def problem(
         size: keep perturbations resized to size × size; at full size if not given.
         mode: train or eval batch statistics in attack passes.
     """
-    anchor = ba.Remembered(reset_every, size)
+    anchor = ba.Remembered(reset_every=reset_every, size=size)
     lower = ba.Linearized(ba.minus(ba.cross_entropy), ba.LinfBall(epsilon), anchor, "sign", step, mode)
     return ba.BilevelProblem(ba.UpperProblem(), lower)
 

@@ -21,8 +21,8 @@ import torch
 
 import bilevel_at as ba
 from bilevel_at.modes import Mode
+from bilevel_at.runs.recipe import CIFAR, DIGITS, Recipe
 from bilevel_at.solvers import FullKKT, HessianFreeKKT, SolverName, ZeroIG
-from bilevel_at.train import CIFAR, DIGITS, Recipe
 
 
 def attacker(

@@ -1,33 +1,47 @@
 """Fast-AT (Wong et al., 2020) as a bilevel problem: one sign step from a uniform draw.
 
     min_θ  mean_i ℓ_CE(θ, δ*_i)
-    δ* = argmin_{δ ∈ C} ⟨sign ∇_δ ℓ_atk(θ, z), δ − z⟩ + λ/2 ‖δ − z‖² = P_C(z − step · sign ∇_δ ℓ_atk(θ, z)),   z ~ U(C)
+    δ* = argmin_{δ ∈ C} ⟨sign ∇_δ ℓ_atk(θ, z), δ − z⟩ + λ/2 ‖δ − z‖² = P_C(z − step · sign ∇_δ ℓ_atk(θ, z))
 
-with ℓ_atk = −ℓ_CE and λ = 1/step (Fast-BAT paper, equations 5 and 6). The implicit gradient is zero almost
+with ℓ_atk = −ℓ_CE, λ = 1/step and z uniform (Fast-BAT paper, equations 5 and 6). The implicit gradient is zero almost
 everywhere (equation 7).
 
-Published settings (Fast-BAT paper, section 5.1 and appendix C): step 1.25 ε; 20 epochs of batch 128, SGD with momentum
-0.9 and weight decay 5e-4, rate 0 → 0.2 → 0 linearly; in the authors' code the model is in train mode throughout.
+Published settings (Fast-BAT paper, section 5.1 and appendix C): step 1.25 ε; 20 epochs of batch 128, SGD with
+momentum 0.9 and weight decay 5e-4, rate 0 → 0.2 → 0 linearly; in the authors' code the model is in train mode
+throughout, z is drawn uniformly in [−ε, ε]^d and then clipped to the input range (``--draw set``: uniform in C), and
+PyTorch's CyclicLR moves the momentum from 0.9 to 0.8 and back, opposite to the rate (``--peak-momentum 0.9``: not).
 """
 
 from __future__ import annotations
 
+from typing import Literal
+
 import bilevel_at as ba
 from bilevel_at.modes import Mode
+from bilevel_at.runs.recipe import CIFAR, DIGITS, Recipe
 from bilevel_at.solvers import ZeroIG
-from bilevel_at.train import CIFAR, DIGITS, Recipe
+
+Draw = Literal["cube", "set"]
 
 
-def problem(epsilon: float = 8 / 255, step: float | None = None, mode: Mode = "train") -> ba.BilevelProblem:
+def uniform(epsilon: float, draw: Draw) -> ba.Uniform:
+    """A uniform start: in the cube [−ε, ε]^d, then clipped to the input range, or in the set C."""
+    return ba.Uniform(epsilon if draw == "cube" else None)
+
+
+def problem(
+    epsilon: float = 8 / 255, step: float | None = None, draw: Draw = "cube", mode: Mode = "train"
+) -> ba.BilevelProblem:
     """One sign step from a uniform draw in an ℓ∞ ball.
 
     Args:
         epsilon: radius ε of the ball.
         step: length of the sign step, 1.25 ε if not given.
+        draw: a uniform start is drawn in the cube [−ε, ε]^d and then clipped to the input range, or in the set C.
         mode: train or eval batch statistics in attack passes.
     """
     step = 1.25 * epsilon if step is None else step
-    lower = ba.Linearized(ba.minus(ba.cross_entropy), ba.LinfBall(epsilon), "uniform", "sign", step, mode)
+    lower = ba.Linearized(ba.minus(ba.cross_entropy), ba.LinfBall(epsilon), uniform(epsilon, draw), "sign", step, mode)
     return ba.BilevelProblem(ba.UpperProblem(), lower)
 
 

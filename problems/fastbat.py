@@ -14,7 +14,9 @@ with ℓ_atk = −ℓ_CE, F the coordinates not at a bound, and z from one of fo
 Published settings (section 5.1, Remark 1, appendix C and the authors' code): 1/λ = 5000/255 for ε ≤ 8/255 and 2000/255
 above on CIFAR-10, taken here for CIFAR-100 and Tiny-ImageNet (the poster's other data) too; 3000/255 on ImageNet, with
 ε = 2/255 and a ResNet-50; the implicit term times 0.1 where 1/λ stands (α₂/λ = 0.1 α₁, that is ig_weight = 0.1 λ);
-model in train mode throughout; training as for Fast-AT (fastat.py). On the digits 1/λ = 20.
+model in train mode throughout; draws and training as for Fast-AT (fastat.py). The authors' loop makes one more pass in
+train mode, to look at the training accuracy, which moves the running statistics of batch normalisation once more; it is
+not copied. On the digits 1/λ = 20.
 """
 
 from __future__ import annotations
@@ -23,8 +25,9 @@ from typing import Literal
 
 import bilevel_at as ba
 from bilevel_at.modes import Mode
+from bilevel_at.problems.fastat import Draw, uniform
+from bilevel_at.runs.recipe import CIFAR, DIGITS, IMAGENET, Recipe
 from bilevel_at.solvers import FullKKT, HessianFreeKKT, SolverName, ZeroIG
-from bilevel_at.train import CIFAR, DIGITS, IMAGENET, Recipe
 
 Scheme = Literal["gradient-step", "uniform", "corner", "sign-step"]
 
@@ -35,7 +38,11 @@ def published_step(epsilon: float) -> float:
 
 
 def problem(
-    epsilon: float = 8 / 255, step: float | None = None, anchor: Scheme = "gradient-step", mode: Mode = "train"
+    epsilon: float = 8 / 255,
+    step: float | None = None,
+    anchor: Scheme = "gradient-step",
+    draw: Draw = "cube",
+    mode: Mode = "train",
 ) -> ba.BilevelProblem:
     """The Taylor-linearised attacker in an ℓ∞ ball.
 
@@ -43,12 +50,21 @@ def problem(
         epsilon: radius ε of the ball.
         step: 1/λ; 5000/255 for ε up to 8/255 and 2000/255 above if not given.
         anchor: linearisation scheme (Table A4).
+        draw: a uniform start is drawn in the cube [−ε, ε]^d and then clipped to the input range, or in the set C.
         mode: train or eval batch statistics in attack passes.
     """
     ball = ba.LinfBall(epsilon)
     step = published_step(epsilon) if step is None else step
-    policy = ba.Steps("uniform", "sign", step=0.5 * epsilon) if anchor == "sign-step" else anchor
-    lower = ba.Linearized(ba.minus(ba.cross_entropy), ball, anchor=policy, direction="taylor", step=step, mode=mode)
+    start = uniform(epsilon, draw)
+    schemes: dict[Scheme, ba.Anchor] = {
+        "gradient-step": ba.Steps(start, "taylor"),
+        "uniform": start,
+        "corner": ba.Corner(),
+        "sign-step": ba.Steps(start, "sign", step=0.5 * epsilon),
+    }
+    if anchor not in schemes:
+        raise ba.InputError(f"anchor is {anchor!r}; choose from {', '.join(schemes)}")
+    lower = ba.Linearized(ba.minus(ba.cross_entropy), ball, schemes[anchor], "taylor", step, mode)
     return ba.BilevelProblem(ba.UpperProblem(), lower)
 
 

@@ -16,14 +16,16 @@ from typing import Literal
 
 import bilevel_at as ba
 from bilevel_at.modes import Mode
+from bilevel_at.problems.fastat import Draw, uniform
+from bilevel_at.runs.recipe import CIFAR, DIGITS, Recipe
 from bilevel_at.solvers import ZeroIG
-from bilevel_at.train import CIFAR, DIGITS, Recipe
 
 
 def problem(
     epsilon: float = 8 / 255,
     start: Literal["zero", "uniform", "corner"] = "zero",
     step: float | None = None,
+    draw: Draw = "cube",
     mode: Mode = "train",
 ) -> ba.BilevelProblem:
     """One sign step in an ℓ∞ ball.
@@ -32,10 +34,12 @@ def problem(
         epsilon: radius ε of the ball.
         start: the anchor z.
         step: length of the sign step, ε if not given.
+        draw: a uniform start is drawn in the cube [−ε, ε]^d and then clipped to the input range, or in the set C.
         mode: train or eval batch statistics in attack passes.
     """
     step = epsilon if step is None else step
-    lower = ba.Linearized(ba.minus(ba.cross_entropy), ba.LinfBall(epsilon), start, "sign", step, mode)
+    anchor = uniform(epsilon, draw) if start == "uniform" else start
+    lower = ba.Linearized(ba.minus(ba.cross_entropy), ba.LinfBall(epsilon), anchor, "sign", step, mode)
     return ba.BilevelProblem(ba.UpperProblem(), lower)
 
 

@@ -9,9 +9,10 @@ published, that gradient is then a constant of Ω and θ moves only the other on
 are left out of the mean. ``--steps 2`` is GradAlign on PGD-2, for which the authors' code moves both.
 
 Published settings (the authors' code and section 5): step 1.25 ε, which is ε after projection; coefficient 0.036,
-0.063, 0.112, 0.200, 0.356, 0.632, 1.124, 2.000 at ε = 2, 4, …, 16 (/255); 30 epochs, peak rate 0.3, model in train mode
-throughout. PGD-2: zero start, step ε/2. Here 20 epochs and 0.2, as the Fast-BAT paper trains it (section 5.1). On the
-digits, where ε is far beyond that list, coefficient 0.2 (at 2 the network learns nothing).
+0.063, 0.112, 0.200, 0.356, 0.632, 1.124, 2.000 at ε = 2, 4, …, 16 (/255); 30 epochs, peak rate 0.3, model in train
+mode throughout; η is not clipped to the input range. PGD-2: zero start, step ε/2. Here 20 epochs and 0.2, as the
+Fast-BAT paper trains it (section 5.1). On the digits, where ε is far beyond that list, coefficient 0.2 (at 2 the
+network learns nothing).
 """
 
 from __future__ import annotations
@@ -23,9 +24,11 @@ import torch
 from torch import Tensor, nn
 
 import bilevel_at as ba
+from bilevel_at.errors import at_least
 from bilevel_at.modes import Mode
+from bilevel_at.problems.fastat import Draw, uniform
+from bilevel_at.runs.recipe import CIFAR, DIGITS, Recipe
 from bilevel_at.solvers import ZeroIG
-from bilevel_at.train import CIFAR, DIGITS, Recipe
 
 
 class GradAlign(ba.UpperProblem):
@@ -34,38 +37,41 @@ class GradAlign(ba.UpperProblem):
     S: the examples of the batch whose two gradients are not zero, so that mean_i f_i is the mean over the batch plus
     coefficient times the mean over S.
 
-    attack_loss: ℓ up to its sign. It must be the lower level's, whose gradient at 0 is used where the solve began
-        there. constraint: η is uniform in it, the input range apart.
-    coefficient: at least 0. detach: hold ∇ℓ(θ, 0) constant, as published; the result is then not the gradient of f, and
-        ``hypergradcheck`` says so. mode: in which
-    both gradients see the model; the lower level's, for the same reason.
+    Args:
+        attack_loss: ℓ up to its sign; the lower level's.
+        radius: ε of the draw of η, which is not clipped to the input range.
+        coefficient: at least 0.
+        detach: ∇ℓ(θ, 0) is a constant, as published; the result is then not the gradient of f, and ``hypergradcheck``
+            says so.
+        mode: in which both gradients see the model; the lower level's.
+        starts_at_zero: the lower level is linearised at z = 0, so that its gradient there is ∇ℓ(θ, 0).
     """
 
     def __init__(
         self,
         attack_loss: ba.Loss,
-        constraint: ba.Constraint,
+        radius: float,
         coefficient: float,
         detach: bool = True,
         mode: Mode = "train",
+        starts_at_zero: bool = False,
     ) -> None:
-        super().__init__()
-        if not 0 <= coefficient < math.inf:
-            raise ba.InputError(f"coefficient is {coefficient:g}; it must be a finite number, at least 0")
-        self.attack_loss, self.constraint = attack_loss, constraint.unbounded()
-        self.coefficient, self.detach, self.mode = coefficient, detach, mode
+        self.criterion, self.attack_loss = ba.cross_entropy, attack_loss
+        self.radius, self.coefficient = at_least("radius", radius), at_least("coefficient", coefficient)
+        self.detach, self.mode, self.starts_at_zero = detach, mode, starts_at_zero
 
     def loss_at(
         self, model: nn.Module, batch: ba.Batch, solution: ba.Solution, generator: torch.Generator | None = None
     ) -> Tensor:
         """f ``[B]``; η is drawn from ``generator``."""
-        losses = self.loss(model, batch, solution.delta)
+        losses = ba.cross_entropy(model, batch, solution.delta)
         if self.coefficient == 0:
             return losses
-        clean = solution.clean_gradient if self.detach else None
+        shared = self.detach and self.starts_at_zero and solution.drawn
+        clean = solution.attack_gradient if shared else None
         if clean is None:
             clean = self._gradient(model, batch, torch.zeros_like(batch.x), create_graph=not self.detach)
-        eta = self.constraint.sample(batch.x, generator)
+        eta = ba.LinfBall(self.radius, bounds=None).sample(batch.x, generator)
         moved = self._gradient(model, batch, eta, create_graph=True)
         defined = (clean.flatten(1) != 0).any(1) & (moved.flatten(1) != 0).any(1)
         # Where the cosine is undefined its own gradient is NaN, which no mask removes afterwards.
@@ -74,11 +80,8 @@ class GradAlign(ba.UpperProblem):
         return losses + self.coefficient * distance * len(batch) / defined.sum().clamp(min=1)
 
     def _gradient(self, model: nn.Module, batch: ba.Batch, delta: Tensor, create_graph: bool) -> Tensor:
-        delta = delta.requires_grad_()
-        with torch.enable_grad(), ba.attack_mode(model, self.mode):
-            total = self.attack_loss(model, batch, delta).sum()
-            (gradient,) = torch.autograd.grad(total, delta, create_graph=create_graph)
-        return gradient
+        with ba.attack_mode(model, self.mode):
+            return ba.input_gradient(self.attack_loss, model, batch, delta, create_graph)[0]
 
 
 def published_coefficient(epsilon: float) -> float:
@@ -96,6 +99,7 @@ def problem(
     start: Literal["zero", "uniform"] = "zero",
     step: float | None = None,
     detach: bool | None = None,
+    draw: Draw = "cube",
     mode: Mode = "train",
 ) -> ba.BilevelProblem:
     """FGSM, or PGD, with the alignment regulariser, in an ℓ∞ ball.
@@ -106,16 +110,19 @@ def problem(
         steps: sign steps of the attack.
         start: where they begin.
         step: length of a sign step; 1.25 ε for one step and ε/2 for more if not given.
-        detach: hold the gradient at x constant in the regulariser; if not given, for one step only, as published.
+        detach: take the gradient at x as a constant of the regulariser; if not given, for one step only, as published.
+        draw: a uniform start is drawn in the cube [−ε, ε]^d and then clipped to the input range, or in the set C.
         mode: train or eval batch statistics in attack passes.
     """
     ball, loss = ba.LinfBall(epsilon), ba.minus(ba.cross_entropy)
     if step is None:
         step = 1.25 * epsilon if steps == 1 else epsilon / 2
-    lower = ba.Linearized.pgd(loss, ball, steps, step, start, mode=mode)
+    begin = uniform(epsilon, draw) if start == "uniform" else start
+    lower = ba.Linearized.pgd(loss, ball, steps, step, begin, mode=mode)
     weight = published_coefficient(epsilon) if coefficient is None else coefficient
-    held = steps == 1 if detach is None else detach
-    return ba.BilevelProblem(GradAlign(loss, ball, weight, held, mode), lower)
+    constant = steps == 1 if detach is None else detach
+    at_zero = steps == 1 and start == "zero"
+    return ba.BilevelProblem(GradAlign(loss, epsilon, weight, constant, mode, at_zero), lower)
 
 
 def solver() -> ZeroIG:

@@ -12,11 +12,11 @@ in eval mode as ATAS' do, and ig_weight is Fast-BAT's 0.1 λ at γ/c. Settings a
 from __future__ import annotations
 
 import bilevel_at as ba
+from bilevel_at.errors import positive
 from bilevel_at.modes import Mode
 from bilevel_at.problems import atta, fastbat
+from bilevel_at.runs.recipe import DIGITS, Recipe
 from bilevel_at.solvers import FullKKT, HessianFreeKKT, SolverName, ZeroIG
-from bilevel_at.steps import positive
-from bilevel_at.train import DIGITS, Recipe
 
 
 def problem(
@@ -41,7 +41,7 @@ def problem(
     """
     top = fastbat.published_step(epsilon) if max_step is None else max_step
     gamma = positive("max_step", top) * positive("c", c)
-    policy, anchor = ba.Adaptive(gamma, c, beta), ba.Remembered(reset_every, size)
+    policy, anchor = ba.Adaptive(gamma, c, beta), ba.Remembered(reset_every=reset_every, size=size)
     lower = ba.Linearized(ba.minus(ba.cross_entropy), ba.LinfBall(epsilon), anchor, "taylor", policy, mode)
     return ba.BilevelProblem(ba.UpperProblem(), lower)
 

@@ -14,8 +14,8 @@ from __future__ import annotations
 import bilevel_at as ba
 from bilevel_at.modes import Mode
 from bilevel_at.problems import atta
+from bilevel_at.runs.recipe import DIGITS, Recipe
 from bilevel_at.solvers import ZeroIG
-from bilevel_at.train import DIGITS, Recipe
 
 
 def problem(

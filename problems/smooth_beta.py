@@ -9,17 +9,16 @@ paper gives none for μ.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
 import bilevel_at as ba
+from bilevel_at.errors import positive
 from bilevel_at.modes import Mode
 from bilevel_at.problems import beta
 from bilevel_at.problems.beta import solver  # noqa: F401  (the same choice)
+from bilevel_at.runs.recipe import Recipe
 from bilevel_at.targeted import other_classes
-from bilevel_at.train import Recipe
 
 
 class SmoothMargin(ba.UpperProblem):
@@ -29,13 +28,13 @@ class SmoothMargin(ba.UpperProblem):
     """
 
     def __init__(self, temperature: float = 1.0) -> None:
-        super().__init__()
-        if not 0 < temperature < math.inf:
-            raise ba.InputError(f"temperature is {temperature:g}; μ must be positive and finite")
-        self.temperature = temperature
+        self.temperature = positive("temperature", temperature)
 
-    def loss(self, model: nn.Module, batch: ba.Batch, delta: Tensor) -> Tensor:
+    def loss_at(
+        self, model: nn.Module, batch: ba.Batch, solution: ba.Solution, generator: torch.Generator | None = None
+    ) -> Tensor:
         """f ``[B]`` from ``delta`` ``[B · (K − 1), ...]``; gradients go through the weights."""
+        delta = solution.delta
         each = len(delta) // len(batch)
         wide = batch.repeat(each)
         out = ba.logits(model, wide, delta)

@@ -9,11 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from bilevel_at.constraints import ActiveSet
-from bilevel_at.errors import CurvatureError, InputError, name_samples
-from bilevel_at.linear import CurvatureOperator, conjugate_gradients, dense_hessian
+from bilevel_at.errors import CurvatureError, InputError, name_samples, one_of
+from bilevel_at.losses import as_loss
 from bilevel_at.modes import attack_mode
-from bilevel_at.problem import BilevelProblem, CrossAt, Curvature, Solution
-from bilevel_at.solver import KKTSolver, scalar_adjoint
+from bilevel_at.problem import BilevelProblem, CurvedPart, attack_mode_of
+from bilevel_at.solution import Solution
+from bilevel_at.solver import CrossAt, Curvature, KKTSolver, scalar_adjoint
+
+from .linear import CurvatureOperator, conjugate_gradients, dense_hessian
 
 __all__ = ["FullKKT"]
 
@@ -24,19 +27,24 @@ class FullKKT(KKTSolver):
 
     Exact for any smooth g that is strongly convex on the free directions T, on boxes, ℓ2 balls and polyhedra.
 
-    method: "dense" forms H per sample with torch.func and factorises it; "cg" needs only Hessian-vector products;
-        "auto" is dense up to ``dense_limit`` values per input where samples share nothing, else cg. Where they
-        share something (batch statistics), cg solves the batch as one system.
-    curvature: "lower" is the Hessian of the g that was solved (λI where that is linearised); "attack" is
-        ∇²ℓ_atk + λI, the paper's Hessian-aware Fast-BAT.
-    damping: added to the Hessian's diagonal.
-    ig_weight, cross_at: as for :class:`HessianFreeKKT`.
-    tol: of cg, relative to ‖v‖ per sample; None is eps^¾ of the dtype. max_iter: of cg; None is 10 d.
-    dense_limit: the largest d that "auto" treats densely.
+    Args:
+        method: "dense" forms H per sample with torch.func and factorises it; "cg" needs only Hessian-vector products;
+            "auto" is dense up to ``dense_limit`` values per input where samples share nothing, else cg. Where they
+            share something (batch statistics), cg solves the batch as one system.
+        curvature: "lower" is the Hessian of the g that was solved (λI where that is linearised); "attack" is
+            ∇²ℓ_atk + λI, the paper's Hessian-aware Fast-BAT.
+        damping: added to the Hessian's diagonal.
+        ig_weight: as for :class:`HessianFreeKKT`.
+        cross_at: as for :class:`HessianFreeKKT`.
+        tol: of cg, relative to ‖v‖ per sample; None is eps^¾ of the dtype.
+        max_iter: of cg; None is 10 d.
+        dense_limit: the largest d that "auto" treats densely.
 
-    Raises :class:`~bilevel_at.CurvatureError`, naming the samples, where the matrix is not positive definite on T (cg
-    sees that only in the directions it goes through), :class:`~bilevel_at.ConvergenceError` where cg has not reached
-    ``tol``, and :class:`~bilevel_at.InputError` where "dense" meets samples that share something.
+    Raises:
+        CurvatureError: where the matrix is not positive definite on T, naming the samples (cg sees that only in the
+            directions it goes through).
+        ConvergenceError: where cg does not reach ``tol``.
+        InputError: where "dense" meets samples that share something.
     """
 
     method: Literal["auto", "dense", "cg"] = "auto"
@@ -50,21 +58,19 @@ class FullKKT(KKTSolver):
 
     def __post_init__(self) -> None:
         self._check()
-        if self.method not in ("auto", "dense", "cg"):
-            raise InputError(f"method is {self.method!r}; choose 'auto', 'dense' or 'cg'")
-        if self.curvature not in ("lower", "attack"):
-            raise InputError(f"curvature is {self.curvature!r}; choose 'lower' or 'attack'")
+        one_of("method", self.method, ("auto", "dense", "cg"))
+        one_of("curvature", self.curvature, ("lower", "attack"))
 
     def adjoint(self, problem: BilevelProblem, model: nn.Module, solution: Solution, v: Tensor) -> Tensor:
         """w ``[B, ...]`` with T(H + (μ + damping)I)T w = T v."""
         lower = problem.lower
-        active = lower.active(solution)
-        part, lam = lower.curved_part(model, solution, self.curvature)
-        diagonal = self._diagonal(lam, solution, active)
+        active = self.active(lower, model, solution)
+        part, lam = self._curvature(problem, model, solution)
+        diagonal = self.diagonal(lam, solution, active)
         if part is None:
             self._refuse(diagonal <= 0)
             return scalar_adjoint(diagonal, active, v)
-        with attack_mode(model, lower.mode):
+        with attack_mode(model, attack_mode_of(lower)):
             operator = CurvatureOperator(part, solution, diagonal, active)
             if self.method == "dense" and operator.coupled:
                 raise InputError(
@@ -84,6 +90,16 @@ class FullKKT(KKTSolver):
             return conjugate_gradients(
                 operator, active.tangent(v), v, tol=self.tol, max_iter=self.max_iter, coupled=operator.coupled
             )
+
+    def _curvature(
+        self, problem: BilevelProblem, model: nn.Module, solution: Solution
+    ) -> tuple[CurvedPart | None, Tensor | float]:
+        if self.curvature == "lower":
+            return problem.lower.curvature(model, solution)
+        loss = getattr(problem.lower, "attack_loss", None)
+        if loss is None:
+            raise InputError(f'curvature="attack" needs an attack_loss, and {type(problem.lower).__name__} has none')
+        return lambda batch, delta, anchor: as_loss(loss)(model, batch, delta), solution.lam
 
     def _cholesky(self, hessian: Tensor, diagonal: Tensor, active: ActiveSet, v: Tensor) -> Tensor:
         exact = torch.float64 if v.dtype == torch.float64 else torch.float32  # half precisions are not factorised

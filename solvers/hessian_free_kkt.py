@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from bilevel_at.errors import CurvatureError, name_samples
-from bilevel_at.problem import BilevelProblem, CrossAt, Solution
-from bilevel_at.solver import KKTSolver, scalar_adjoint
+from bilevel_at.problem import BilevelProblem
+from bilevel_at.solution import Solution
+from bilevel_at.solver import CrossAt, KKTSolver, scalar_adjoint
 
 __all__ = ["HessianFreeKKT"]
 
@@ -19,13 +20,15 @@ class HessianFreeKKT(KKTSolver):
 
     Exact for Taylor-linearised problems, whose Hessian is λI; elsewhere an approximation that costs nothing more.
 
-    ig_weight: multiplies the implicit term (the paper's α₂/α₁); 1 is the exact hypergradient. Published Fast-BAT
-        uses 0.1·λ.
-    damping: added to λ; needed where g has no proximal term (λ = 0).
-    cross_at: "anchor" differentiates the g that was solved; "solution" takes the cross derivative at δ*, as the
-        paper's equation 13 is written.
+    Args:
+        ig_weight: multiplies the implicit term (the paper's α₂/α₁); 1 is the exact hypergradient. Published Fast-BAT
+            uses 0.1·λ.
+        damping: added to λ; needed where g has no proximal term (λ = 0).
+        cross_at: "anchor" differentiates the g that was solved; "solution" takes the cross derivative at δ*, as the
+            paper's equation 13 is written.
 
-    Raises :class:`~bilevel_at.CurvatureError` where λ + damping is 0.
+    Raises:
+        CurvatureError: where λ + damping is 0.
     """
 
     ig_weight: float = 1.0
@@ -37,8 +40,8 @@ class HessianFreeKKT(KKTSolver):
 
     def adjoint(self, problem: BilevelProblem, model: nn.Module, solution: Solution, v: Tensor) -> Tensor:
         """w = T v / (λ + μ + damping), ``[B, ...]``."""
-        active = problem.lower.active(solution)
-        diagonal = self._diagonal(solution.lam, solution, active)
+        active = self.active(problem.lower, model, solution)
+        diagonal = self.diagonal(solution.lam, solution, active)
         flat = (diagonal <= 0).nonzero().flatten().tolist()
         if flat:
             raise CurvatureError(

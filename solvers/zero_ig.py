@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from bilevel_at.problem import BilevelProblem, Solution
+from bilevel_at.problem import BilevelProblem
+from bilevel_at.solution import Solution
 from bilevel_at.solver import Solver
 
 __all__ = ["ZeroIG"]

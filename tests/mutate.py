@@ -1,10 +1,10 @@
-"""Break the algebra, one line at a time, and see that a property test notices.
+"""Break the algebra, one line at a time, and see that a test notices.
 
-    python tests/mutate.py            # about eight minutes
+    python tests/mutate.py            # about four minutes
     python tests/mutate.py 2 7        # only these
 
-Each mutation is made in a copy of the checkout; the copy's ``tests/test_hypergradient.py`` must then fail. Exits 0 if
-every mutation was noticed. The list stands in that file's docstring too.
+Each mutation is made in a copy of the checkout; one of the tests it names must then fail. Exits 0 if every mutation was
+noticed. The list stands in the docstring of ``tests/language/test_hypergradient.py`` too.
 """
 
 from __future__ import annotations
@@ -18,55 +18,73 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
+PROPERTIES = ("tests/language/test_hypergradient.py",)
+ANCHORS = ("tests/language/test_anchors.py",)
+
+# What is broken, in which file, the text before and after, and the tests that must notice it.
 MUTATIONS = [
-    ("the sign of the implicit term", "bilevel_at/solver.py", "-self.ig_weight * w", "self.ig_weight * w"),
-    ("the mask of active coordinates", "bilevel_at/constraints.py", "v = v * self.free\n", "v = v * 1\n"),
+    ("the sign of the implicit term", "bilevel_at/solver.py", "-self.ig_weight * w", "self.ig_weight * w", PROPERTIES),
+    ("the mask of active coordinates", "bilevel_at/constraints.py", "v = v * self.free\n", "v = v * 1\n", PROPERTIES),
     (
         "the polyhedron's normals",
         "bilevel_at/constraints.py",
         "        if self.normals is not None:\n            flat",
         "        if False:\n            flat",
+        PROPERTIES,
     ),
     (
         "the point of the cross derivative",
         "bilevel_at/lower.py",
         'if at == "solution" and not steady',
         "if not steady",
+        PROPERTIES,
     ),
     (
         "λ in the Hessian-free adjoint",
         "bilevel_at/solver.py",
         "active.tangent(v) / per_sample(diagonal, v)",
         "active.tangent(v) * per_sample(diagonal, v)",
+        PROPERTIES,
     ),
-    ("λ of the closed form", "bilevel_at/lower.py", "batch, 1 / step, step,", "batch, step, step,"),
+    ("λ of the closed form", "bilevel_at/lower.py", "batch, 1 / step, step,", "batch, step, step,", PROPERTIES),
     (
         "the ℓ2 ball's curvature",
         "bilevel_at/constraints.py",
         "return ActiveSet(free, unit[:, None], torch.where(has_normal, mu, 0).clamp(min=0))",
         "return ActiveSet(free, unit[:, None], torch.zeros_like(mu))",
+        PROPERTIES,
     ),
     (
         "the diagonal in conjugate gradients",
         "bilevel_at/linear.py",
         "else product + scaled)",
         "else product)",
+        PROPERTIES,
     ),
     (
         "the Hessian",
         "solvers/full_kkt.py",
         "        if part is None:",
         "        diagonal = diagonal - lam + solution.lam\n        if True:",
+        PROPERTIES,
     ),
-    ("the mean over the batch", "bilevel_at/solver.py", "objective = losses.mean()", "objective = losses.sum()"),
+    (
+        "the mean over the batch",
+        "bilevel_at/solver.py",
+        "objective = losses.mean()",
+        "objective = losses.sum()",
+        PROPERTIES,
+    ),
+    ("the last epoch's exception", "bilevel_at/anchors.py", " and epoch != epochs - 1", "", ANCHORS),
 ]
 
 
-def survives(file: str, old: str, new: str) -> bool:
+def survives(file: str, old: str, new: str, tests: tuple[str, ...]) -> bool:
     """Whether the tests still pass with ``old`` replaced by ``new`` in a copy."""
     with tempfile.TemporaryDirectory() as folder:
         for name in ("bilevel_at", "solvers", "problems", "tests"):
             shutil.copytree(ROOT / name, Path(folder) / name)
+        shutil.copy(ROOT / "pyproject.toml", folder)
         # The copy is a package of its own: solvers and problems move to where an installation has them.
         for name in ("solvers", "problems"):
             shutil.move(Path(folder) / name, Path(folder) / "bilevel_at" / name)
@@ -74,9 +92,9 @@ def survives(file: str, old: str, new: str) -> bool:
         source = target.read_text()
         assert source.count(old) == 1, f"{file} has {source.count(old)} times {old!r}; the mutation must be renewed"
         target.write_text(source.replace(old, new))
-        tests = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/test_hypergradient.py"]
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
         done = subprocess.run(
-            tests, cwd=folder, env={**os.environ, "PYTHONPATH": folder}, capture_output=True, text=True
+            command, cwd=folder, env={**os.environ, "PYTHONPATH": folder}, capture_output=True, text=True
         )
         if done.returncode not in (0, 1):
             raise SystemExit(f"pytest did not run: {done.stdout[-2000:]}{done.stderr[-2000:]}")

@@ -10,9 +10,29 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["ImageSet", "Images"]
+from ..errors import InputError
+
+__all__ = ["ImageSet", "Images", "check_images"]
 
 Set = TypeVar("Set", bound="ImageSet")
+
+
+def check_images(x: Tensor, y: Tensor, classes: int | None = None) -> None:
+    """Raise :class:`InputError` unless x is floating point in [0, 1] and y int64 in 0 … classes − 1.
+
+    The data is looked at, for which a GPU is waited for.
+    """
+    if not x.is_floating_point():
+        raise InputError(f"x is {x.dtype}; images are floating point in [0, 1] (divide uint8 by 255)")
+    low, high = x.min().item(), x.max().item()
+    if not (low >= 0 and high <= 1):
+        raise InputError(f"x has values from {low:g} to {high:g}; images lie in [0, 1] (normalise in the model)")
+    if y.dtype != torch.int64 or y.shape != (len(x),):
+        raise InputError(f"y is {y.dtype} of shape {tuple(y.shape)}; labels are int64 [{len(x)}] (y.long())")
+    least, most = int(y.min()), int(y.max())
+    if least < 0 or (classes is not None and most >= classes):
+        bad = least if least < 0 else most
+        raise InputError(f"label {bad} is out of range; labels are 0 … {'classes' if classes is None else classes} − 1")
 
 
 class ImageSet(ABC):

@@ -9,9 +9,9 @@ from torch.nn import functional as F
 from ..batch import Batch, per_sample
 from ..constraints import Constraint
 from ..data import ImageSet
-from ..evaluate.gradient import input_gradient
+from ..errors import whole_number
+from ..losses import cross_entropy, input_gradient
 from ..modes import attack_mode
-from ..steps import whole_number
 
 __all__ = ["gradient_alignment"]
 
@@ -44,10 +44,10 @@ def gradient_alignment(
     with attack_mode(model, "eval"):
         for rows in torch.arange(len(images), device=images.device).split(batch_size):
             batch = Batch(images[rows].pixels(), images.y[rows])
-            clean = input_gradient(model, batch, torch.zeros_like(batch.x))
-            cosines = [
-                _cosine(clean, input_gradient(model, batch, ball.sample(batch.x, generator))) for _ in range(samples)
-            ]
+            clean, _ = input_gradient(cross_entropy, model, batch, torch.zeros_like(batch.x))
+            draws = [ball.sample(batch.x, generator) for _ in range(samples)]
+            moved = [input_gradient(cross_entropy, model, batch, eta)[0] for eta in draws]
+            cosines = [_cosine(clean, gradient) for gradient in moved]
             found.append(torch.stack(cosines).nanmean(0))
     return torch.cat(found) if found else torch.empty(0, device=images.device)
 

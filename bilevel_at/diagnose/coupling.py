@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..batch import Batch
 from ..errors import InputError
-from ..problem import BilevelProblem, Solution
+from ..problem import BilevelProblem
 from ..solver import Solver
 
 __all__ = ["Coupling", "compare_solvers", "kkt_angle", "kkt_direction"]
@@ -73,9 +73,8 @@ def compare_solvers(
 ) -> dict[str, Coupling]:
     """Each solver's hypergradient beside ZeroIG's, by the names in ``solvers``, all at the same θ, z and draws.
 
-    The anchor is drawn once, by the problem's policy, and held, with the steps that were chosen at it
-    (:meth:`LowerProblem.held`); what the upper loss draws is the same for every solver. The upper pass sees the model
-    in the mode it is in. Works on copies: weights, batch statistics and what the problem remembers stay as they are.
+    The anchor is drawn once, by the problem's policy; what the upper loss draws is the same for every solver. The upper
+    pass sees the model in the mode it is in. Works on copies: weights and batch statistics stay as they are.
 
     Raises what the solvers raise (:class:`CurvatureError`, :class:`ConvergenceError`).
     Source: Fast-BAT (Zhang et al., 2022), Proposition 1; the comparison is this library's.
@@ -85,15 +84,13 @@ def compare_solvers(
     def draws() -> torch.Generator:
         return torch.Generator(batch.x.device).manual_seed(seed)
 
-    solution = Solution.of(problem.lower.solve(model, batch, generator=draws()), batch)
-    held = BilevelProblem(problem.upper, problem.lower.held(solution))
-    anchor = solution.anchor.detach()
+    anchor = problem.lower.solve(model, batch, generator=draws()).anchor
 
     def at(solver: Solver) -> tuple[Tensor, float]:
         """(the gradient of every parameter in one row, float64, zero where one does not matter; the ratio)."""
         with torch.random.fork_rng():
             torch.manual_seed(seed)  # dropout
-            step = solver.hypergradient(held, model, batch, anchor=anchor, generator=draws())
+            step = solver.hypergradient(problem, model, batch, anchor=anchor, generator=draws())
         rows = []
         for name, parameter in model.named_parameters():
             gradient = step.grads.get(name)

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..batch import Batch
-from ..errors import InputError
-from ..evaluate.gradient import input_gradient
+from ..data.sets import check_images
+from ..errors import InputError, positive, whole_number
+from ..losses import cross_entropy, input_gradient
 from ..modes import attack_mode
-from ..steps import positive, whole_number
 
 __all__ = ["Landscape", "loss_landscape"]
 
@@ -65,13 +65,15 @@ def loss_landscape(
     if x.ndim not in (3, 4):
         raise InputError(f"x has shape {tuple(x.shape)}; an image is [C, H, W], several are [n, C, H, W]")
     x = x if x.ndim == 4 else x[None]
-    batch = Batch(x, torch.as_tensor(y, device=x.device).reshape(-1)).check()
+    batch = Batch(x, torch.as_tensor(y, device=x.device).reshape(-1))
+    assert batch.y is not None
+    check_images(x, batch.y)
     random = 2.0 * torch.randint(0, 2, x.shape, generator=torch.Generator().manual_seed(seed)).to(x) - 1
     middle = points // 2
     offsets = torch.arange(-middle, middle + 1, dtype=x.dtype, device=x.device) * (radius / middle)
     losses, answers, distances = [], [], []
     with attack_mode(model, "eval"):
-        sign = input_gradient(model, batch, torch.zeros_like(x)).sign()
+        sign = input_gradient(cross_entropy, model, batch, torch.zeros_like(x))[0].sign()
         # Point k of image i is (a, b) = (offsets[k // P], offsets[k % P]); a grid of all images may not fit in memory.
         for rows in torch.arange(len(x) * points**2, device=x.device).split(batch_size):
             i, k = rows // points**2, rows % points**2

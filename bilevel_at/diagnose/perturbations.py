@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from ..constraints import L2Ball, LinfBall
-from ..errors import InputError
-from ..steps import whole_number
+from ..errors import InputError, whole_number
 
 __all__ = ["Perturbations", "perturbation_sizes"]
 

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from ..batch import Batch
 from ..constraints import LinfBall
 from ..data import ImageSet
-from ..errors import InputError
-from ..evaluate.gradient import input_gradient
+from ..errors import InputError, positive, whole_number
+from ..losses import cross_entropy, input_gradient
 from ..modes import attack_mode
-from ..steps import positive, whole_number
 
 __all__ = ["RandomStepNorms", "lemma_1", "random_step_norm"]
 
@@ -98,7 +97,7 @@ def random_step_norm(
             batch = Batch(images[rows].pixels(), images.y[rows])
             for _ in range(draws):
                 start = ball.sample(batch.x, generator)
-                sign = input_gradient(model, batch, start).sign()
+                sign = input_gradient(cross_entropy, model, batch, start)[0].sign()
                 for place, size in enumerate(sizes):
                     square = ball.project(start + size * sign, batch.x).double().flatten(1).square().sum(1)
                     total[rows, place] += torch.stack([square.sqrt(), square], 1)

@@ -68,10 +68,8 @@ class Attack:
         """The radius of the constraint, for the record: 0 without one, NaN where it has none."""
         if self.constraint is None:
             return 0.0
-        try:
-            return self.constraint.attack_step()[1]
-        except InputError:
-            return math.nan
+        radius = getattr(self.constraint, "radius", None)
+        return math.nan if radius is None else float(radius)
 
     @classmethod
     def solving(cls, name: str, lower: LowerProblem, restarts: int = 1) -> Attack:
@@ -110,7 +108,7 @@ def attack_from_name(
     """The attack of that name inside ``constraint``; a number ε stands for ``LinfBall(ε)``.
 
     The names are those of :data:`ATTACKS`. FGSM and PGD take steepest steps, the sign of the gradient in ℓ∞ and its
-    direction elsewhere (:meth:`Constraint.attack_step`), PGD of a quarter of the radius. BETA (Robey et al., 2023,
+    direction elsewhere (``Constraint.steepest``), PGD of a quarter of the radius. BETA (Robey et al., 2023,
     Algorithm 1) takes K steps for each class in all, of RMSprop or, outside ℓ∞, along the gradient, at rates that fall
     from ε/2 to 0, and every one of them counts; from ten on, in ℓ∞, they are five short descents and a longer one from
     the best (:class:`Margins`). seed: of AutoAttack and its parts, which take their own. surrogates: the networks that
@@ -123,12 +121,12 @@ def attack_from_name(
     if name == "clean":
         return Attack(name)
     stages = _stages(name, constraint, seed, surrogates)
-    return Attack(name, constraint, stages if constraint.attack_step()[1] > 0 else ())
+    return Attack(name, constraint, () if getattr(constraint, "radius", None) == 0 else stages)
 
 
 def _stages(name: str, constraint: Constraint, seed: int, surrogates: Surrogates | None) -> list[Stage]:
-    direction, radius = constraint.attack_step()
-    reach = constraint.attack_reach()
+    direction, radius = constraint.steepest, constraint.radius or 0.0
+    reach = getattr(constraint, "reach", None) or radius
     start, step = ("zero", reach) if name == "fgsm" else ("uniform", reach / 4)
     descend = Linearized(minus(cross_entropy), constraint, start, direction, step or 1.0)
     if name == "fgsm":

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from ..batch import Batch
 from ..constraints import Constraint, LinfBall
 from ..data import ImageSet
+from ..losses import cross_entropy, input_gradient
 from ..modes import Mode, attack_mode
 from .attacks import Attack, attack_from_name, ball, norm_of
 from .ensemble import Component
-from .gradient import input_gradient
 from .result import Finding
 from .robust import Trace, attacked
 from .stages import Descent, Margins, Stage
@@ -131,8 +131,8 @@ def check(
     right = images[clean.correct.nonzero().flatten()]
     measured["vanishing-gradients"] = _vanishing(model, right, batch_size) if differentiable else 1.0
     norm = norm_of(constraint)
-    if differentiable and norm is not None and constraint is not None and constraint.attack_step()[1] > 0:
-        measured |= _attacked(model, images, norm, constraint.attack_step()[1], seed, batch_size, progress)
+    if differentiable and norm is not None and constraint is not None and constraint.radius > 0:
+        measured |= _attacked(model, images, norm, constraint.radius, seed, batch_size, progress)
     return measured, findings(measured)
 
 
@@ -248,7 +248,9 @@ def _differentiable(model: nn.Module, images: ImageSet, batch_size: int) -> bool
 def _vanishing(model: nn.Module, images: ImageSet, batch_size: int) -> float:
     """The share of images at which ∇_x ℓ is exactly 0 in every value."""
     with attack_mode(model, "eval"):
-        gradients = (input_gradient(model, b, torch.zeros_like(b.x)) for b in _batches(images, batch_size))
+        gradients = (
+            input_gradient(cross_entropy, model, b, torch.zeros_like(b.x))[0] for b in _batches(images, batch_size)
+        )
         zero = [(gradient == 0).flatten(1).all(1) for gradient in gradients]
     return _share(torch.cat(zero)) if zero else 0.0
 
@@ -259,7 +261,7 @@ def _shorter_steps(model: nn.Module, images: ImageSet, epsilon: float, batch_siz
     for batch in _batches(images, batch_size):
         fell = torch.zeros(len(batch), dtype=torch.bool, device=batch.x.device)
         with attack_mode(model, "eval"), torch.no_grad():
-            gradient = input_gradient(model, batch, torch.zeros_like(batch.x))
+            gradient, _ = input_gradient(cross_entropy, model, batch, torch.zeros_like(batch.x))
             for part in torch.linspace(0.1, 0.9, 9).tolist():
                 moved = (batch.x + part * epsilon * gradient.sign()).clamp(0, 1)
                 fell |= model(moved).argmax(1) != batch.y

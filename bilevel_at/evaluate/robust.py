@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..batch import Batch
 from ..data import ImageSet
+from ..data.sets import check_images
 from ..errors import InputError
 from ..modes import attack_mode
 from .attacks import Attack
@@ -152,7 +153,8 @@ def _look(batch: Batch, out: Any) -> None:
     shape = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
     if not isinstance(out, Tensor) or out.ndim != 2 or len(out) != len(batch):
         raise InputError(f"the model's output is {shape}; logits are a tensor of shape [{len(batch)}, classes]")
-    batch.check(out.shape[1])
+    assert batch.y is not None
+    check_images(batch.x, batch.y, out.shape[1])
 
 
 def attacked(model: nn.Module, images: ImageSet, attack: Attack, *, seed: int = 0, batch_size: int = 250) -> Trace:

@@ -119,9 +119,8 @@ class Watched:
         self.aimed, self.any_class = Best(), Best()
 
     def __call__(self, model: nn.Module, batch: Batch, delta: Tensor) -> Tensor:
-        assert batch.target is not None
         found = margins(model, batch, delta)
-        aimed = found.gather(1, batch.target[:, None]).squeeze(1)
+        aimed = found.gather(1, batch.more["target"][:, None]).squeeze(1)
         self.aimed.consider(aimed.detach(), delta.detach())
         self.any_class.consider(found.detach().amax(1), delta.detach())
         return -aimed

@@ -22,6 +22,7 @@ class Recipe:
     epochs: passes over the training set.
     batch_size: examples in a batch.
     accumulate: batches whose gradients make one step.
+    replays: updates of θ made on each batch before the next one (Free-AT's m).
     lr: peak learning rate.
     schedule: "linear" goes 0 → lr over the first half of all steps and back to 0; "multistep" divides by 10 after each
         epoch of the milestones; "constant" stays.
@@ -38,6 +39,7 @@ class Recipe:
     epochs: int = 30
     batch_size: int = 128
     accumulate: int = 1
+    replays: int = 1
     lr: float = 0.1
     schedule: Schedule = "linear"
     milestones: tuple[int, ...] = ()
@@ -48,9 +50,11 @@ class Recipe:
     problem: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "accumulate"):
+        for name in ("epochs", "batch_size", "accumulate", "replays"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
+        if self.replays > 1 and self.accumulate > 1:
+            raise InputError(f"--replays is {self.replays} and --accumulate {self.accumulate}; one of them must be 1")
         if not 0 < self.lr < float("inf"):
             raise InputError(f"--lr is {self.lr:g}; it must be a positive number")
         for name in ("momentum", "weight_decay"):

@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -13,8 +14,10 @@ from torch import Tensor, nn
 
 from ..batch import Batch
 from ..errors import InputError
-from ..problem import BilevelProblem, Solution, UpperProblem
+from ..problem import BilevelProblem, LowerProblem
+from ..solution import Solution
 from ..solver import Solver
+from ..steps import Constant, Step
 
 __all__ = ["DegenerateActivity", "HypergradError", "activity_margin", "hypergradcheck"]
 
@@ -32,13 +35,13 @@ def activity_margin(problem: BilevelProblem, model: nn.Module, batch: Batch, anc
 
     At 0 strict complementarity fails and dδ*/dθ does not exist. Property tests should stay away from it.
     """
-    with _untouched(model, problem):
-        solution = problem.lower.solve_differentiable(model, batch, anchor=anchor)
-    assert solution.gradient is not None
-    distances = problem.lower.constraint.strict_complementarity(
-        solution.delta, solution.batch.x, solution.gradient.detach()
-    )
-    return distances.min().item()
+    lower = problem.lower
+    with _same_buffers(model):
+        solution = lower.solve(model, batch, anchor=anchor, differentiable=True)
+    if solution.gradient is None:
+        raise InputError(f"{type(lower).__name__} finds a δ* without a derivative; it has no activity margin")
+    base = lower.base(model, solution.batch).detach()
+    return lower.constraint.strict_complementarity(solution.delta, base, solution.gradient.detach()).min().item()
 
 
 def hypergradcheck(
@@ -57,42 +60,55 @@ def hypergradcheck(
     min_margin: float = 0.0,
     raise_exception: bool = True,
 ) -> bool:
-    """Hold ``solver.hypergradient`` against (F(θ + eps·u) − F(θ − eps·u)) / 2 eps with the anchor held.
+    """Compare ``solver.hypergradient`` with (F(θ + eps·u) − F(θ − eps·u)) / 2 eps.
 
-    F(θ) = mean_i f(θ, δ*_i(θ)), every δ* solved anew; what else the lower level drew or adapted is held too
-    (:meth:`LowerProblem.held`). Wants float64.
+    F(θ) = mean_i f(θ, δ*_i(θ)) with every δ* solved anew. What is a constant of the hypergradient is one of F too: the
+    anchor, an adaptive step, the classes aimed at, and every random draw. Wants float64.
 
-    eps: the difference, along unit directions. rtol, atol: the check passes where |analytic − numeric| ≤
-        rtol · ‖dF/dθ‖₂ + atol, the norm over all parameters.
-    anchor: z to use; drawn once from the policy, with ``generator``, where None. What the upper loss draws from
-        ``generator`` is the same in every evaluation.
-    mode: "directional" tries ``directions`` random unit directions in each parameter tensor; "full" every entry.
-    min_margin: raise :class:`DegenerateActivity` where :func:`activity_margin` is below this.
+    Args:
+        problem: the problem.
+        solver: the solver to be checked.
+        model: the network, smooth and in float64.
+        batch: the examples, in float64 where they are floating point.
+        eps: the difference, along unit directions.
+        rtol: the check passes where |analytic − numeric| ≤ rtol · ‖dF/dθ‖₂ + atol, the norm over all parameters.
+        atol: see ``rtol``.
+        anchor: z to use; drawn once from the anchor policy, with ``generator``, if not given.
+        generator: for whatever is drawn at random, the same in every evaluation of F.
+        mode: "directional" tries ``directions`` random unit directions in each parameter tensor; "full" every entry.
+        directions: how many.
+        min_margin: raise :class:`DegenerateActivity` where :func:`activity_margin` is below this.
+        raise_exception: raise where the check fails, rather than return False.
 
-    Returns True; where the check fails, or a number is not finite, raises :class:`HypergradError` with the worst
-    parameter and both numbers, or returns False with ``raise_exception=False``. Raises :class:`InputError` for
-    parameters or inputs not in float64.
-    The model's parameters, buffers and ``.grad``, and what the problem remembers, are left as they were.
+    Returns:
+        True where the check passes. The model's parameters, buffers and ``.grad``, and what the problem remembers, are
+        left as they were.
+
+    Raises:
+        HypergradError: where the check fails, or a number is not finite, with the worst parameter and both numbers.
+        InputError: for parameters or inputs that are not in float64.
     """
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
     low = [n for n, p in named.items() if p.dtype != torch.float64]
     if low:
         raise InputError(f"parameter {low[0]} is {named[low[0]].dtype}; hypergradcheck needs float64 (model.double())")
 
-    if batch.x.dtype != torch.float64:
+    if batch.x.is_floating_point() and batch.x.dtype != torch.float64:
         raise InputError(f"batch.x is {batch.x.dtype}; hypergradcheck needs float64 (x.double())")
 
     if generator is None:
         generator = torch.Generator(batch.x.device).manual_seed(int(torch.randint(2**31, ())))
-    upper = _SameDraws(problem.upper)
-    with _untouched(model, problem):
-        drawn = BilevelProblem(upper, problem.lower)
-        step = solver.hypergradient(drawn, model, batch, anchor=anchor, generator=generator)
-        solution = step.solution
-        held = BilevelProblem(upper, problem.lower.held(solution))
-        z = solution.anchor.detach().clone()
+    draws = generator.get_state()
+    with _same_buffers(model):
+        if anchor is None:
+            anchor = solver.hypergradient(problem, model, batch, generator=generator).solution.anchor
+        z = anchor.detach().clone()
+        after = generator.get_state()
+        generator.set_state(draws)
+        step = solver.hypergradient(problem, model, batch, anchor=z, generator=generator)
+        fixed = BilevelProblem(problem.upper, _with_fixed_step(problem.lower, step.solution))
         if min_margin:
-            margin = activity_margin(held, model, batch, z)
+            margin = activity_margin(fixed, model, batch, z)
             if margin < min_margin:
                 raise DegenerateActivity(f"activity margin {margin:.2g} is below min_margin={min_margin:g}")
 
@@ -103,10 +119,12 @@ def hypergradcheck(
             gradient = step.grads[name]
             for unit in _directions(parameter, mode, directions, seed):
                 analytic = 0.0 if gradient is None else (gradient * unit).sum().item()
-                numeric = _central_difference(held, model, solution, batch, parameter, unit, eps, generator)
+                loss = _MeanLoss(fixed, model, batch, step.solution, generator, draws)
+                numeric = loss.central_difference(parameter, unit, eps)
                 gap = abs(analytic - numeric)
                 worst = max(worst, (gap if math.isfinite(gap) else math.inf, name, analytic, numeric))
 
+    generator.set_state(after)
     error, name, analytic, numeric = worst
     allowed = rtol * norm + atol
     if error <= allowed:
@@ -131,57 +149,55 @@ def _directions(parameter: Tensor, mode: str, directions: int, seed: torch.Gener
         yield unit / unit.norm()
 
 
-class _SameDraws(UpperProblem):
-    """An upper problem whose generator begins, every time, where it did the first time."""
-
-    def __init__(self, upper: UpperProblem) -> None:
-        self.upper = upper
-        self.state: Tensor | None = None
-
-    def loss_at(
-        self, model: nn.Module, batch: Batch, solution: Solution, generator: torch.Generator | None = None
-    ) -> Tensor:
-        if generator is not None:
-            if self.state is None:
-                self.state = generator.get_state()
-            generator.set_state(self.state)
-        return self.upper.loss_at(model, batch, solution, generator)
+def _with_fixed_step(lower: LowerProblem, solution: Solution) -> LowerProblem:
+    """The lower problem with the steps that ``solution`` was made with, whatever gradients say elsewhere."""
+    if not isinstance(getattr(lower, "step", None), Step):
+        return lower
+    fixed = copy.copy(lower)
+    object.__setattr__(fixed, "step", Constant(1 / solution.lam))
+    return fixed
 
 
-def _central_difference(
-    problem: BilevelProblem,
-    model: nn.Module,
-    held: Solution,
-    batch: Batch,
-    parameter: Tensor,
-    unit: Tensor,
-    eps: float,
-    generator: torch.Generator,
-) -> float:
-    """(F(θ + eps·u) − F(θ − eps·u)) / 2 eps, from the anchor and the targets of ``held``."""
-    original = parameter.detach().clone()
-    values = []
-    try:
-        for sign in (1, -1):
+@dataclass(frozen=True)
+class _MeanLoss:
+    """F(θ), from the anchor and the targets of ``solution``, with the same draws every time."""
+
+    problem: BilevelProblem
+    model: nn.Module
+    batch: Batch
+    solution: Solution
+    generator: torch.Generator
+    draws: Tensor
+
+    def __call__(self) -> float:
+        self.generator.set_state(self.draws)
+        upper, lower, model = self.problem.upper, self.problem.lower, self.model
+        seen = upper.prepare(model, self.batch, self.generator)
+        solution = lower.solve(model, self.solution.batch, self.solution.anchor, self.generator)
+        return upper.loss_at(model, seen, solution, self.generator).mean().item()
+
+    def central_difference(self, parameter: Tensor, unit: Tensor, eps: float) -> float:
+        """(F(θ + eps·u) − F(θ − eps·u)) / 2 eps."""
+        original = parameter.detach().clone()
+        values = []
+        try:
+            for sign in (1, -1):
+                with torch.no_grad():
+                    parameter.copy_(original + sign * eps * unit)
+                values.append(self())
+        finally:
             with torch.no_grad():
-                parameter.copy_(original + sign * eps * unit)
-            solution = Solution.of(problem.lower.solve(model, held.batch, anchor=held.anchor), held.batch)
-            values.append(problem.upper.loss_at(model, batch, solution, generator).mean().item())
-    finally:
-        with torch.no_grad():
-            parameter.copy_(original)
-    return (values[0] - values[1]) / (2 * eps)
+                parameter.copy_(original)
+        return (values[0] - values[1]) / (2 * eps)
 
 
 @contextmanager
-def _untouched(model: nn.Module, problem: BilevelProblem) -> Iterator[None]:
-    """Batch statistics move during passes in train mode, and problems remember; put it all back."""
+def _same_buffers(model: nn.Module) -> Iterator[None]:
+    """Batch statistics move during passes in train mode; put them back."""
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    state = copy.deepcopy(problem.state_dict())
     try:
         yield
     finally:
-        problem.load_state_dict(state)
         with torch.no_grad():
             for name, buffer in model.named_buffers():
                 buffer.copy_(buffers[name])

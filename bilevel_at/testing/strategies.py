@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from ..batch import Batch
-from ..constraints import Constraint, L2Ball, LinfBall, Polyhedron
+from ..constraints import Constraint, L2Ball, LinfBall
 from ..losses import Loss, cross_entropy, minus, negative_margin
 from ..lower import Linearized, Proximal
+from ..polyhedra import Polyhedron
 from ..problem import BilevelProblem, LowerProblem, UpperProblem
 
 __all__ = [
@@ -148,7 +149,7 @@ def proximal(constraint: Constraint, model: nn.Module, tol: float = 1e-13) -> st
 
 @dataclass
 class Setting:
-    """One example for a property: a problem, a model, a batch and the anchor to hold."""
+    """One example for a property: a problem, a model, a batch and an anchor."""
 
     problem: BilevelProblem
     model: nn.Module
@@ -171,5 +172,5 @@ def settings_of(
     batch = draw(batches(shape, classes, max_size))
     problem_lower = draw(lower(draw(constraint(shape)), model))
     generator = _generator(draw(seeds))
-    anchor = problem_lower.draw_anchor(model, batch, generator)
+    anchor = problem_lower.solve(model, batch, generator=generator).anchor
     return Setting(BilevelProblem(UpperProblem(), problem_lower), model, batch, anchor)

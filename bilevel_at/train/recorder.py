@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..batch import Batch
-from ..problem import Solution
+from ..solution import Solution
 
 __all__ = ["Recorder"]
 
@@ -46,9 +46,11 @@ class Recorder:
             return
         if gradient is not None and len(gradient) == len(rows):
             self._norm[rows] = gradient.flatten(1).float().norm(dim=1)
-        step = solution.step
-        if step is not None and not (isinstance(step, Tensor) and step.ndim and len(step) != len(rows)):
-            self._step[rows] = step.to(self._step) if isinstance(step, Tensor) else step
+        lam = solution.lam
+        if isinstance(lam, Tensor) and lam.shape == rows.shape:
+            self._step[rows] = (1 / lam).to(self._step)
+        elif not isinstance(lam, Tensor) and lam > 0:
+            self._step[rows] = 1 / lam
 
     def close_epoch(self, model: nn.Module) -> None:
         """The epoch is done."""

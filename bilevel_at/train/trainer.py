@@ -18,9 +18,10 @@ from ..diagnose import gradient_alignment
 from ..errors import BilevelError, InputError
 from ..evaluate import Attack, robust_correct
 from ..modes import attack_mode
-from ..problem import BilevelProblem, Solution
+from ..problem import BilevelProblem
 from ..runs.metrics import Epoch
 from ..runs.recipe import Recipe
+from ..solution import Solution
 from ..solver import Solver
 from .recorder import Recorder
 
@@ -55,11 +56,6 @@ class Trainer:
     ) -> None:
         if precision not in ("float32", "bfloat16"):
             raise InputError(f"precision {precision!r} is not known; choose float32 or bfloat16")
-        if problem.replays > 1 and recipe.accumulate > 1:
-            raise InputError(
-                f"--accumulate is {recipe.accumulate}, but this problem replays every batch {problem.replays} times, "
-                "one batch at a time; it must be 1"
-            )
         self.problem, self.solver, self.model = problem, solver, model
         self.held_out, self.recipe, self.attack, self.seed = held_out, recipe, attack, seed
         self.precision, self.device = precision, held_out.device
@@ -78,7 +74,7 @@ class Trainer:
     @property
     def steps_per_epoch(self) -> int:
         """Updates of θ."""
-        return math.ceil(len(self.loader) / self.recipe.accumulate) * self.problem.replays
+        return math.ceil(len(self.loader) / self.recipe.accumulate) * self.recipe.replays
 
     @property
     def evaluated(self) -> nn.Module:
@@ -122,13 +118,13 @@ class Trainer:
         step_number = epoch * self.steps_per_epoch
         for number, group in enumerate(_groups(self.loader.epoch(epoch), self.recipe.accumulate)):
             examples = sum(len(batch) for batch in group)
-            for _ in range(self.problem.replays):
+            for _ in range(self.recipe.replays):
                 self._set_rate(step_number)
                 self.optimizer.zero_grad()
                 for place, batch in enumerate(group, number * self.recipe.accumulate):
                     with self._autocast():
                         step = self.solver.backward(
-                            self.problem, self.model, batch, generator=generator, weight=len(batch) / examples
+                            self.problem, self.model, batch, generator, weight=len(batch) / examples
                         )
                     ratio = step.implicit_norm / step.direct_norm.clamp(min=1e-30)
                     measured = torch.stack([step.loss.double(), ratio.double(), step.implicit_cosine.double()])
@@ -142,7 +138,7 @@ class Trainer:
                     self.average.update_parameters(self.model)
                 step_number += 1
         self.recorder.close_epoch(self.evaluated)
-        loss, ratio_mean, cosine_mean = (means / (len(self.loader.images) * self.problem.replays)).tolist()
+        loss, ratio_mean, cosine_mean = (means / (len(self.loader.images) * self.recipe.replays)).tolist()
         self._check(means[0], epoch)
         right, size, rows = looks.tolist()
         return {

@@ -8,32 +8,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .batch import Batch, per_sample
-from .constraints import ActiveSet
-from .errors import ConvergenceError, CurvatureError, InputError, name_samples
-from .problem import Solution
+from bilevel_at.batch import Batch, per_sample
+from bilevel_at.constraints import ActiveSet
+from bilevel_at.errors import ConvergenceError, CurvatureError, InputError, name_samples
+from bilevel_at.problem import CurvedPart
+from bilevel_at.solution import Solution
 
 __all__ = ["CurvatureOperator", "conjugate_gradients", "dense_hessian"]
 
-Part = Callable[[Batch, Tensor, Tensor], Tensor]
 
-
-def dense_hessian(part: Part, solution: Solution) -> Tensor:
+def dense_hessian(part: CurvedPart, solution: Solution) -> Tensor:
     """∇²_δδ of ``part`` at δ* for every sample, ``[B, d, d]``, by torch.func (forward over reverse, vmapped).
 
     Raises :class:`InputError` where torch.func cannot take it.
     """
     batch, delta = solution.batch, solution.delta.detach()
     shape, d = delta.shape[1:], delta[0].numel()
-    extra: dict[str, Any] = {k: v for k, v in (("index", batch.index), ("target", batch.target)) if v is not None}
+    tensors = {name: value for name, value in (("y", batch.y), ("index", batch.index)) if value is not None}
 
-    def one(flat: Tensor, x: Tensor, y: Tensor, z: Tensor, more: dict[str, Any]) -> Tensor:
-        single = Batch(x[None], y[None], **{k: v[None] for k, v in more.items()})
-        return part(single, flat.reshape(1, *shape), z[None])[0]
+    def one(flat: Tensor, rows: dict[str, Tensor], z: Tensor) -> Tensor:
+        single_row: dict[str, Any] = {name: value[None] for name, value in rows.items()}
+        single = Batch(**single_row)
+        return part(single, flat.reshape(1, *shape), z[None]).sum()
 
-    inputs = (delta.flatten(1), batch.x, batch.y, solution.anchor, extra)
+    def together(flat: Tensor) -> Tensor:
+        return part(batch, flat.reshape(delta.shape), solution.anchor).sum()
+
     try:
-        hessian: Tensor = torch.func.vmap(torch.func.hessian(one))(*inputs)
+        if len(delta) == 1:  # one δ, of one example or shared by all
+            hessian = torch.func.hessian(together)(delta.flatten())[None]
+        else:
+            rows = {"x": batch.x, **tensors, **batch.more}
+            hessian = torch.func.vmap(torch.func.hessian(one))(delta.flatten(1), rows, solution.anchor)
     except (RuntimeError, ValueError) as error:  # torch.func names the operation it cannot batch
         reason = str(error).strip().splitlines()[0]
         raise InputError(f'torch.func cannot take this model\'s Hessian ({reason}); use method="cg"') from error
@@ -48,14 +54,21 @@ class CurvatureOperator:
         are independent.
     """
 
-    def __init__(self, part: Part, solution: Solution, diagonal: Tensor, active: ActiveSet) -> None:
+    def __init__(self, part: CurvedPart, solution: Solution, diagonal: Tensor, active: ActiveSet) -> None:
         self.diagonal, self.active = diagonal, active
         with torch.enable_grad():
             self.delta = solution.delta.detach().requires_grad_()
             values = part(solution.batch, self.delta, solution.anchor)
-            (across,) = torch.autograd.grad(values[::2].sum(), self.delta, retain_graph=True)
-            self.coupled = bool(across[1::2].any())
+            self.coupled = self._coupled(values)
             (self.gradient,) = torch.autograd.grad(values.sum(), self.delta, create_graph=True)
+
+    def _coupled(self, values: Tensor) -> bool:
+        if len(self.delta) == 1:
+            return False  # a single δ is one system
+        if values.ndim == 0:
+            return True
+        (across,) = torch.autograd.grad(values[::2].sum(), self.delta, retain_graph=True)
+        return bool(across[1::2].any())
 
     def __call__(self, p: Tensor) -> Tensor:
         product: Tensor | None = None

@@ -1,20 +1,24 @@
-"""The linearised family: δ* satisfies its KKT conditions, and the published methods are points of it."""
+"""Closed forms: δ* satisfies its KKT conditions, linearised and proximal; what lower problems refuse."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from examples import examples
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from networks import ATK, batch_of, dense, network, proximal, taylor
 from scipy.optimize import nnls
-from torch.nn import functional as F
+from transcriptions import ce_gradient, clip, seeded
 
 import bilevel_at as ba
-from bilevel_at.problems import fastat, fastbat, minmax
-from bilevel_at.solvers import HessianFreeKKT, ZeroIG
+from bilevel_at.problem import objective_gradient
+from bilevel_at.solvers import FullKKT, HessianFreeKKT, ZeroIG
+from bilevel_at.testing import hypergradcheck
 from bilevel_at.testing import strategies as bst
 
 TOL = 1e-8
@@ -59,6 +63,7 @@ def in_normal_cone(constraint, delta, x, gradient):
 @pytest.mark.parametrize(
     "constraint", [lambda s: bst.boxes(), lambda s: bst.l2_balls(), bst.polyhedra], ids=["box", "l2", "polyhedron"]
 )
+@examples(0.3)
 @given(data=st.data())
 def test_closed_form_satisfies_its_kkt_conditions(direction, constraint, data):
     s = data.draw(bst.settings_of(lambda c, m: bst.linearized(c, m, direction), constraint, max_values=8))
@@ -66,6 +71,7 @@ def test_closed_form_satisfies_its_kkt_conditions(direction, constraint, data):
     assert in_normal_cone(s.problem.lower.constraint, delta, s.batch.x, gradient_of_g(s, delta))
 
 
+@examples(0.3)
 @given(s=bst.settings_of(bst.proximal, lambda s: bst.boxes()))
 def test_proximal_satisfies_its_kkt_conditions(s):
     solution = s.problem.lower.solve(s.model, s.batch, anchor=s.anchor)
@@ -75,8 +81,8 @@ def test_proximal_satisfies_its_kkt_conditions(s):
 
 @given(s=bst.settings_of(bst.linearized, lambda s: bst.boxes()))
 def test_solution_gradient_is_that_of_the_objective(s):
-    """What solve_differentiable keeps is ∇_δ g at δ*, and so is its derivative in θ."""
-    solution = s.problem.lower.solve_differentiable(s.model, s.batch, anchor=s.anchor)
+    """What a differentiable solve keeps is ∇_δ g at δ*, and so is its derivative in θ."""
+    solution = s.problem.lower.solve(s.model, s.batch, anchor=s.anchor, differentiable=True)
     delta = solution.delta.clone().requires_grad_()
     value = s.problem.lower.objective(s.model, s.batch, delta, s.anchor).sum()
     (expected,) = torch.autograd.grad(value, delta, create_graph=True)
@@ -91,118 +97,6 @@ def test_solution_gradient_is_that_of_the_objective(s):
             torch.testing.assert_close(a, b)
 
 
-def network(seed=0):
-    torch.manual_seed(seed)
-    model = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.Tanh(), torch.nn.Flatten(), torch.nn.Linear(16, 3))
-    return model.double(), torch.rand(5, 1, 4, 4, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1])
-
-
-def input_gradient(model, x, y):
-    x = x.clone().requires_grad_()
-    return torch.autograd.grad(F.cross_entropy(model(x), y, reduction="sum"), x)[0]
-
-
-def test_fast_at_is_one_sign_step_from_a_uniform_draw():
-    model, x, y = network()
-    problem = fastat.problem(epsilon=0.1)
-    solution = problem.lower.solve(model, ba.Batch(x, y), generator=torch.Generator().manual_seed(1))
-    z = torch.rand(x.shape, generator=torch.Generator().manual_seed(1), dtype=x.dtype)
-    low, high = torch.clamp(-x, min=-0.1), torch.clamp(1 - x, max=0.1)
-    z = low + z * (high - low)
-    expected = torch.clamp(z + 0.125 * input_gradient(model, x + z, y).sign(), low, high)
-    torch.testing.assert_close(solution.delta, expected)
-    assert ((z >= low) & (z <= high)).all() and torch.allclose(solution.anchor, z)
-
-
-@pytest.mark.parametrize("steps", [1, 2, 7])
-def test_pgd_is_k_sign_steps(steps):
-    model, x, y = network()
-    problem = minmax.problem(epsilon=0.1, steps=steps, step=0.03)
-    solution = problem.lower.solve(model, ba.Batch(x, y), generator=torch.Generator().manual_seed(1))
-    low, high = torch.clamp(-x, min=-0.1), torch.clamp(1 - x, max=0.1)
-    delta = ba.LinfBall(0.1).sample(x, torch.Generator().manual_seed(1))
-    for _ in range(steps):
-        delta = torch.clamp(delta + 0.03 * input_gradient(model, x + delta, y).sign(), low, high)
-    torch.testing.assert_close(solution.delta, delta)
-
-
-SCHEMES = {
-    "uniform": lambda model, x, y, z0, step: z0,
-    "gradient-step": lambda model, x, y, z0, step: ba.LinfBall(0.1).project(
-        z0 + step * input_gradient(model, x + z0, y), x
-    ),
-    "sign-step": lambda model, x, y, z0, step: ba.LinfBall(0.1).project(
-        z0 + 0.05 * input_gradient(model, x + z0, y).sign(), x
-    ),
-    "corner": lambda model, x, y, z0, step: ba.LinfBall(0.1).corner(x, torch.Generator().manual_seed(1)),
-}
-
-
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_fast_bat_with_each_linearisation_scheme(scheme):
-    """Equations 9 and 14 of the paper with its four schemes (Table A4), transcribed."""
-    model, x, y = network()
-    step, batch = 0.5, ba.Batch(x, y)
-    problem = fastbat.problem(epsilon=0.1, step=step, anchor=scheme)
-    hyper = HessianFreeKKT(ig_weight=0.3).hypergradient(
-        problem, model, batch, generator=torch.Generator().manual_seed(1)
-    )
-
-    z = SCHEMES[scheme](model, x, y, ba.LinfBall(0.1).sample(x, torch.Generator().manual_seed(1)), step)
-    low, high = ba.LinfBall(0.1).box(x)
-    u = z + step * input_gradient(model, x + z, y)
-    delta = torch.clamp(u, low, high)
-    torch.testing.assert_close(hyper.solution.delta, delta)
-    free = (u > low) & (u < high)
-    v = input_gradient(model, x + delta, y) / len(x)
-    point = (x + z).requires_grad_()
-    (atk,) = torch.autograd.grad(-F.cross_entropy(model(point), y, reduction="sum"), point, create_graph=True)
-    implicit = torch.autograd.grad((atk * (v * free * step)).sum(), list(model.parameters()), allow_unused=True)
-    direct = torch.autograd.grad(F.cross_entropy(model(x + delta), y), list(model.parameters()))
-    for (name, _), d, i in zip(model.named_parameters(), direct, implicit, strict=True):
-        torch.testing.assert_close(hyper.grads[name], d if i is None else d - 0.3 * i)
-
-
-def test_published_fast_bat_constants():
-    assert fastbat.problem(epsilon=8 / 255).lower.step_size() == pytest.approx(5000 / 255)
-    assert fastbat.problem(epsilon=16 / 255).lower.step_size() == pytest.approx(2000 / 255)
-    assert fastbat.solver().ig_weight == pytest.approx(0.1 * 255 / 5000)
-    assert fastbat.solver("full-kkt", epsilon=16 / 255).ig_weight == pytest.approx(0.1 * 255 / 2000)
-    assert fastbat.solver("full-kkt").curvature == "attack"
-
-
-class Counting(torch.nn.Module):
-    def __init__(self, model):
-        super().__init__()
-        self.model, self.calls = model, 0
-
-    def forward(self, x):
-        self.calls += 1
-        return self.model(x)
-
-
-@pytest.mark.parametrize(
-    ("problem", "solver", "forwards"),
-    [
-        (fastat.problem(), ZeroIG(), 2),
-        (fastat.problem(), HessianFreeKKT(), 2),
-        (minmax.problem(steps=5), ZeroIG(), 6),
-        (
-            fastbat.problem(),
-            HessianFreeKKT(),
-            3,
-        ),  # warm-up, linearisation, upper loss: the implicit term needs no fourth
-        (fastbat.problem(anchor="uniform"), HessianFreeKKT(), 2),
-        (fastbat.problem(), HessianFreeKKT(cross_at="solution"), 4),
-    ],
-)
-def test_nothing_is_computed_twice(problem, solver, forwards):
-    model, x, y = network()
-    counting = Counting(model)
-    solver.hypergradient(problem, counting, ba.Batch(x, y))
-    assert counting.calls == forwards
-
-
 def test_combinations_nobody_published_are_one_line():
     """Remembered anchors, Taylor direction, adaptive steps: held as drawn, the hypergradient is exact."""
     model, x, y = network()
@@ -210,7 +104,6 @@ def test_combinations_nobody_published_are_one_line():
     step = ba.Adaptive(gamma=0.5, c=1.0)
     lower = ba.Linearized(ba.minus(ba.cross_entropy), ba.LinfBall(0.2), "remembered", "taylor", step)
     problem = ba.BilevelProblem(ba.UpperProblem(), lower)
-    from bilevel_at.testing import hypergradcheck
 
     assert hypergradcheck(problem, HessianFreeKKT(), model, batch, eps=1e-5, rtol=1e-6)
 
@@ -228,36 +121,47 @@ def test_policies_refuse_what_they_do_not_know():
         with pytest.raises(ba.InputError, match="lam is"):
             ba.Proximal(atk, ball, lam=lam)
     for wrong, says in (
-        (lambda: ba.Remembered(-1), "reset_every is -1; it must be a whole number, at least 0"),
+        (lambda: ba.Remembered(reset_every=-1), "reset_every is -1; it must be a whole number, at least 0"),
         (lambda: ba.Remembered(size=2.5), "size is 2.5; it must be a whole number, at least 1"),
         (lambda: ba.Steps(count=1.5), "count is 1.5; it must be a whole number, at least 0"),
         (lambda: ba.Gaussian(0.0), "scale is 0; it must be a positive finite number"),
         (lambda: ba.Adaptive(1.0, 1.0, warmup_epochs=-1), "warmup_epochs is -1"),
         (lambda: ba.Adaptive(1.0, 1.0, warmup_step=float("nan")), "warmup_step is nan"),
         (lambda: ba.Adaptive(1.0, 1.0, low=0.2, high=0.1), "steps are clipped to 0.2 … 0.1"),
-        (lambda: ba.BilevelProblem(ba.UpperProblem(), ba.LowerProblem(), 2.5), "replays is 2.5"),
+        (lambda: ba.Remembered(start="gradient-step"), "begins at a Start such as 'uniform' or 'zero', not Steps"),
+        (lambda: ba.Remembered(by="row"), "by is 'row'; choose from 'example', 'position'"),
     ):
         with pytest.raises(ba.InputError, match=re.escape(says)):
             wrong()
     model, x, y = network()
-    mean = ba.Linearized(lambda *a: atk(*a).mean(), ball)
-    with pytest.raises(ba.InputError, match=r"the attack loss has shape \(\); it must be one value per sample, \[5\]"):
-        mean.solve(model, ba.Batch(x, y))
+    few = ba.Linearized(lambda *a: atk(*a)[:-1], ball)
+    with pytest.raises(ba.InputError, match=r"the attack loss has shape \(4,\); it must be one value per sample, \["):
+        few.solve(model, ba.Batch(x, y))
 
-    class Prepares:
-        def __call__(self, model, batch, delta):
-            return atk(model, batch, delta)
-
-        def prepare(self, model, batch):
+    class Prepares(ba.CrossEntropy):
+        def prepare(self, model, batch, generator):
             return batch.x
 
-    with pytest.raises(ba.InputError, match="prepare\\(model, batch\\) returns Tensor; it must return the Batch"):
+    with pytest.raises(ba.InputError, match="prepare returns Tensor; it must return the Batch"):
         ba.Linearized(Prepares(), ball).solve(model, ba.Batch(x, y))
+    with pytest.raises(ba.InputError, match="prepare returns Tensor; it must return the Batch"):
+        ZeroIG().hypergradient(ba.BilevelProblem(ba.UpperProblem(Prepares()), taylor().lower), model, ba.Batch(x, y))
     with pytest.raises(ba.InputError, match="mode 'test' is not known"):
         ba.Linearized(atk, ball, mode="test").solve(model, ba.Batch(x, y))
-    adaptive = ba.Linearized(atk, ball, "gradient-step", "taylor", ba.Adaptive(1.0, 1.0))
-    with pytest.raises(ba.InputError, match="give the anchor its own"):
-        adaptive.solve(model, ba.Batch(x, y, index=torch.arange(5)))
+    with pytest.raises(ba.InputError, match=r"AtAnchor has no step of its own; give the anchor one: Steps\(step=...\)"):
+        ba.AtAnchor(ball, "gradient-step").solve(model, ba.Batch(x, y))
+
+
+def test_steps_of_the_anchor_are_those_of_the_problem():
+    """Also adaptive ones, each as long as the gradient where it is taken asks for."""
+    model, x, y = network()
+    lower = ba.Linearized(ATK, ba.LinfBall(0.3), "gradient-step", "taylor", ba.Adaptive(1.0, 1.0, beta=0.0))
+    solution = lower.solve(model, ba.Batch(x, y, index=torch.arange(5)), generator=seeded(1))
+    z = ba.LinfBall(0.3).sample(x, seeded(1))
+    for expected in (solution.anchor, solution.delta):
+        gradient = ce_gradient(model, x + z, y)
+        z = clip(z + gradient / (1 + gradient.flatten(1).norm(dim=1))[:, None, None, None], x, 0.3)
+        torch.testing.assert_close(expected, z)
 
 
 def test_proximal_states_where_it_did_not_converge():
@@ -270,6 +174,7 @@ def test_proximal_states_where_it_did_not_converge():
     assert set(error.value.samples) <= set(range(5)) and error.value.samples
 
 
+@examples(0.3)
 @given(s=bst.settings_of(bst.proximal, lambda s: bst.boxes(), max_size=3))
 def test_proximal_is_where_scipy_finds_it(s):
     from scipy.optimize import minimize
@@ -286,7 +191,7 @@ def test_proximal_is_where_scipy_finds_it(s):
             return value.item(), torch.autograd.grad(value, d)[0].flatten().numpy()
 
         bounds = list(zip(low[i].flatten().tolist(), high[i].flatten().tolist(), strict=True))
-        found = minimize(
+        reference = minimize(
             value_and_gradient,
             np.zeros(one.x.numel()),
             jac=True,
@@ -294,5 +199,41 @@ def test_proximal_is_where_scipy_finds_it(s):
             method="L-BFGS-B",
             options={"ftol": 1e-16, "gtol": 1e-12},
         )
-        assume(found.success)
-        np.testing.assert_allclose(delta[i].flatten().numpy(), found.x, atol=1e-5)
+        assume(reference.success)
+        np.testing.assert_allclose(delta[i].flatten().numpy(), reference.x, atol=1e-5)
+
+
+def test_a_solution_needs_only_delta_anchor_and_batch():
+    """Then it has no derivative, and KKT solvers refuse it rather than train as ZeroIG."""
+
+    class Own(ba.LowerProblem):
+        constraint = ba.LinfBall(0.1)
+
+        def objective(self, model, batch, delta, anchor):
+            return 0.5 * (delta - anchor).flatten(1).square().sum(1) + ATK(model, batch, delta)
+
+        def solve_at(self, model, batch, anchor, differentiable):
+            return ba.Solution(torch.zeros_like(batch.x), anchor, batch)
+
+    class WithGradient(Own):
+        def solve_at(self, model, batch, anchor, differentiable):
+            solution = super().solve_at(model, batch, anchor, differentiable)
+            gradient = objective_gradient(self, model, batch, solution.delta, anchor) if differentiable else None
+            return replace(solution, gradient=gradient)
+
+    problem, model, batch = ba.BilevelProblem(ba.UpperProblem(), Own()), dense(6, 5, 3), batch_of(3, 6)
+    assert ZeroIG().backward(problem, model, batch).loss.isfinite()
+    for solver in (HessianFreeKKT(damping=1.0), FullKKT(damping=5.0)):
+        name = type(solver).__name__
+        with pytest.raises(ba.InputError, match=rf"a δ\* without a derivative .* {name} needs; use ZeroIG"):
+            solver.backward(problem, model, batch)
+        step = solver.backward(ba.BilevelProblem(ba.UpperProblem(), WithGradient()), model, batch)
+        assert step.loss.isfinite() and step.implicit_norm > 0
+
+
+def test_inputs_that_require_a_gradient_leave_no_graph():
+    batch = batch_of(3, 6)
+    batch.x.requires_grad_()
+    for problem in (taylor(), proximal()):
+        solution = problem.lower.solve(dense(6, 5, 3), batch)
+        assert not solution.delta.requires_grad and not solution.anchor.requires_grad

@@ -1,7 +1,7 @@
-"""Every hypergradient against central differences of F(θ) with the anchor held, in float64.
+"""Every hypergradient against central differences of F(θ) with the anchor fixed, in float64.
 
 Mutations. Each of these, made one at a time in a copy of the package by ``python tests/mutate.py``, fails at least one
-test of this file:
+test of this file, or of the file named with it:
 
 1. the sign of the implicit term (``solver.py``: ``-self.ig_weight * w`` without its minus)
 2. the mask of active coordinates (``constraints.py``: ``tangent`` returns v)
@@ -13,12 +13,14 @@ test of this file:
 8. the diagonal of the conjugate gradients' operator (``linear.py``: not added)
 9. the Hessian (``full_kkt.py``: the curved part taken as zero)
 10. the mean over the batch (``solver.py``: a sum)
+11. the last epoch's exception (``anchors.py``: ATAS redraws in the last epoch too): ``test_anchors.py``
 """
 
 from __future__ import annotations
 
 import pytest
 import torch
+from examples import examples
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
@@ -30,6 +32,8 @@ from bilevel_at.testing import strategies as bst
 RTOL = 1e-6
 EPS = 1e-5
 MARGIN = 1e-3
+# Conjugate gradients on a box are not slow, and differ from dense solves on the others in the operator alone.
+METHODS = pytest.mark.parametrize("method", ["dense", pytest.param("cg", marks=pytest.mark.slow)])
 
 
 def away_from_degeneracy(s):
@@ -67,6 +71,7 @@ def l2_balls(shape):
 
 # 1. FullKKT on the proximal problem with a box, dense and matrix-free.
 @pytest.mark.parametrize("method", ["dense", "cg"])
+@examples(0.3)
 @given(s=bst.settings_of(bst.proximal, boxes))
 def test_full_kkt_on_a_box(method, s):
     away_from_degeneracy(s)
@@ -74,7 +79,8 @@ def test_full_kkt_on_a_box(method, s):
 
 
 # 2. The same with a polyhedron, with and without an input range.
-@pytest.mark.parametrize("method", ["dense", "cg"])
+@METHODS
+@examples(0.3)
 @given(s=bst.settings_of(bst.proximal, bst.polyhedra, max_values=6, max_size=2))
 def test_full_kkt_on_a_polyhedron(method, s):
     away_from_degeneracy(s)
@@ -82,7 +88,8 @@ def test_full_kkt_on_a_polyhedron(method, s):
 
 
 # ... and an ℓ2 ball, whose boundary adds its curvature.
-@pytest.mark.parametrize("method", ["dense", "cg"])
+@METHODS
+@examples(0.3)
 @given(s=bst.settings_of(bst.proximal, l2_balls))
 def test_full_kkt_on_an_l2_ball(method, s):
     away_from_degeneracy(s)
@@ -91,6 +98,7 @@ def test_full_kkt_on_an_l2_ball(method, s):
 
 # 3. HessianFreeKKT on the Taylor-linearised problem, on every constraint.
 @pytest.mark.parametrize("constraint", [boxes, l2_balls, bst.polyhedra], ids=["box", "l2", "polyhedron"])
+@examples(0.5)
 @given(data=st.data())
 def test_hessian_free_kkt_on_taylor(constraint, data):
     s = data.draw(bst.settings_of(bst.linearized, constraint, max_values=8))
@@ -98,6 +106,7 @@ def test_hessian_free_kkt_on_taylor(constraint, data):
     check(s, HessianFreeKKT())
 
 
+@examples(0.5)
 @given(s=bst.settings_of(lambda c, m: bst.linearized(c, m, "normalized"), boxes))
 def test_hessian_free_kkt_on_normalized_gradients(s):
     away_from_degeneracy(s)
@@ -124,6 +133,7 @@ def test_every_entry_with_many_free_coordinates():
 
 
 # 4. FullKKT equals HessianFreeKKT on a linearised problem, and wherever ℓ_atk is linear in δ.
+@examples(0.3)
 @given(s=bst.settings_of(bst.linearized, boxes))
 def test_full_equals_hessian_free_on_linearised(s):
     for method in ("dense", "cg"):
@@ -131,6 +141,7 @@ def test_full_equals_hessian_free_on_linearised(s):
 
 
 @pytest.mark.parametrize("method", ["dense", "cg"])
+@examples(0.3)
 @given(data=st.data())
 def test_full_equals_hessian_free_where_the_attack_is_linear(method, data):
     shape = data.draw(bst.shapes())
@@ -147,6 +158,7 @@ def test_full_equals_hessian_free_where_the_attack_is_linear(method, data):
 
 
 # 5. With a sign direction every solver gives ZeroIG's answer.
+@examples(0.3)
 @given(s=bst.settings_of(lambda c, m: bst.linearized(c, m, "sign"), boxes))
 def test_every_solver_equals_zero_ig_for_sign(s):
     expected = grads(s, ZeroIG())
@@ -161,6 +173,7 @@ def test_every_solver_equals_zero_ig_for_sign(s):
         assert_same(grads(s, solver), expected, rtol=0)
 
 
+@examples(0.5)
 @given(s=bst.settings_of(lambda c, m: bst.linearized(c, m, "sign"), boxes))
 def test_zero_ig_is_exact_for_sign(s):
     gradient = s.problem.lower.solve(s.model, s.batch, anchor=s.anchor).attack_gradient
@@ -169,6 +182,7 @@ def test_zero_ig_is_exact_for_sign(s):
 
 
 # 6. Without constraints, the implicit function theorem, computed densely.
+@examples(0.3)
 @given(s=bst.settings_of(bst.proximal, lambda shape: st.just(ba.LinfBall(1e6, bounds=None)), max_size=2))
 def test_unconstrained_is_the_implicit_function_theorem(s):
     lower, model, batch = s.problem.lower, s.model, s.batch
@@ -180,10 +194,10 @@ def test_unconstrained_is_the_implicit_function_theorem(s):
     class Module(torch.nn.Module):
         def __init__(self, parameters):
             super().__init__()
-            self.held = dict(zip(names, parameters, strict=True))
+            self.named = dict(zip(names, parameters, strict=True))
 
         def forward(self, x):
-            return torch.func.functional_call(model, self.held, x)
+            return torch.func.functional_call(model, self.named, x)
 
     def g(flat, *parameters):
         return lower.objective(Module(parameters), batch, flat.reshape(shape), s.anchor).sum()
@@ -206,6 +220,7 @@ def test_unconstrained_is_the_implicit_function_theorem(s):
 
 # 7. A batch's hypergradient is the mean of its samples'.
 @pytest.mark.parametrize("solver", [ZeroIG(), HessianFreeKKT(), FullKKT(), FullKKT(method="cg", tol=1e-13)])
+@examples(0.2)
 @given(s=bst.settings_of(bst.proximal, boxes))
 def test_batch_is_the_mean_of_its_samples(solver, s):
     whole = grads(s, solver)
