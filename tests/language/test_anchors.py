@@ -198,10 +198,7 @@ def test_a_memory_begins_where_it_is_told_to():
     for start, expected in (
         ("zero", torch.zeros_like(batch.x)),
         ("uniform", ba.LinfBall(0.1, None).sample(batch.x, seeded(3))),
-        (
-            ba.Gaussian(0.02),
-            ba.LinfBall(0.1, None).project(0.02 * torch.randn(4, 6, generator=seeded(3), dtype=F64), batch.x),
-        ),
+        (ba.Gaussian(0.02), ba.LinfBall(0.1, None).project(noise, batch.x)),
     ):
         problem = remembering(ba.Remembered(start))
         known, rest = batch.replace(index=torch.tensor([1, 3, 5, 7])), batch.replace(index=torch.tensor([3, 0, 2, 1]))
