@@ -108,7 +108,7 @@ def test_fgsm_mep_with_its_memory_over_three_batches():
     generator, starts, momenta = torch.Generator().manual_seed(7), {}, {}
     for batch in batches(3):
         x, loss = batch.x, Smoothed()
-        corners = torch.where(torch.rand(x.shape, generator=generator) < 0.5, -EPS, EPS).double()
+        corners = EPS * torch.where(torch.rand(x.shape, generator=generator) < 0.5, -1.0, 1.0).double()
         z = torch.stack([starts.get(int(i), c) for i, c in zip(batch.index, corners, strict=True)]).requires_grad_()
         reference = twin(x + z)
         gradient = grad(loss.value(reference, batch).sum(), z)
@@ -171,7 +171,7 @@ def test_nuat_alternates_and_takes_its_reference_in_train_mode():
     for number, batch in enumerate(batches(3)):
         x, y = batch.x, batch.y
         reference = twin(x).detach()
-        corner = torch.where(torch.rand(x.shape, generator=generator) < 0.5, -EPS / 2, EPS / 2).double()
+        corner = EPS / 2 * torch.where(torch.rand(x.shape, generator=generator) < 0.5, -1.0, 1.0).double()
         z = (torch.clamp(x + corner, 0, 1) - x).requires_grad_()
         twin.eval()
         output = twin(x + z)
