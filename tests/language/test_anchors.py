@@ -194,6 +194,7 @@ def test_views_are_followed_or_not():
 def test_a_memory_begins_where_it_is_told_to():
     """Fresh rows are drawn without the input range, known ones are not; the draws do not depend on which are known."""
     model, batch = dense(6, 5, 3), batch_of(4, 6)
+    noise = 0.02 * torch.randn(4, 6, generator=seeded(3), dtype=F64)
     for start, expected in (
         ("zero", torch.zeros_like(batch.x)),
         ("uniform", ba.LinfBall(0.1, None).sample(batch.x, seeded(3))),
