@@ -27,7 +27,7 @@ from bilevel_at.runs.problem_file import packaged_problems
 from bilevel_at.solvers import HessianFreeKKT, ZeroIG
 from bilevel_at.train import Trainer
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SHORT = ["--epochs", "1", "--examples", "100", "--attacks", "clean", "pgd-2-1", "--select", "pgd-2-1"]
 PROBLEMS = sorted(path.stem for path, _ in packaged_problems())
 SOLVERS = ["zero-ig", "hessian-free-kkt", "full-kkt"]
