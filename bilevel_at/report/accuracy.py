@@ -49,7 +49,7 @@ def _of_one_threat(groups: Sequence[Group], at: str, alone: bool) -> list[Part]:
     head += [*(["worst case of all"] if union_shown else []), *([] if len(images) == 1 else ["images"])]
     text = caption(groups, columns, images, at, bool(marked))
     return [
-        lead(groups, columns) if alone else f"Threat {at}: {lead(groups, columns)}",
+        lead(groups, columns) if alone else f"{at[0].upper()}{at[1:]}: {lead(groups, columns)}",
         Table(head, table, text, words=2),
         *about_unions([(g, w, u) for g, w in rows if (u := unions[g.label, w])]),
     ]

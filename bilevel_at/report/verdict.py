@@ -20,7 +20,7 @@ def about_unions(found: Sequence[tuple[Group, str, WorstCase]]) -> list[str]:
     lower = {}
     for group, which, union in found:
         parts = [s.mean for name in union.attacks if (s := group.accuracy(which, name)) is not None]
-        lower[f"{group.label}, {which.replace('_', ' ')}"] = min(parts) - union.spread.mean
+        lower[f"{group.label}, {which.replace('_', ' ')}"] = max(0.0, min(parts) - union.spread.mean)
     most = max(lower, key=lambda row: lower[row])
     kinds = sorted({", ".join(union.attacks) for _, _, union in found})
     return [
