@@ -123,7 +123,8 @@ class Corner(Start):
     def fresh(self, constraint: Constraint, base: Tensor, generator: Generator) -> Tensor:
         down = torch.rand(base.shape, generator=generator, device=base.device) < 0.5
         if self.radius is not None:
-            return _clipped(torch.where(down, -self.radius, self.radius).to(base), constraint, base, self.clip)
+            signs = torch.where(down, -1.0, 1.0).to(base)  # a radius here would be rounded to float32
+            return _clipped(self.radius * signs, constraint, base, self.clip)
         if not isinstance(constraint, Box):
             raise InputError(
                 f"{type(constraint).__name__} has no random corner; give the corner anchor a radius, or use a LinfBall"

@@ -61,6 +61,21 @@ def uniform_noise(shape, epsilon, generator):
     return -epsilon + 2 * epsilon * torch.rand(shape, generator=generator, dtype=F64)
 
 
+def cube_start(x, epsilon, generator):
+    """U[−ε, ε]^d, then clipped to the input range, as published code has it."""
+    noise = uniform_noise(x.shape, epsilon, generator).to(x)
+    return torch.minimum(torch.maximum(noise, -x), 1 - x)
+
+
+STARTS = {"cube": cube_start, "set": uniform_start}
+"""What a problem's ``draw`` means; "cube" is the default."""
+
+
+def drawing(draw):
+    """The arguments that ask for it: none for the default."""
+    return {} if draw == "cube" else {"draw": draw}
+
+
 def by_sample(value, like):
     return value.reshape(-1, *[1] * (like.ndim - 1))
 
@@ -273,10 +288,10 @@ def play(v, problem, solver, update, epochs=3, rtol=1e-9, atol=1e-11):
     return memory
 
 
-def gaussian_start(s):
-    """0.001 · N(0, I), which the library projects before the first gradient."""
-    noise = torch.randn(s.x.shape, generator=seeded(s.seed), dtype=F64)
-    return clip(1e-3 * noise, s.x, s.epsilon)
+def gaussian_start(s, clipped=False):
+    """0.001 · N(0, I); ``clipped``: projected before the first gradient."""
+    noise = 1e-3 * torch.randn(s.x.shape, generator=seeded(s.seed), dtype=F64)
+    return clip(noise, s.x, s.epsilon) if clipped else noise
 
 
 def kl(p_model, q_model):

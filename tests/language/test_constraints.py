@@ -184,3 +184,45 @@ def test_a_ball_of_radius_zero_holds_everything(ball):
     step = HessianFreeKKT().hypergradient(problem, dense(6, 5, 3), batch_of(3, 6))
     assert step.implicit_norm == 0 and (step.solution.delta == 0).all()
     assert hypergradcheck(problem, HessianFreeKKT(), dense(6, 5, 3), batch_of(3, 6), rtol=1e-6, eps=1e-5)
+
+
+def test_a_range_is_the_input_range_alone():
+    x, delta = torch.rand(5, 2, 3, dtype=F64), 2 * torch.randn(5, 2, 3, dtype=F64)
+    everything = ba.Range()
+    assert torch.equal(everything.project(delta, x), torch.minimum(torch.maximum(delta, -x), 1 - x))
+    wide = ba.LinfBall(10.0)
+    at, gradient = everything.project(delta, x), torch.randn_like(delta)
+    assert torch.equal(at, wide.project(delta, x))
+    assert (
+        torch.equal(everything.active(at, x).free, wide.active(at, x).free) and not everything.active(at, x).free.all()
+    )
+    for set_ in (everything, wide):
+        assert torch.equal(set_.strict_complementarity(at, x, gradient), wide.strict_complementarity(at, x, gradient))
+    assert torch.equal(
+        everything.sample(x, torch.Generator().manual_seed(0)), wide.sample(x, torch.Generator().manual_seed(0))
+    )
+    assert everything.unbounded() == ba.Range(None) and ba.Range((-1, 2)).bounds == (-1.0, 2.0)
+    assert getattr(everything, "radius", None) is None
+    with pytest.raises(ba.InputError, match=r"takes inputs in \[0, 1\]"):
+        everything.project(delta, x + 1)
+    with pytest.raises(ba.InputError, match=r"bounds are \(1, 0\)"):
+        ba.Range((1, 0))
+
+
+def test_a_range_without_bounds_is_all_of_space():
+    x, delta = 100 * torch.randn(5, 3, dtype=F64), 2 * torch.randn(5, 3, dtype=F64)
+    space = ba.Range(None)
+    assert torch.equal(space.project(delta, x), delta) and space.active(delta, x).free.all()
+    assert (space.strict_complementarity(delta, x, delta) == torch.inf).all()
+    with pytest.raises(ba.InputError, match="all of space, which has no uniform draw"):
+        space.sample(x)
+
+
+@pytest.mark.parametrize("bounds", [(0.0, 1.0), None])
+def test_hypergradients_in_a_range(bounds):
+    lower = ba.Linearized(ATK, ba.Range(bounds), "zero", "taylor", 3.0)
+    problem, model, batch = ba.BilevelProblem(ba.UpperProblem(), lower), dense(6, 5, 3), batch_of(4, 6)
+    step = HessianFreeKKT().hypergradient(problem, model, batch)
+    inside = step.solution.delta + batch.x
+    assert step.implicit_norm > 1e-3 and (bounds is None or ((inside == 0) | (inside == 1)).any())
+    assert hypergradcheck(problem, HessianFreeKKT(), model, batch, eps=1e-5, rtol=1e-6)

@@ -16,24 +16,32 @@ from bilevel_at.solvers import ZeroIG
 from bilevel_at.testing import strategies as bst
 
 
+@pytest.mark.parametrize("follow", [False, True])
 @examples(0.3)
 @given(
     v=visits(), c=st.floats(0.05, 3.0), momentum=st.floats(0.0, 0.9), top=st.floats(0.6, 4.0), warm=st.integers(0, 2)
 )
-def test_atas(v, c, momentum, top, warm):
-    """Algorithm 1 with what the published code adds: a constant step ε at first, and steps clipped to ε/2 … 7ε/4."""
+def test_atas(follow, v, c, momentum, top, warm):
+    """Algorithm 1 with what the published code adds: a constant step ε at first, and steps in a range.
+
+    v begins after the warm-up, or with ``follow`` follows its gradients too.
+    """
 
     def update(memory, batch, epoch):
         z = memory.start(batch)
         gradient = ce_gradient(v.twin, batch.x + z, batch.y)
-        followed = memory.follow(batch.index, gradient, momentum)
+        if follow or epoch >= warm:
+            memory.follow(batch.index, gradient, momentum)
+        followed = memory.v[batch.index]
         alpha = top * v.epsilon * c / (c + followed.sqrt())
         alpha = torch.full_like(alpha, v.epsilon) if epoch < warm else alpha.clamp(v.epsilon / 2, 7 * v.epsilon / 4)
         delta = clip(z + by_sample(alpha, z) * gradient.sign(), batch.x, v.epsilon)
         memory.store(batch, delta)
         return delta
 
-    problem = atas.problem(v.epsilon, top * v.epsilon, c, momentum, warmup_epochs=warm)
+    clipped = {"shortest": v.epsilon / 2, "longest": 7 * v.epsilon / 4, "warmup_epochs": warm}
+    following = {"follow_warmup": True} if follow else {}
+    problem = atas.problem(v.epsilon, top * v.epsilon, c, momentum, **clipped, **following)
     memory = play(v, problem, atas.solver(), update)
     torch.testing.assert_close(problem.lower.step.memory.values[: len(v.x)], memory.v, rtol=1e-9, atol=1e-15)
 
@@ -104,8 +112,10 @@ def test_recursion_is_algorithm_1(data, epsilon, c, beta):
     torch.testing.assert_close(lower.step.memory.values[:n], v)
 
 
-def test_published_constants():
-    problem = atas.problem(epsilon=8 / 255)
+@pytest.mark.parametrize("level", [8, 4])
+def test_published_constants(level):
+    """The range of the steps is the same at every ε; the warm-up's step is ε."""
+    problem = atas.problem(epsilon=level / 255)
     lower = problem.lower
     step = lower.step
     assert step.gamma / step.c == pytest.approx(16 / 255) and step.c == pytest.approx(0.01 * 128) and step.beta == 0.5
@@ -114,7 +124,7 @@ def test_published_constants():
     gradient = torch.full((2, 3), 1e-9)
     batch = ba.Batch(torch.rand(2, 3), torch.zeros(2).long(), torch.arange(2))
     problem.set_epoch(0, 30)
-    assert lower.step.size(batch, gradient) == pytest.approx(8 / 255)  # warm-up
+    assert lower.step.size(batch, gradient) == pytest.approx(level / 255)  # warm-up
     problem.set_epoch(5, 30)
     assert lower.step.size(batch, gradient).tolist() == pytest.approx([14 / 255] * 2)  # clipped from 16
     assert lower.step.size(batch, 1e9 * gradient * 1e9).tolist() == pytest.approx([4 / 255] * 2)

@@ -54,8 +54,10 @@ def crop(canvas, top, left, flip, side):
 @given(v=visits(image=(1, 3, 3)), padding=st.integers(1, 2), draws=bst.seeds)
 def test_perturbations_move_with_the_crop_and_flip(file, v, padding, draws):
     """ATTA's augmentation: the canvas is remembered, each visit sees and rewrites the window that its image does."""
-    side, c = 3, 0.7
-    problem = atta.problem(v.epsilon, 0.4 * v.epsilon) if file is atta else atas.problem(v.epsilon, v.epsilon, c=c)
+    side, c, steps = 3, 0.7, {"shortest": v.epsilon / 2, "longest": 7 * v.epsilon / 4}
+    problem = (
+        atta.problem(v.epsilon, 0.4 * v.epsilon) if file is atta else atas.problem(v.epsilon, v.epsilon, c=c, **steps)
+    )
     generator, mirror, crops = seeded(v.seed + 1), seeded(v.seed + 1), seeded(draws)
     canvases, squares = {}, torch.zeros(len(v.x), dtype=F64)
     for epoch, index in v.epochs(3):

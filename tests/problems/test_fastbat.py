@@ -15,13 +15,16 @@ from torch import nn
 from torch.nn import functional as F
 from transcriptions import (
     SECOND,
+    STARTS,
     assert_same,
     bat_terms,
     bat_weights,
     ce,
     ce_gradient,
     clip,
+    cube_start,
     descend,
+    drawing,
     library_step,
     norm,
     relative_error,
@@ -44,7 +47,7 @@ def anchor_of(scheme, model, x, y, epsilon, step, generator, drawn):
     """Remark 2's four linearisation points; ``drawn`` is the library's where only its distribution is prescribed."""
     if scheme == "corner":
         return drawn
-    start = uniform_start(x, epsilon, generator)
+    start = cube_start(x, epsilon, generator)
     if scheme == "gradient-step":
         return clip(start + step * ce_gradient(model, x + start, y), x, epsilon)
     if scheme == "sign-step":
@@ -113,7 +116,7 @@ def test_fast_bat_hessian_aware(s, step, weight):
     """Proposition 1 as displayed, with H = ∇²_δδ ℓ_atk(θ, δ*) + λI dense, and a test that it is not Corollary 1."""
     problem = fastbat.problem(s.epsilon, step)
     solver = fastbat.solver("full-kkt", s.epsilon, step, ig_factor=weight * step)
-    z0 = uniform_start(s.x, s.epsilon, seeded(s.seed))
+    z0 = cube_start(s.x, s.epsilon, seeded(s.seed))
     z = clip(z0 + step * ce_gradient(s.twin, s.x + z0, s.y), s.x, s.epsilon)
     terms = bat_terms(s.twin, s.x, s.y, z, step, s.epsilon)
     d = s.x[0].numel()
@@ -167,17 +170,18 @@ SCHEMES = {
 }
 
 
+@pytest.mark.parametrize("draw", STARTS)
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_fast_bat_with_each_linearisation_scheme(scheme):
+def test_fast_bat_with_each_linearisation_scheme(scheme, draw):
     """Equations 9 and 14 of the paper with its four schemes (Table A4), transcribed."""
     model, x, y = network()
     step, batch = 0.5, ba.Batch(x, y)
-    problem = fastbat.problem(epsilon=0.1, step=step, anchor=scheme)
+    problem = fastbat.problem(epsilon=0.1, step=step, anchor=scheme, **drawing(draw))
     hyper = HessianFreeKKT(ig_weight=0.3).hypergradient(
         problem, model, batch, generator=torch.Generator().manual_seed(1)
     )
 
-    z = SCHEMES[scheme](model, x, y, ba.LinfBall(0.1).sample(x, torch.Generator().manual_seed(1)), step)
+    z = SCHEMES[scheme](model, x, y, STARTS[draw](x, 0.1, torch.Generator().manual_seed(1)), step)
     low, high = ba.LinfBall(0.1).box(x)
     u = z + step * ce_gradient(model, x + z, y)
     delta = torch.clamp(u, low, high)

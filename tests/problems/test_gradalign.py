@@ -11,11 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transcriptions import (
     F64,
+    STARTS,
     Scene,
     assert_same,
     ce,
     ce_gradient,
     descend_on,
+    drawing,
     library_step,
     norm,
     scenes,
@@ -23,7 +25,6 @@ from transcriptions import (
     sign_step,
     steep_network,
     uniform_noise,
-    uniform_start,
 )
 
 import bilevel_at as ba
@@ -53,10 +54,10 @@ def gradalign_loss(model, x, y, delta, eta, coefficient, clean=None):
     return loss + coefficient * torch.stack(terms).mean() if terms else loss
 
 
-def gradalign_by_hand(s, steps, start, detach, coefficient):
+def gradalign_by_hand(s, steps, start, detach, coefficient, draw="cube"):
     """δ* and the loss, with the draws in the order anchor, η; from zero the anchor draws nothing."""
     generator = seeded(s.seed)
-    delta = torch.zeros_like(s.x) if start == "zero" else uniform_start(s.x, s.epsilon, generator)
+    delta = torch.zeros_like(s.x) if start == "zero" else STARTS[draw](s.x, s.epsilon, generator)
     for _ in range(steps):
         delta = sign_step(s.twin, s.x, s.y, delta, (1.25 if steps == 1 else 0.5) * s.epsilon, s.epsilon)
     eta = uniform_noise(s.x.shape, s.epsilon, generator)
@@ -65,13 +66,16 @@ def gradalign_by_hand(s, steps, start, detach, coefficient):
 
 
 @pytest.mark.parametrize("detach", [True, False])
-@pytest.mark.parametrize(("steps", "start"), [(1, "zero"), (1, "uniform"), (2, "zero"), (2, "uniform")])
+@pytest.mark.parametrize(
+    ("steps", "start", "draw"),
+    [(1, "zero", "cube"), (1, "uniform", "cube"), (1, "uniform", "set"), (2, "zero", "cube"), (2, "uniform", "cube")],
+)
 @examples(0.3)
 @given(s=scenes(), coefficient=st.floats(0.05, 5.0))
-def test_gradalign(steps, start, detach, s, coefficient):
-    problem = gradalign.problem(s.epsilon, coefficient, steps, start, detach=detach)
+def test_gradalign(steps, start, draw, detach, s, coefficient):
+    problem = gradalign.problem(s.epsilon, coefficient, steps, start, detach=detach, **drawing(draw))
     taken = library_step(problem, gradalign.solver(), s.model, s.batch, s.lr, seeded(s.seed))
-    delta, loss = gradalign_by_hand(s, steps, start, detach, coefficient)
+    delta, loss = gradalign_by_hand(s, steps, start, detach, coefficient, draw)
     torch.testing.assert_close(taken.solution.delta, delta, rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(taken.loss, loss.detach(), rtol=1e-10, atol=1e-12)
     descend_on(s.twin, loss, s.lr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from examples import examples
 from hypothesis import given
@@ -22,13 +23,16 @@ from transcriptions import (
 from bilevel_at.problems import standard, trades
 
 
+@pytest.mark.parametrize("clipped", [False, True])
 @examples(0.3)
 @given(s=scenes(kinks=True), steps=st.integers(1, 3), weight=st.floats(0.1, 8.0))
-def test_trades(s, steps, weight):
+def test_trades(clipped, s, steps, weight):
     """ℓ(x) + weight · KL(f(x) ‖ f(x + δ*)) with gradients through both arguments; δ* by sign steps up the KL."""
-    problem = trades.problem(s.epsilon, weight, steps)
+    problem = trades.problem(s.epsilon, weight, steps, **({"clip_start": True} if clipped else {}))
     taken = library_step(problem, trades.solver(), s.model, s.batch, s.lr, seeded(s.seed))
-    delta, reference = gaussian_start(s), s.twin(s.x).detach()
+    delta, reference = gaussian_start(s, clipped), s.twin(s.x).detach()
+    if steps == 1:
+        torch.testing.assert_close(taken.solution.anchor, delta, rtol=1e-12, atol=1e-15)
     for _ in range(steps):
         gradient = input_gradient(lambda at: kl(reference, s.twin(at)), s.x + delta)
         delta = clip(delta + s.epsilon / 4 * gradient.sign(), s.x, s.epsilon)
