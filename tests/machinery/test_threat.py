@@ -180,9 +180,9 @@ def test_nfgsm_is_chosen_and_evaluated_at_the_radius_it_is_to_withstand(capsys):
     assert written["feasible_set"] == "Range(bounds=(0.0, 1.0), tol=None)"
     assert all((e["norm"], e["epsilon"]) == ("linf", EPS) for name, e in results("nfgsm").items() if name != "clean")
     model, (train, test) = ba.load("nfgsm"), load_data("digits")
-    found = evaluate(model, test.sample(100), ["clean", "fgsm", "pgd-5-2"], EPS, checks=0)
-    assert {k: s.accuracy for k, s in found.items()} == {k: results("nfgsm")[k]["accuracy"] for k in found}
-    assert found["pgd-5-2"].accuracy > 0.15
+    scores = evaluate(model, test.sample(100), ["clean", "fgsm", "pgd-5-2"], EPS, checks=0)
+    assert {k: s.accuracy for k, s in scores.items()} == {k: results("nfgsm")[k]["accuracy"] for k in scores}
+    assert scores["pgd-5-2"].accuracy > 0.15
     lines = [json.loads(line) for line in Path("nfgsm", "metrics.jsonl").read_text().splitlines()]
     best = max(lines, key=lambda line: (line["robust"], line["clean"], line["epoch"]))
     _, held_out = train.split(0.1)
@@ -229,10 +229,10 @@ def test_a_set_of_one_s_own_trains_and_is_reported_by_its_name():
         assert (entry["norm"], entry.get("threat", "")) == (None, "" if name == "clean" else "Diamond(size=0.8)")
         assert entry["outside"] == 0 and entry["accuracy"] <= entries["clean"]["accuracy"]
     assert entries["pgd-5-2"]["accuracy"] < entries["clean"]["accuracy"]
-    found = evaluate(
+    scores = evaluate(
         ba.load("mine"), load_data("digits")[1].sample(100), ["pgd-5-2"], constraint=Diamond(0.8), checks=0
     )
-    assert found["pgd-5-2"].accuracy == entries["pgd-5-2"]["accuracy"]
+    assert scores["pgd-5-2"].accuracy == entries["pgd-5-2"]["accuracy"]
 
 
 def test_its_run_is_evaluated_by_naming_the_problem_file_and_never_otherwise():
@@ -348,9 +348,9 @@ def test_names_and_what_is_the_same_threat():
 def test_results_in_several_sets_do_not_share_a_name():
     model, x = linear(), torch.rand(6, 1, 4, 4)
     data = x, model(x).argmax(1)
-    found = evaluate(model, data, ["clean", "fgsm"], [0.1, 0.3], constraint=Cube(0.3), checks=0)
-    assert list(found) == ["clean", "fgsm@0.1", "fgsm@0.3", "fgsm@Cube(radius=0.3)"]
-    assert found["fgsm@Cube(radius=0.3)"].threat == "Cube(radius=0.3)" and found["fgsm@0.3"].threat == ""
+    scores = evaluate(model, data, ["clean", "fgsm"], [0.1, 0.3], constraint=Cube(0.3), checks=0)
+    assert list(scores) == ["clean", "fgsm@0.1", "fgsm@0.3", "fgsm@Cube(radius=0.3)"]
+    assert scores["fgsm@Cube(radius=0.3)"].threat == "Cube(radius=0.3)" and scores["fgsm@0.3"].threat == ""
     balls = evaluate(model, data, ["fgsm"], 0.3, constraint=ba.L2Ball(0.3, (0, 1)), checks=0)
     assert set(balls) == {"fgsm@0.3", "fgsm-l2@0.3"}
     assert Attack("mine", Diamond(0.1)).threat == Threat.of(Diamond(0.1))
