@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 PROPERTIES = ("tests/language/test_hypergradient.py",)
 ANCHORS = ("tests/language/test_anchors.py",)
+POLICIES = ("tests/language/test_policy.py",)
 
 # What is broken, in which file, the text before and after, and the tests that must notice it.
 MUTATIONS = [
@@ -34,9 +35,9 @@ MUTATIONS = [
     ),
     (
         "the point of the cross derivative",
-        "bilevel_at/lower.py",
-        'if at == "solution" and not steady',
-        "if not steady",
+        "bilevel_at/solver.py",
+        'if self.cross_at == "anchor" or gradient is None',
+        "if gradient is None",
         PROPERTIES,
     ),
     (
@@ -46,7 +47,7 @@ MUTATIONS = [
         "active.tangent(v) * per_sample(diagonal, v)",
         PROPERTIES,
     ),
-    ("λ of the closed form", "bilevel_at/lower.py", "batch, 1 / step, step,", "batch, step, step,", PROPERTIES),
+    ("λ of the closed form", "bilevel_at/lower.py", "lam = 1 / step\n", "lam = step\n", PROPERTIES),
     (
         "the ℓ2 ball's curvature",
         "bilevel_at/constraints.py",
@@ -56,7 +57,7 @@ MUTATIONS = [
     ),
     (
         "the diagonal in conjugate gradients",
-        "bilevel_at/linear.py",
+        "solvers/linear.py",
         "else product + scaled)",
         "else product)",
         PROPERTIES,
@@ -71,11 +72,34 @@ MUTATIONS = [
     (
         "the mean over the batch",
         "bilevel_at/solver.py",
-        "objective = losses.mean()",
-        "objective = losses.sum()",
+        "losses.mean() * scale",
+        "losses.sum() * scale",
         PROPERTIES,
     ),
     ("the last epoch's exception", "bilevel_at/anchors.py", " and epoch != epochs - 1", "", ANCHORS),
+    ("that a step is observed", "bilevel_at/solver.py", "        problem.observe(step)\n", "", POLICIES),
+    ("that each policy is told once", "bilevel_at/policy.py", "        seen.add(id(value))\n", "", POLICIES),
+    (
+        "v during the warm-up",
+        "bilevel_at/steps.py",
+        "(self.follow_warmup or not self.warming_up)",
+        "True",
+        ("tests/language/test_steps.py",),
+    ),
+    (
+        "the class of what is remembered",
+        "bilevel_at/targeted.py",
+        "index=wide.index * classes + targets.flatten()",
+        "index=wide.index",
+        ("tests/language/test_targeted.py",),
+    ),
+    (
+        "the reference of the divergence",
+        "bilevel_at/problem.py",
+        "contextlib.nullcontext() if differentiable else no_graph()",
+        "contextlib.nullcontext()",
+        ("tests/language/test_losses.py",),
+    ),
 ]
 
 

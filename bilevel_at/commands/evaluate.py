@@ -14,16 +14,17 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from ..constraints import Constraint
 from ..data import ImageSet
 from ..errors import InputError
-from ..evaluate.attacks import ATTACKS, Attack, ball
+from ..evaluate.attacks import ATTACKS, Attack
 from ..evaluate.evaluation import attacks_at
-from ..evaluate.radius import radius_text
-from ..evaluate.result import Finding, Score
+from ..evaluate.result import Finding, Score, result_name
 from ..evaluate.robust import Trace
+from ..evaluate.threat import SEEN, Threat, ball, check_set, norm_of
 from ..runs.doubts import record_checks
 from ..runs.evaluations import Store, remember_command
-from ..runs.model_files import ModelFiles
+from ..runs.named_files import NamedFiles
 from . import flags
 from .device import resolve_device
 from .options import EvaluateOptions
@@ -54,27 +55,31 @@ def command(args: Sequence[str]) -> int:
     values = flags.parse(flags.flags_of(EvaluateOptions), args[1:], f"python -m {PROG} {args[0]}", about)
     options = EvaluateOptions(**values)
     device = resolve_device(options.device)
-    files = ModelFiles(options.model_file)
+    files = NamedFiles(options.problem_file)
     target, images = find_target(Path(args[0]), options, files)
     images = images.to(device)
-    norm, radii = _balls(args[0], options, target)
-    attacks = attacks_at(options.attacks, [ball(norm, radius) for radius in radii], options.seed, files.load)
+    spaces = _spaces(args[0], options, target)
+    for space in spaces:
+        if norm_of(space) is None:
+            check_set(space, images[slice(0, SEEN)].pixels())
+    attacks = attacks_at(options.attacks, spaces, options.seed, files.load)
     target.check()
-    usual = target.epsilon if norm == target.norm else None
     if not target.run.exists:
         target.run.write_config(target.about)
 
     console = Console()
-    told = f"{len(images)} test images on {device}"
-    console.print(f"{args[0]}: {', '.join(target.names)}; {told}; {norm}", highlight=False, markup=False)
-    job = Job(target, images, attacks, options, norm, usual if usual is not None else -1.0, console)
+    about_images = f"{len(images)} test images on {device}"
+    opening = f"{args[0]}: {', '.join(target.names)}; {about_images}; {_threats(spaces, target)}"
+    console.print(opening, highlight=False, markup=False)
+    job = Job(target, images, attacks, options, spaces, console)
     try:
         found = {name: job.evaluate(name) for name in target.names}
     except KeyboardInterrupt:
         same_command = "the same command" + (" without --again" if options.again else "")
         raise KeyboardInterrupt(f"what is done is in {target.run}; {same_command} goes on") from None
     remember_command(target.run, [PROG, *args])
-    console.print(job.table(found))
+    for table in job.tables(found):
+        console.print(table)
     for name in target.names:
         for finding in job.said.get(name, []):
             console.print(f"warning ({name}): {finding}", highlight=False, markup=False, soft_wrap=True)
@@ -87,16 +92,26 @@ def command(args: Sequence[str]) -> int:
     return 0
 
 
-def _balls(name: str, options: EvaluateOptions, target: Target) -> tuple[str, list[float]]:
-    """(norm, radii) to attack in: those of the flags, or else of the training."""
-    norm = options.norm or target.norm
-    same = norm == target.norm
-    radii = options.epsilon or (() if target.epsilon is None or not same else (target.epsilon,))
-    if not radii and not same and target.norm:
-        raise InputError(f"{name} was trained in {target.norm}; for --norm {norm} give --epsilon, too")
-    if norm is None or (not radii and set(options.attacks) != {"clean"}):
+def _spaces(name: str, options: EvaluateOptions, target: Target) -> list[Constraint]:
+    """The sets to attack in: balls, where the flags say so, or else the threat of the run; none for clean accuracy."""
+    threat, clean_only = target.threat or Threat(), set(options.attacks) == {"clean"}
+    norm = options.norm or threat.norm
+    if not options.epsilon and norm == threat.norm:
+        if not threat.is_ball:
+            return [] if clean_only else [target.space()]
+        if norm is not None and threat.epsilon is not None:
+            return [ball(norm, threat.epsilon)]
+    elif not options.epsilon and threat != Threat():
+        raise InputError(f"the threat of {name} is {threat}; for --norm {norm} give --epsilon, too")
+    if norm is None or (not options.epsilon and not clean_only):
         raise InputError(f"{name} does not say which ball to attack in; give --norm linf and --epsilon 8/255, say")
-    return norm, list(dict.fromkeys(radii))
+    return [ball(norm, radius) for radius in dict.fromkeys(options.epsilon)]
+
+
+def _threats(spaces: Sequence[Constraint], target: Target) -> str:
+    """What is attacked in: the norm of balls, or the name of another set."""
+    threats = [Threat.of(space) for space in spaces] or [target.threat or Threat("linf")]
+    return ", ".join(dict.fromkeys(threat.norm or str(threat) for threat in threats))
 
 
 class Job:
@@ -108,12 +123,12 @@ class Job:
         images: ImageSet,
         attacks: Sequence[Attack],
         options: EvaluateOptions,
-        norm: str,
-        usual: float,
+        spaces: Sequence[Constraint],
         console: Console,
     ) -> None:
         self.target, self.images, self.attacks, self.options = target, images, attacks, options
-        self.norm, self.usual, self.console = norm, usual, console
+        self.spaces, self.console = spaces, console
+        self.usual = target.threat or Threat("linf")
         self.data = images.sha256()[:16]
         self.said: dict[str, list[Finding]] = {}
         self.unions: dict[str, float] = {}
@@ -127,7 +142,6 @@ class Job:
             model,
             self.images,
             usual=self.usual,
-            norm=self.target.norm,
             seed=self.options.seed,
             batch_size=self.options.batch_size,
             data=self.data,
@@ -148,42 +162,58 @@ class Job:
                 self.console.print(said, highlight=False, markup=False)
                 found[key] = score
             bar = bars.add_task(f"{name}: checks", total=None, said="")
-            radius = self.usual if self.usual > 0 else max((a.epsilon for a in self.attacks), default=0.0)
+            checked = self._checked()
             self.said[name] = record_checks(
                 self.target.run,
                 store,
                 self.images,
-                self.norm,
-                radius,
+                checked,
                 self.options.checks,
-                key=name if self.norm == self.target.norm else f"{name}-{self.norm}",
+                key=name
+                if not self.spaces or norm_of(checked) in (None, self.usual.norm)
+                else f"{name}-{norm_of(checked)}",
                 again=self.options.again,
                 progress=lambda what: bars.update(bar, said=what),
             )
-        here = [t.correct for key, t in store.traces.items() if store.attacks[key].epsilon in (0.0, self.usual)]
+        here = [t.correct for key, t in store.traces.items() if store.is_in(key, self.usual)]
         if len(here) > 1:
             self.unions[name] = torch.stack(here).all(0).float().mean().item()
         return found
 
-    def table(self, found: dict[str, dict[str, Score]]) -> Table:
-        """Attacks by networks, in %, with the worst case of all at the usual radius."""
-        radius = f" at ε = {radius_text(self.usual)}" if self.usual >= 0 else ""
-        title = f"accuracy under attack{radius}, {self.norm} ({len(self.images)} images)"
-        table = Table(title=title, min_width=len(title) + 2)
-        table.add_column("attack")
-        for name in found:
-            table.add_column(name.replace("_", " "), justify="right")
-        keys = list(dict.fromkeys(key for scores in found.values() for key in scores))
-        for key in keys:
-            table.add_row(
-                escape(key), *(f"{scores[key].accuracy:.1%}" if key in scores else "" for scores in found.values())
-            )
-        if self.unions:
-            table.add_section()
-            table.add_row(
-                "all together", *(f"{self.unions[name]:.1%}" if name in self.unions else "" for name in found)
-            )
-        return table
+    def _checked(self) -> Constraint:
+        """The set that the checks attack in: the run's threat, or else the largest ball of the command."""
+        sizes = [getattr(space, "radius", None) or 0.0 for space in self.spaces]
+        largest = max(zip(sizes, range(len(sizes)), strict=True), default=None)
+        asked = [Threat.of(space) for space in self.spaces]
+        if self.usual.norm is not None and self.usual.epsilon and all(t.norm in (None, self.usual.norm) for t in asked):
+            return ball(self.usual.norm, self.usual.epsilon)
+        return ball(self.usual.norm or "linf", 0.0) if largest is None else self.spaces[largest[1]]
+
+    def tables(self, scores: dict[str, dict[str, Score]]) -> list[Table]:
+        """A table for each threat, attacks by networks, in %; the run's own has the worst case of all attacks."""
+        asked = [Threat.of(space) for space in self.spaces]
+        threats: list[Threat | None] = [*{threat.key: threat for threat in asked}.values()]
+        keys = {result_name(attack, self.usual): attack.threat for attack in self.attacks}
+        tables = []
+        for threat in threats or [None]:
+            what = "accuracy" if threat is None else f"accuracy under attack {threat.at}"
+            title = f"{what} ({len(self.images)} images)"
+            table = Table(title=escape(title), min_width=len(title) + 2)
+            table.add_column("attack")
+            for name in scores:
+                table.add_column(name.replace("_", " "), justify="right")
+            for key in dict.fromkeys(key for found in scores.values() for key in found):
+                own = keys.get(key.partition("[n=")[0])
+                if own is not None and threat is not None and own.key != threat.key:
+                    continue
+                cells = (f"{found[key].accuracy:.1%}" if key in found else "" for found in scores.values())
+                table.add_row(escape(key), *cells)
+            if self.unions and threat is not None and threat.key == self.usual.key:
+                table.add_section()
+                shares = (f"{self.unions[name]:.1%}" if name in self.unions else "" for name in scores)
+                table.add_row("all together", *shares)
+            tables.append(table)
+        return tables
 
 
 def _show(bars: Progress, bar: Any, which: str, name: str, stage: str, done: int, of: int, trace: Trace) -> None:

@@ -74,8 +74,8 @@ class EvaluateOptions:
     """The flags.
 
     attacks: what to attack with: clean, fgsm, pgd-50-10, beta-30, autoattack, ...; --list has them all.
-    epsilon: radius of the ball, or several for a curve; that of the training if not given.
-    norm: linf or l2; that of the training if not given.
+    epsilon: radius of the ball, or several for a curve; that of the run's threat if not given.
+    norm: linf or l2; that of the run's threat if not given.
     which: checkpoints of the run; all that it has if not given.
     examples: attack this many test examples only.
     checks: examples that the checks for masked gradients look at; 0 for none.
@@ -83,7 +83,7 @@ class EvaluateOptions:
     data_dir: the run's own if not given.
     download: fetch a named data set that is not there.
     model: the network that the weights belong to.
-    model_file: the problem file that defines the network of a run (or of transfer:RUN); it is run.
+    problem_file: the problem file of a run (or of transfer:RUN) that defines its network or threat; it is run.
     activation: of that network.
     mean: per channel, where the weights do not say how inputs are normalised.
     std: per channel, likewise.
@@ -104,7 +104,7 @@ class EvaluateOptions:
     data_dir: str | None = None
     download: bool = True
     model: str | None = None
-    model_file: tuple[str, ...] = ()
+    problem_file: tuple[str, ...] = ()
     activation: ActivationName = "relu"
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()

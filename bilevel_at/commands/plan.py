@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,7 @@ from torch import nn
 from ..constraints import Constraint
 from ..data import DATA_NAMES, ImageSet
 from ..errors import InputError
-from ..evaluate import Attack, norm_of
+from ..evaluate import Threat, set_name
 from ..models import MODELS
 from ..problem import BilevelProblem
 from ..runs.problem_file import ProblemFile, packaged_problems
@@ -44,9 +43,24 @@ class Plan:
     problem_arguments: dict[str, Any]
     command: list[str]
 
+    @property
+    def threat(self) -> Constraint:
+        """What the network is to withstand; :class:`InputError` where the problem does not say."""
+        try:
+            return self.problem.threat
+        except InputError as error:
+            raise InputError(f"{self.file.path}: {error}") from None
+
+    @property
+    def feasible_set(self) -> str | None:
+        """The set that the training attacker is projected on, by name, where it is not the threat."""
+        feasible = getattr(self.problem.lower, "constraint", None)
+        if feasible is None or Threat.of(feasible).key == Threat.of(self.threat).key:
+            return None
+        return set_name(feasible)
+
     def config(self, model: nn.Module, train: ImageSet) -> dict[str, Any]:
         """``config.json``: what is needed to repeat the run."""
-        constraint = getattr(self.problem.lower, "constraint", None)
         return {
             "command": self.command,
             "file": str(self.file.path),
@@ -54,7 +68,8 @@ class Plan:
             "problem": self.problem_arguments,
             "solver": {"name": type(self.solver).__name__, **vars(self.solver)},
             "options": {k: v for k, v in vars(self.options).items() if k not in ("out", "problem", "resume")},
-            "constraint": {"norm": norm_of(constraint), "epsilon": _radius(constraint)},
+            "constraint": Threat.of(self.threat).asdict(),
+            **({} if self.feasible_set is None else {"feasible_set": self.feasible_set}),
             "model": self.options.model,
             "activation": self.options.activation,
             "parameters": sum(p.numel() for p in model.parameters()),
@@ -144,12 +159,6 @@ def known_names() -> str:
     for group, names in groups.items():
         lines += [group, *(f"  {name:<{width}}  {about}" for name, about in names.items())]
     return "\n".join(lines)
-
-
-def _radius(constraint: Constraint | None) -> float | None:
-    """The constraint's radius; None where it has none."""
-    radius = Attack("", constraint).epsilon
-    return None if constraint is None or math.isnan(radius) else radius
 
 
 def _peek(args: Sequence[str], name: str) -> str | None:

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from ..batch import Batch
-from ..constraints import Constraint
 from ..data import ImageSet, load_data
 from ..errors import InputError
-from ..evaluate import Attack, attack_from_name
+from ..evaluate import Attack, Threat, attack_from_name, norm_of
+from ..evaluate.threat import check_set
 from ..models import build_model
 from ..runs.networks import load
 from .device import resolve_device
@@ -32,7 +32,7 @@ class Prepared:
     train, held_out, test: the images.
     attacks: of the final table.
     select: the attack on the held-out images that picks the best epoch.
-    constraint: where the attacker may move.
+    threat: what the network is to withstand.
     """
 
     model: nn.Module
@@ -41,12 +41,7 @@ class Prepared:
     test: ImageSet
     attacks: Sequence[Attack]
     select: Attack
-    constraint: Constraint
-
-    @property
-    def epsilon(self) -> float:
-        """The radius of the constraint."""
-        return self.constraint.radius
+    threat: Threat
 
     @property
     def strongest(self) -> Attack:
@@ -58,15 +53,16 @@ def prepare(plan: Plan) -> Prepared:
     """Load the images, make the attacks and the network, and try one step. :class:`InputError` for what cannot work."""
     options = plan.options
     device = resolve_device(options.device)
-    constraint = getattr(plan.problem.lower, "constraint", None)
-    if constraint is None:
-        raise InputError(f"{plan.file.path}: the lower problem has no constraint")
-    attacks = [attack_from_name(name, constraint, surrogates=load) for name in dict.fromkeys(options.attacks)]
-    select = attack_from_name(options.select, constraint, surrogates=load)
+    threat = plan.threat
+    attacks = [attack_from_name(name, threat, surrogates=load) for name in dict.fromkeys(options.attacks)]
+    select = attack_from_name(options.select, threat, surrogates=load)
     train, held_out, test = _images(plan, device)
+    if norm_of(threat) is None:
+        with plan.file.blame("the threat cannot be projected onto: "):
+            check_set(threat, train[slice(0, 4)].pixels())
     model = _network(plan, train)
     _try_a_step(plan, model, train)
-    return Prepared(model, train, held_out, test, attacks, select, constraint)
+    return Prepared(model, train, held_out, test, attacks, select, Threat.of(threat))
 
 
 def _images(plan: Plan, device: torch.device) -> tuple[ImageSet, ImageSet, ImageSet]:

@@ -22,14 +22,14 @@ def _options(
     out: str | None = None,
     measure: bool = True,
     images: tuple[int, ...] = FIRST_IMAGES,
-    model_file: tuple[str, ...] = (),
+    problem_file: tuple[str, ...] = (),
 ) -> None:
     """The flags.
 
     out: folder for index.html and figures/; RUN/report if not given, for several runs a folder report beside the first.
     images: positions of the test images whose loss landscapes are drawn.
     measure: also what needs the networks: loss landscapes, sizes of perturbations.
-    model_file: the problem file that defines the network of a run; it is run. Without it such networks are left out.
+    problem_file: the problem file that defines the network of a run; it is run. Without it such networks are left out.
     """
 
 

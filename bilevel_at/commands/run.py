@@ -8,15 +8,17 @@ The file's ``problem(...)``, and its ``solver(...)`` if there is one, give flags
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from .. import figures
 from ..data import ImageSet
 from ..errors import BilevelError
-from ..evaluate import Score, norm_of
+from ..evaluate import Score, Threat
 from ..runs.checkpoints import weights
 from ..runs.directory import CHECKPOINTS, RunDir
 from ..runs.evaluations import Store
@@ -42,7 +44,7 @@ def run(args: Sequence[str]) -> int:
         resume(run_dir, config, trainer, prepared.test.device)
     else:
         begin(run_dir, config)
-    console.print(_opening(plan, prepared), highlight=False)
+    console.print(_opening(plan, prepared), highlight=False, markup=False)
     try:
         _train(trainer, run_dir, console)
         scores = _evaluate(trainer, run_dir, prepared, console)
@@ -52,8 +54,13 @@ def run(args: Sequence[str]) -> int:
         where = f"(epoch {trainer.done + 1}; what was done is in {run_dir})"
         raise BilevelError(f"{error} {where}", error.samples) from error
     _draw(plan, prepared, run_dir)
-    _close(scores, prepared, run_dir, console)
+    _close(scores, prepared, plan.file.path, run_dir, console)
     return 0
+
+
+def _size(threat: Threat) -> str:
+    """``ε = 0.2`` for a ball, ``threat Diamond(size=0.3)`` for another set."""
+    return f"ε = {threat.epsilon:.4g}" if threat.is_ball else f"threat {threat.name}"
 
 
 def _trainer(plan: Plan, prepared: Prepared) -> Trainer:
@@ -73,8 +80,9 @@ def _trainer(plan: Plan, prepared: Prepared) -> Trainer:
 
 def _opening(plan: Plan, prepared: Prepared) -> str:
     sizes = f"{len(prepared.train)} training, {len(prepared.held_out)} held-out, {len(prepared.test)} test images"
+    size = _size(prepared.threat) + ("" if plan.feasible_set is None else f" (trained in {plan.feasible_set})")
     return (
-        f"{plan.file.path.stem} with {type(plan.solver).__name__}, ε = {prepared.epsilon:.4g}, on {plan.options.data}: "
+        f"{plan.file.path.stem} with {type(plan.solver).__name__}, {size}, on {plan.options.data}: "
         f"{sizes}; {plan.options.model} on {prepared.test.device}"
     )
 
@@ -118,8 +126,7 @@ def _evaluate(trainer: Trainer, run: RunDir, prepared: Prepared, console: Consol
                 run.remove_checkpoint(which)  # it was kept in case
                 continue
             trainer.model.load_state_dict(weights(run.checkpoint(which, test.device)))
-            norm = norm_of(prepared.constraint)
-            store = Store(run, which, trainer.model, test, usual=prepared.epsilon, norm=norm, data=data)
+            store = Store(run, which, trainer.model, test, usual=prepared.threat, data=data)
             scores[which] = {}
             for attack in prepared.attacks:
                 status.update(f"{which} epoch: {attack.name}")
@@ -143,7 +150,7 @@ def _draw(plan: Plan, prepared: Prepared, run: RunDir) -> None:
     figures.examples(prepared.model, prepared.test, prepared.strongest, run.examples)
 
 
-def _close(scores: dict[str, dict[str, Score]], prepared: Prepared, run: RunDir, console: Console) -> None:
+def _close(scores: dict[str, dict[str, Score]], prepared: Prepared, file: Path, run: RunDir, console: Console) -> None:
     """The table, the collapse where there was one, and where everything is."""
     metrics = run.metrics()
     collapse = catastrophic_overfitting(metrics)
@@ -152,21 +159,23 @@ def _close(scores: dict[str, dict[str, Score]], prepared: Prepared, run: RunDir,
         "last": metrics[-1]["epoch"],
         "last_good": collapse.last_good if collapse else 0,
     }
-    console.print(_table(scores, epochs, prepared.test, prepared.epsilon))
+    console.print(_table(scores, epochs, prepared.test, prepared.threat))
     if collapse:
         console.print(str(collapse), highlight=False)
+    more = "--attacks autoattack" if prepared.threat.norm else f"--attacks pgd-100-20 --problem-file {file}"
     console.print(
         f"{run}: config.json, metrics.jsonl, results.json, best.pt, last.pt, figures/; stronger attacks: "
-        f"python -m bilevel_at.evaluate {run} --attacks autoattack",
+        f"python -m bilevel_at.evaluate {run} {more}",
         highlight=False,
         markup=False,
         soft_wrap=True,
     )
 
 
-def _table(scores: dict[str, dict[str, Score]], epochs: dict[str, int], test: ImageSet, epsilon: float) -> Table:
-    title = f"test accuracy at ε = {epsilon:.4g} ({len(test)} images)"
-    table = Table(title=title, min_width=len(title) + 2)
+def _table(scores: dict[str, dict[str, Score]], epochs: dict[str, int], test: ImageSet, threat: Threat) -> Table:
+    where = f"at {_size(threat)}" if threat.is_ball else f"in {threat.name}"
+    title = f"test accuracy {where} ({len(test)} images)"
+    table = Table(title=escape(title), min_width=len(title) + 2)
     table.add_column("epoch")
     for name in scores["best"]:
         table.add_column(name, justify="right")

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from ..constraints import Constraint
 from ..data import ImageSet, load_data
 from ..errors import InputError
+from ..evaluate.threat import Threat
 from ..models import MODELS
 from ..runs.directory import RunDir
-from ..runs.model_files import ModelFiles
+from ..runs.named_files import NamedFiles
 from ..runs.provenance import today, versions
 from .options import EvaluateOptions
 from .weights import network_with_weights
@@ -28,8 +30,7 @@ class Target:
     run: the directory of the results.
     names: best, last, last_good, or model, that of weights from elsewhere.
     about: what config.json says, or will say.
-    norm: of the ball that the network was trained in; None where that is not a ball.
-    epsilon: its radius.
+    threat: what the network is to withstand; None where nothing says.
     network: that of weights from elsewhere.
     files: the problem files that define networks, as far as the user has named them.
     """
@@ -37,15 +38,18 @@ class Target:
     run: RunDir
     names: list[str]
     about: Mapping[str, Any]
-    norm: str | None = None
-    epsilon: float | None = None
+    threat: Threat | None = None
     network: nn.Module | None = None
-    files: ModelFiles = field(default_factory=ModelFiles)
+    files: NamedFiles = field(default_factory=NamedFiles)
 
     def check(self) -> None:
         """Raise :class:`InputError` where the network is one of a problem file that was not named."""
         if self.network is None:
             self.files.network(self.run.path, self.about)
+
+    def space(self) -> Constraint:
+        """The threat as a set, of which the problem file may have to be named; otherwise :class:`InputError`."""
+        return self.files.threat(self.run.path, self.about)
 
     def model(self, name: str) -> nn.Module:
         """The network, in eval mode. Raises :class:`InputError` where the checkpoint is not usable."""
@@ -55,7 +59,7 @@ class Target:
         return self.files.load(self.run.path, which)
 
 
-def find_target(path: Path, options: EvaluateOptions, files: ModelFiles) -> tuple[Target, ImageSet]:
+def find_target(path: Path, options: EvaluateOptions, files: NamedFiles) -> tuple[Target, ImageSet]:
     """What is evaluated, and on which images.
 
     path: what the user has named.
@@ -80,22 +84,24 @@ def _images(options: EvaluateOptions, data: str, data_dir: str, usual: int | Non
     return test if count is None else test.sample(count)
 
 
-def _run(path: Path, options: EvaluateOptions, files: ModelFiles) -> tuple[Target, ImageSet]:
+def _run(path: Path, options: EvaluateOptions, files: NamedFiles) -> tuple[Target, ImageSet]:
     """The networks of a run; :class:`InputError` where it is not one, or has no such checkpoint."""
     for name in ("model", "mean", "std", "out"):
         if getattr(options, name):
             raise InputError(f"--{name} is for weights from elsewhere; {path} is a run, which says so itself")
     run = RunDir(path)
     config = run.config()
-    data, data_dir, test_examples, norm, epsilon = _recorded(path, config)
+    data, data_dir, test_examples, threat = _recorded(path, config)
     if not run.checkpoints:
         raise InputError(f"{path} has no checkpoint yet; bilevel_at.run writes one after its first epoch")
     missing = [which for which in options.which if which not in run.checkpoints]
     if missing:
         present = ", ".join(f"{which}.pt" for which in run.checkpoints)
         raise InputError(f"{path} has no {missing[0]}.pt; it has {present}")
-    if options.model_file and not _transfers(options) and config.get("model") != "file":
-        raise InputError(f"--model-file is for runs whose problem file defines the network; {path} is no such run")
+    if options.problem_file and not _transfers(options) and not files.wanted(config):
+        raise InputError(
+            f"--problem-file is for runs whose problem file defines the network or the threat; {path} is no such run"
+        )
     images = _images(options, options.data or data, options.data_dir or data_dir, test_examples)
     expected = config.get("shape"), config.get("classes")
     if expected != (list(images.shape), images.classes):
@@ -103,22 +109,23 @@ def _run(path: Path, options: EvaluateOptions, files: ModelFiles) -> tuple[Targe
             f"{path} was trained on images of {expected[0]} in {expected[1]} classes; {options.data or data} has "
             f"{list(images.shape)} in {images.classes}"
         )
-    return Target(run, list(options.which or run.checkpoints), config, norm, epsilon, files=files), images
+    return Target(run, list(options.which or run.checkpoints), config, threat, files=files), images
 
 
-def _recorded(path: Path, config: Any) -> tuple[str, str, int | None, str | None, float | None]:
-    """(data, data_dir, test_examples, norm, epsilon) of a run's configuration."""
+def _recorded(path: Path, config: Any) -> tuple[str, str, int | None, Threat | None]:
+    """(data, data_dir, test_examples, threat) of a run's configuration."""
     try:
         options = config["options"]
         data, data_dir, examples = options["data"], options.get("data_dir", "data"), options.get("test_examples")
         constraint = config.get("constraint") or {"norm": "linf", "epsilon": config["problem"].get("epsilon")}
-        norm, epsilon = constraint["norm"], constraint["epsilon"]
+        norm, epsilon, name = constraint["norm"], constraint["epsilon"], constraint.get("name", "")
     except (AttributeError, KeyError, TypeError):
         raise InputError(f"{path}/config.json is not one of bilevel_at.run") from None
     kinds = [(data, str), (data_dir, str), (examples, int | None), (norm, str | None), (epsilon, float | int | None)]
+    kinds.append((name, str))
     if not all(isinstance(value, kind) for value, kind in kinds):
         raise InputError(f"{path}/config.json is not one of bilevel_at.run: data and constraint are not what they were")
-    return data, data_dir, examples, norm, epsilon
+    return data, data_dir, examples, Threat.read(constraint)
 
 
 def _weights(path: Path, options: EvaluateOptions) -> tuple[Target, ImageSet]:
@@ -127,8 +134,8 @@ def _weights(path: Path, options: EvaluateOptions) -> tuple[Target, ImageSet]:
         raise InputError(f"{path} is a file of weights; say whose with --model: {', '.join(MODELS)}")
     if options.which:
         raise InputError("--which is for runs; a file of weights has one network")
-    if options.model_file and not _transfers(options):
-        raise InputError("--model-file is for runs; whose weights these are is said with --model")
+    if options.problem_file and not _transfers(options):
+        raise InputError("--problem-file is for runs; whose weights these are is said with --model")
     if not options.epsilon and set(options.attacks) != {"clean"}:
         raise InputError("--epsilon is missing: weights from elsewhere do not say which radius they were trained for")
     data = options.data or "digits"
@@ -140,7 +147,7 @@ def _weights(path: Path, options: EvaluateOptions) -> tuple[Target, ImageSet]:
     epsilon = next((e for e in options.epsilon if e > 0), 0.0) if options.epsilon else None
     about: dict[str, Any] = {
         "data": data,
-        "constraint": {"norm": options.norm or "linf", "epsilon": epsilon},
+        "constraint": Threat(options.norm or "linf", epsilon).asdict(),
         "model": options.model,
         "activation": options.activation,
         "checkpoint": str(path.resolve()),
@@ -152,8 +159,6 @@ def _weights(path: Path, options: EvaluateOptions) -> tuple[Target, ImageSet]:
     known = run.config() if run.exists else about
     if not isinstance(known, dict) or known.get("checkpoint") != about["checkpoint"]:
         raise InputError(f"{run} holds something else; choose another --out")
-    constraint = known.get("constraint", about["constraint"])
-    norm = str(constraint["norm"])
-    if isinstance(constraint["epsilon"], float):
-        epsilon = constraint["epsilon"]
-    return Target(run, ["model"], about, norm, epsilon, network), images
+    before = Threat.read(known.get("constraint")) or Threat("linf")
+    threat = replace(before, epsilon=epsilon) if before.epsilon is None else before
+    return Target(run, ["model"], about, threat, network), images

@@ -65,9 +65,9 @@ def loss_landscape(
     if x.ndim not in (3, 4):
         raise InputError(f"x has shape {tuple(x.shape)}; an image is [C, H, W], several are [n, C, H, W]")
     x = x if x.ndim == 4 else x[None]
-    batch = Batch(x, torch.as_tensor(y, device=x.device).reshape(-1))
-    assert batch.y is not None
-    check_images(x, batch.y)
+    labels = torch.as_tensor(y, device=x.device).reshape(-1)
+    batch = Batch(x, labels)
+    check_images(x, labels)
     random = 2.0 * torch.randint(0, 2, x.shape, generator=torch.Generator().manual_seed(seed)).to(x) - 1
     middle = points // 2
     offsets = torch.arange(-middle, middle + 1, dtype=x.dtype, device=x.device) * (radius / middle)
@@ -78,13 +78,12 @@ def loss_landscape(
         for rows in torch.arange(len(x) * points**2, device=x.device).split(batch_size):
             i, k = rows // points**2, rows % points**2
             a, b = (offsets[place].reshape(-1, 1, 1, 1) for place in (k // points, k % points))
-            moved = Batch(x[i] + a * sign[i] + b * random[i], batch.y[i])
             with torch.no_grad():
-                out, label = model(moved.x), moved.y[:, None]
+                out, label = model(x[i] + a * sign[i] + b * random[i]), labels[i, None]
             own, others = out.gather(1, label).squeeze(1), out.scatter(1, label, -torch.inf)
             distances.append(others.amax(1) - own)
-            losses.append(F.cross_entropy(out, moved.y, reduction="none"))
+            losses.append(F.cross_entropy(out, labels[i], reduction="none"))
             answers.append(out.argmax(1))
     grid = (len(x), points, points)
     loss, predicted, margin = (torch.cat(parts).reshape(grid) for parts in (losses, answers, distances))
-    return Landscape(offsets, offsets.clone(), loss, predicted, margin, x, batch.y)
+    return Landscape(offsets, offsets.clone(), loss, predicted, margin, x, labels)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from .attacks import ATTACKS, Attack, attack_from_name, ball, norm_of
+from .attacks import ATTACKS, Attack, attack_from_name
 from .checks import check
 from .evaluation import EvaluationWarning, evaluate
 from .radius import radius_text
 from .result import Evaluation, Finding, Score
 from .robust import Trace, attack_examples, robust_correct
 from .stages import Stage
+from .threat import Threat, ball, norm_of, set_name
 
 __all__ = [
     "ATTACKS",
@@ -18,6 +19,7 @@ __all__ = [
     "Finding",
     "Score",
     "Stage",
+    "Threat",
     "Trace",
     "attack_examples",
     "attack_from_name",
@@ -27,4 +29,5 @@ __all__ = [
     "norm_of",
     "radius_text",
     "robust_correct",
+    "set_name",
 ]

@@ -11,14 +11,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..anchors import Anchor, Gaussian
 from ..batch import Batch
-from ..constraints import Constraint, L2Ball, LinfBall
+from ..constraints import Constraint, LinfBall
 from ..errors import InputError
 from ..losses import cross_entropy, minus
 from ..lower import Linearized
 from ..problem import LowerProblem
 from .ensemble import COMPONENTS, VERSIONS, Component
-from .stages import Descent, Margins, NormalizedSteps, OnSurrogate, Stage
+from .stages import Descent, Margins, NormalizedSteps, OnSurrogate, Scaled, Stage
+from .threat import Norm, Threat, ball, can_sample, norm_of, set_name
 
 __all__ = ["ATTACKS", "Attack", "Norm", "Surrogates", "attack_from_name", "ball", "norm_of"]
 
@@ -34,7 +36,6 @@ ATTACKS = {
 }
 """Every attack by name, a line on each."""
 
-Norm = str
 Surrogates = Mapping[str, nn.Module] | Callable[[str], nn.Module]
 """Networks by the names that ``transfer:NAME`` has them under, or a function from such a name to its network."""
 ELEMENTWISE = (
@@ -49,7 +50,6 @@ ELEMENTWISE = (
     torch.optim.SGD,
 )
 """Optimisers that treat examples and classes separately."""
-_BALLS: dict[str, type[LinfBall] | type[L2Ball]] = {"linf": LinfBall, "l2": L2Ball}
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +71,11 @@ class Attack:
         radius = getattr(self.constraint, "radius", None)
         return math.nan if radius is None else float(radius)
 
+    @property
+    def threat(self) -> Threat | None:
+        """What the constraint is, for the record; None without one."""
+        return None if self.constraint is None else Threat.of(self.constraint)
+
     @classmethod
     def solving(cls, name: str, lower: LowerProblem, restarts: int = 1) -> Attack:
         """The attack that a lower problem of your own is: solved ``restarts`` times, the worst of them counted."""
@@ -89,19 +94,6 @@ class Attack:
         return attacked
 
 
-def ball(norm: Norm, epsilon: float) -> LinfBall | L2Ball:
-    """The ℓ∞ or ℓ2 ball of that radius around images in [0, 1]."""
-    if norm not in _BALLS:
-        raise InputError(f"norm {norm!r} is not known; choose from {', '.join(_BALLS)}")
-    return _BALLS[norm](epsilon, (0, 1))
-
-
-def norm_of(constraint: Constraint | None) -> Norm | None:
-    """linf or l2 for a ball around images in [0, 1]; None for anything else."""
-    in_range = getattr(constraint, "bounds", None) == (0, 1)
-    return next((name for name, kind in _BALLS.items() if in_range and type(constraint) is kind), None)
-
-
 def attack_from_name(
     name: str, constraint: Constraint | float, seed: int = 0, surrogates: Surrogates | None = None
 ) -> Attack:
@@ -111,8 +103,14 @@ def attack_from_name(
     direction elsewhere (``Constraint.steepest``), PGD of a quarter of the radius. BETA (Robey et al., 2023,
     Algorithm 1) takes K steps for each class in all, of RMSprop or, outside ℓ∞, along the gradient, at rates that fall
     from ε/2 to 0, and every one of them counts; from ten on, in ℓ∞, they are five short descents and a longer one from
-    the best (:class:`Margins`). seed: of AutoAttack and its parts, which take their own. surrogates: the networks that
-    ``transfer:NAME`` attacks go through, by name, or a function that gives them. Attacks see the model in eval mode.
+    the best (:class:`Margins`). A set of your own needs ``project`` alone: without ``reach`` or ``radius`` it is
+    measured once for each batch (:func:`~bilevel_at.evaluate.threat.measured_reach`), without ``steepest`` steps go
+    along the gradient, and without ``sample`` they start from a projected normal draw.
+
+    seed: of AutoAttack and its parts, which take their own.
+    surrogates: the networks that ``transfer:NAME`` attacks go through, by name, or a function that gives them.
+
+    Attacks see the model in eval mode.
 
     Raises :class:`InputError` for an unknown name, and where AutoAttack does not know the constraint.
     """
@@ -125,34 +123,48 @@ def attack_from_name(
 
 
 def _stages(name: str, constraint: Constraint, seed: int, surrogates: Surrogates | None) -> list[Stage]:
-    direction, radius = constraint.steepest, constraint.radius or 0.0
-    reach = getattr(constraint, "reach", None) or radius
-    start, step = ("zero", reach) if name == "fgsm" else ("uniform", reach / 4)
-    descend = Linearized(minus(cross_entropy), constraint, start, direction, step or 1.0)
+    if name in COMPONENTS or name in VERSIONS:
+        norm, radius = norm_of(constraint), getattr(constraint, "radius", None)
+        if norm is None or radius is None:
+            own = set_name(constraint)
+            raise InputError(f"attack {name!r} knows l∞ and l2 balls around images in [0, 1] only, not {own}")
+        version, parts = VERSIONS.get(name, ("standard", (name,)))
+        return [Component(part, norm, radius, version, seed) for part in parts]
+    if name.startswith("transfer:"):
+        return _transferred(name, constraint, seed, surrogates)
+    reach = getattr(constraint, "reach", None)
+    reach = getattr(constraint, "radius", None) if reach is None else reach
+    if reach is not None:
+        return _of_reach(name, constraint, reach)
+    direction = getattr(constraint, "steepest", "normalized")
+
+    def scaled(place: int, unit: Stage) -> Stage:
+        return Scaled(constraint, direction, unit, lambda reach: _of_reach(name, constraint, reach)[place])
+
+    return [scaled(place, unit) for place, unit in enumerate(_of_reach(name, constraint, 1.0))]
+
+
+def _of_reach(name: str, constraint: Constraint, reach: float) -> list[Stage]:
+    """The stages of this library's own attacks, with steps for a set of that size."""
+    direction = getattr(constraint, "steepest", "normalized")
+    start: Anchor | str = "uniform" if can_sample(constraint) else Gaussian(reach / 2 or 1.0)
     if name == "fgsm":
-        return [Descent(descend)]
+        return [Descent(Linearized(minus(cross_entropy), constraint, "zero", direction, reach or 1.0))]
     if match := re.fullmatch(r"pgd-([1-9]\d*)(?:-([1-9]\d*))?(-any)?", name):
         steps, restarts = int(match[1]), int(match[2] or 1)
+        descend = Linearized(minus(cross_entropy), constraint, start, direction, reach / 4 or 1.0)
         return [Descent(descend, i, steps, any_step=bool(match[3])) for i in range(restarts)]
     if match := re.fullmatch(r"beta-([1-9]\d*)(?:-([1-9]\d*))?(?:-top([1-9]\d*))?(?:-([a-z]+))?", name):
         steps, restarts, top = int(match[1]), int(match[2] or 1), match[3] and int(match[3])
         groups = [None] if not top else [(0, top), (top, None)]
         starts = 5 if steps >= 10 and direction == "sign" else 1  # a ball without corners needs no luck
-        rate = reach / 2 or 1.0
         usual = torch.optim.RMSprop if direction == "sign" else NormalizedSteps
         by = _optimizer(match[4], name) if match[4] else usual
-        return [Margins(constraint, steps, rate, i, group, starts, by) for i in range(restarts) for group in groups]
-    if name in COMPONENTS or name in VERSIONS:
-        norm = norm_of(constraint)
-        if norm is None or getattr(constraint, "bounds", None) != (0, 1):
-            raise InputError(
-                f"attack {name!r} knows l∞ and l2 balls around images in [0, 1] only, not {type(constraint).__name__}"
-                f"{'' if norm is None else ' without that input range'}"
-            )
-        version, parts = VERSIONS.get(name, ("standard", (name,)))
-        return [Component(part, norm, radius, version, seed) for part in parts]
-    if name.startswith("transfer:"):
-        return _transferred(name, constraint, seed, surrogates)
+        return [
+            Margins(constraint, steps, reach / 2 or 1.0, i, group, starts, by, start)
+            for i in range(restarts)
+            for group in groups
+        ]
     known = ["fgsm", "pgd-50-10", "beta-30", *COMPONENTS, *VERSIONS]
     close = difflib.get_close_matches(name, known, 1)
     raise InputError(

@@ -20,11 +20,12 @@ from ..constraints import Constraint, LinfBall
 from ..data import ImageSet
 from ..losses import cross_entropy, input_gradient
 from ..modes import Mode, attack_mode
-from .attacks import Attack, attack_from_name, ball, norm_of
+from .attacks import Attack, attack_from_name
 from .ensemble import Component
 from .result import Finding
 from .robust import Trace, attacked
-from .stages import Descent, Margins, Stage
+from .stages import Descent, Margins, Scaled, Stage
+from .threat import ball, norm_of
 
 __all__ = ["LIMITS", "check", "compare_traces"]
 
@@ -131,8 +132,9 @@ def check(
     right = images[clean.correct.nonzero().flatten()]
     measured["vanishing-gradients"] = _vanishing(model, right, batch_size) if differentiable else 1.0
     norm = norm_of(constraint)
-    if differentiable and norm is not None and constraint is not None and constraint.radius > 0:
-        measured |= _attacked(model, images, norm, constraint.radius, seed, batch_size, progress)
+    radius = getattr(constraint, "radius", None) or 0.0
+    if differentiable and norm is not None and radius > 0:
+        measured |= _attacked(model, images, norm, radius, seed, batch_size, progress)
     return measured, findings(measured)
 
 
@@ -206,6 +208,8 @@ def compare_traces(traces: Mapping[str, Trace], attacks: Mapping[str, Attack]) -
 
 
 def _thorough(stage: Stage) -> bool:
+    if isinstance(stage, Scaled):
+        return _thorough(stage.unit)
     if isinstance(stage, Descent):
         return stage.steps >= 20
     return stage.steps >= 10 if isinstance(stage, Margins) else isinstance(stage, Component)

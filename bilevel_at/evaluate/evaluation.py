@@ -15,11 +15,11 @@ from ..constraints import Constraint
 from ..data import Images, ImageSet
 from ..errors import InputError
 from ..modes import attack_mode
-from .attacks import Attack, Surrogates, attack_from_name, ball
+from .attacks import Attack, Surrogates, attack_from_name
 from .checks import check, compare_traces, findings
-from .radius import radius_text
 from .result import Evaluation, Progress, Score, result_name
 from .robust import Trace, attack_examples
+from .threat import SEEN, Threat, ball, check_set, norm_of
 
 __all__ = ["EvaluationWarning", "as_images", "attacks_at", "evaluate"]
 
@@ -118,10 +118,14 @@ def evaluate(
     in_train_mode = any(module.training for module in model.modules())
     images = as_images(data, model)
     fingerprint = images.sha256()[:16]
-    usual = -1.0 if len(spaces) > 1 else _radius(spaces[0]) if spaces else None
+    for space in spaces:
+        if norm_of(space) is None:
+            check_set(space, images[slice(0, SEEN)].pixels())
+    # In several sets every result says which one it is of.
+    usual = Threat(norm, -1.0) if len(spaces) > 1 else Threat.of(spaces[0]) if spaces else None
     result, by_name = Evaluation(), {}
     for attack in made:
-        name = result_name(attack, usual if attack.name != "clean" else None)
+        name = result_name(attack, usual)
         trace = Trace.start(len(images), images.device)
         for trace, stage, done, of in attack_examples(model, images, attack, seed=seed, batch_size=batch_size):
             if progress is not None:
@@ -131,14 +135,14 @@ def evaluate(
     if checks:
         few = images.sample(checks)
         sets = [*spaces, *(a.constraint for a in made if a.constraint is not None)]
-        space = next((one for one in sets if _radius(one) > 0), sets[0] if sets else None)
+        checked = next((one for one in sets if _radius(one) > 0), sets[0] if sets else None)
         result.measured, result.warnings = check(
-            model, few, space, seed=seed, batch_size=batch_size, left_in_train_mode=in_train_mode
+            model, few, checked, seed=seed, batch_size=batch_size, left_in_train_mode=in_train_mode
         )
-        for one in [space] if len(spaces) < 2 else spaces:
-            here = {n: t for n, t in result.traces.items() if one is None or by_name[n].epsilon in (0, _radius(one))}
+        for one in [checked] if len(spaces) < 2 else spaces:
+            here = {n: t for n, t in result.traces.items() if one is None or _is_in(by_name[n], one)}
             compared = compare_traces(here, by_name)
-            at = f"@{radius_text(_radius(one))}" if one is not None and len(spaces) > 1 else ""
+            at = result_name(Attack("", one), usual) if one is not None and len(spaces) > 1 else ""
             result.measured |= {f"{key}{at}": value for key, value in compared.items()}
             result.warnings += findings(compared)
         for finding in result.warnings:
@@ -152,6 +156,11 @@ def _radii(epsilon: Any) -> list[Any]:
     if isinstance(epsilon, (str, bool)):
         return [epsilon]  # which a ball refuses
     return list(np.atleast_1d(np.asarray(epsilon, dtype=float)).tolist())
+
+
+def _is_in(attack: Attack, space: Constraint) -> bool:
+    """Whether an attack is of that threat, or none at all."""
+    return attack.threat is None or attack.epsilon == 0 or attack.threat.key == Threat.of(space).key
 
 
 def _radius(space: Constraint) -> float:

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from .attacks import Attack, norm_of
+from .attacks import Attack
 from .radius import radius_text
 from .robust import Trace
+from .threat import Threat
 
 __all__ = ["Evaluation", "Finding", "Progress", "Score", "result_name"]
 
@@ -25,6 +26,7 @@ Progress = Callable[[str, str, int, int, Trace], None]
 class Score:
     """An accuracy, and what it was measured with: an entry of ``results.json``.
 
+    threat: the name of the set, where that is no ball.
     seconds: all of it, over interruptions. data, weights: fingerprints of the images and of the network, the first 16
     digits of a SHA-256. file: the record of each example, where there is one. outside: attacked images that left C(x)
     and were not counted. date, device, versions: of the evaluation.
@@ -45,25 +47,28 @@ class Score:
     date: str = ""
     device: str = ""
     versions: dict[str, str] = field(default_factory=dict)
+    threat: str = ""
 
     @classmethod
     def of(cls, trace: Trace, attack: Attack, **known: Any) -> Score:
         """The score that a finished trace amounts to."""
-        accuracy = trace.correct.float().mean().item()
+        accuracy, threat = trace.correct.float().mean().item(), attack.threat
         return cls(
             accuracy,
             len(trace.broken),
             attack.epsilon,
             trace.seconds,
             attack=attack.name,
-            norm=norm_of(attack.constraint),
+            norm=None if threat is None else threat.norm,
+            threat="" if threat is None or threat.is_ball else threat.name,
             outside=trace.outside,
             **known,
         )
 
     def asdict(self) -> dict[str, Any]:
-        """For JSON, which knows no NaN."""
-        return {**asdict(self), "epsilon": None if math.isnan(self.epsilon) else self.epsilon}
+        """For JSON, which knows no NaN; ``threat`` only where there is one to name."""
+        plain = {**asdict(self), "epsilon": None if math.isnan(self.epsilon) else self.epsilon}
+        return {name: value for name, value in plain.items() if name != "threat" or value}
 
 
 @dataclass(frozen=True)
@@ -77,14 +82,18 @@ class Finding:
         return self.message
 
 
-def result_name(attack: Attack, usual: float | None, norm: str | None = None) -> str:
-    """The attack's name, with what is not usual: ``pgd-50-10``, ``pgd-50-10@4/255``, ``pgd-50-10-l2@0.5``."""
-    other = norm_of(attack.constraint)
-    if norm is not None and other not in (None, norm):
-        return f"{attack.name}-{other}@{radius_text(attack.epsilon)}"
-    if usual is None or math.isnan(attack.epsilon) or abs(attack.epsilon - usual) < 1e-9:
+def result_name(attack: Attack, usual: Threat | None) -> str:
+    """The attack's name, with what is not usual.
+
+    ``pgd-50-10``, ``pgd-50-10@4/255``, ``pgd-50-10-l2@0.5``, ``pgd-50-10@Diamond(size=0.3)``.
+    """
+    own = attack.threat
+    if own is None or usual is None or own.key == usual.key:
         return attack.name
-    return f"{attack.name}@{radius_text(attack.epsilon)}"
+    if not own.is_ball:
+        return f"{attack.name}@{own.name}"
+    other = "" if own.norm == (usual.norm or "linf") and usual.is_ball else f"-{own.norm}"
+    return f"{attack.name}{other}@{radius_text(attack.epsilon)}"
 
 
 @dataclass

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LinearLR
 
+from ..anchors import Anchor
 from ..batch import Batch, per_sample
 from ..constraints import Constraint
 from ..errors import InputError
@@ -18,8 +19,9 @@ from ..losses import margins
 from ..modes import attack_mode
 from ..problem import LowerProblem
 from ..targeted import Targeted
+from .threat import measured_reach
 
-__all__ = ["Descent", "Margins", "NormalizedSteps", "OnSurrogate", "Stage"]
+__all__ = ["Descent", "Margins", "NormalizedSteps", "OnSurrogate", "Scaled", "Stage"]
 
 
 class Stage(Protocol):
@@ -150,6 +152,7 @@ class Margins:
     ranks: tuple[int, int | None] | None = None
     starts: int = 1
     optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.RMSprop
+    start: Anchor | str = field(default="uniform", repr=False)
 
     @property
     def name(self) -> str:
@@ -174,7 +177,9 @@ class Margins:
 
         def descend(steps: int, rate: float, anchor: Tensor | None = None) -> None:
             down = partial(LinearLR, start_factor=1.0, end_factor=1 / steps, total_iters=steps)
-            lower = Targeted(self.constraint, seen, self.optimizer, steps, rate, schedule=down, ranks=chosen)
+            lower = Targeted(
+                self.constraint, seen, self.optimizer, steps, rate, schedule=down, ranks=chosen, anchor=self.start
+            )
             lower.solve(model, batch, anchor, generator)
 
         if self.starts == 1:
@@ -185,6 +190,32 @@ class Margins:
                 descend(short, self.rate)
             descend(max(1, self.steps - self.starts * short), self.rate / 4, seen.aimed.delta)
         return batch.x + seen.of_each(len(batch))
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """A stage in a set that does not state its size, which is measured anew for each batch.
+
+    constraint: the set.
+    direction: of the steps, which says in what norm it is measured.
+    unit: the stage for a set of reach 1, for its name and its rows.
+    make: from a reach to the stage.
+    """
+
+    constraint: Constraint
+    direction: str
+    unit: Stage
+    make: Callable[[float], Stage] = field(repr=False)
+
+    @property
+    def name(self) -> str:
+        return self.unit.name
+
+    def rows(self, classes: int) -> int:
+        return self.unit.rows(classes)
+
+    def __call__(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> Tensor:
+        return self.make(measured_reach(self.constraint, batch.x, self.direction))(model, batch, generator)
 
 
 @dataclass(frozen=True)

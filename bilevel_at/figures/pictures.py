@@ -11,6 +11,7 @@ from ..batch import Batch
 from ..data import ImageSet
 from ..evaluate import Attack
 from ..modes import attack_mode
+from .comparison import legible
 from .style import ORANGE, plt, save
 
 __all__ = ["examples"]
@@ -21,7 +22,8 @@ def examples(model: nn.Module, images: ImageSet, attack: Attack, path: Path, cou
     if not attack.stages:
         return
     count = min(count, len(images))
-    batch = Batch(images[slice(0, count)].pixels(), images.y[:count])
+    labels = images.y[:count]
+    batch = Batch(images[slice(0, count)].pixels(), labels)
     generator = torch.Generator(images.device).manual_seed(0)
     with attack_mode(model, "eval"):
         delta = attack.perturb(model, batch, generator) - batch.x
@@ -42,9 +44,11 @@ def examples(model: nn.Module, images: ImageSet, attack: Attack, path: Path, cou
         axes[row, 0].set_ylabel(names[row])
     for row, answers in ((0, said[0]), (2, said[1])):
         for column, answer in enumerate(answers):
-            right = answer == int(batch.y[column])
+            right = answer == int(labels[column])
             axes[row, column].set_title(
                 f"says {answer}" + ("" if right else " ✗"), fontsize=9, color="black" if right else ORANGE
             )
-    figure.suptitle(f"{attack.name.upper()} at ε = {attack.epsilon:.3g}; ✗ marks a wrong answer", fontsize=10)
+    threat = attack.threat
+    where = f"at ε = {attack.epsilon:.3g}" if threat is None or threat.is_ball else f"in {legible(threat.name, 60)}"
+    figure.suptitle(f"{attack.name.upper()} {where}; ✗ marks a wrong answer", fontsize=10)
     save(figure, path)

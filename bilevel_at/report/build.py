@@ -10,7 +10,7 @@ from pathlib import Path
 
 from .. import __version__
 from ..errors import BilevelError, InputError
-from ..runs.model_files import ModelFiles
+from ..runs.named_files import NamedFiles
 from ..runs.record import Run, read_all
 from .accuracy import accuracy
 from .concerns import concerns
@@ -59,7 +59,7 @@ def report(
     *,
     measure: bool = True,
     images: Sequence[int] = FIRST_IMAGES,
-    model_file: Sequence[str] = (),
+    problem_file: Sequence[str] = (),
     progress: Callable[[str], None] = lambda name: None,
 ) -> Path:
     """Write ``index.html``, one page that needs nothing else, and ``figures/*.png`` into ``out``; the page's path.
@@ -67,13 +67,13 @@ def report(
     runs: run directories, or those of evaluated checkpoints. Runs that differ in their seed only share a row.
     out: a folder, made where it is not there; :func:`default_out` where not given. measure: also make the sections that
     need the networks and the test images. images: positions of the test images whose loss landscapes are drawn.
-    model_file: problem files of runs whose networks they define; without them these networks are not measured.
+    problem_file: problem files of runs whose networks they define; without them these networks are not measured.
     progress: told each section's name before it is made.
 
     Raises :class:`InputError` where a run cannot be read, is given twice, or ``out`` not written.
     """
-    found = read_all(runs, model_file)
-    ModelFiles(model_file).check_used(run.config for run in found)
+    found = read_all(runs, problem_file)
+    NamedFiles(problem_file).check_used(run.config for run in found)
     folder = default_out(runs) if out is None else Path(out)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--out {folder} is a file; it must be a directory, or not exist")

@@ -14,7 +14,7 @@ from ..constraints import L2Ball, LinfBall
 from ..data import ImageSet, load_data
 from ..errors import InputError
 from ..evaluate import ball
-from ..runs.model_files import ModelFiles
+from ..runs.named_files import NamedFiles
 from ..runs.networks import Which
 from ..runs.record import Run
 from .groups import Group
@@ -45,7 +45,7 @@ class Subject:
             if which == self.which:
                 yield which, self.model
             elif which in self.run.checkpoints:
-                yield which, ModelFiles(self.run.model_files).load(self.run.path, which).to(self.images.device)
+                yield which, NamedFiles(self.run.problem_files).load(self.run.path, which).to(self.images.device)
 
 
 class Subjects(NamedTuple):
@@ -80,7 +80,7 @@ def _looked_at(groups: Sequence[Group]) -> tuple[list[Subject], dict[str, str]]:
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
             options = run.part("options")
             try:
-                model = ModelFiles(run.model_files).load(run.path, which).to(device)  # type: ignore[arg-type]  # one of three
+                model = NamedFiles(run.problem_files).load(run.path, which).to(device)  # type: ignore[arg-type]  # one of three
                 images = _images(str(options.get("data")), str(options.get("data_dir") or "data")).to(device)
                 found.append(Subject(group, run, which, model, images, ball(run.norm, run.epsilon)))
             except InputError as error:

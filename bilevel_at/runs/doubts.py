@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from ..constraints import Constraint
 from ..data import ImageSet
 from ..errors import InputError
-from ..evaluate.attacks import Norm, ball
 from ..evaluate.checks import check, compare_traces, findings
 from ..evaluate.result import Finding
+from ..evaluate.threat import Threat
 from .directory import CHECKS, RunDir
 from .evaluations import Store
 
@@ -20,8 +21,7 @@ def record_checks(
     run: RunDir,
     store: Store,
     images: ImageSet,
-    norm: Norm,
-    radius: float,
+    space: Constraint,
     examples: int,
     *,
     key: str | None = None,
@@ -31,13 +31,16 @@ def record_checks(
     """Measure what is not known yet of the store's network, on ``examples`` images, and compare the store's traces.
 
     What is known of the same weights is kept: comparisons of earlier commands, and, with ``examples=0``, measurements.
+    space: where the attacks of the checks move; in other sets than balls only what needs no attack is measured.
     key: the entry's name, the checkpoint's if not given.
     """
     key = store.which if key is None else key
     known = _object(run)
     entry = _part(known, key)
     images_and_draws = {"data": store.data, "seed": store.seed}
-    of = {"weights": store.weights, **images_and_draws, "norm": norm, "epsilon": radius, "examples": examples}
+    of = {"weights": store.weights, **images_and_draws, "examples": examples}
+    threat = Threat.of(space)
+    of |= {"norm": threat.norm, "epsilon": threat.epsilon} | ({} if threat.is_ball else {"threat": threat.name})
     before = _part(entry, "of")
     same = (before.get("weights"), before.get("data")) == (store.weights, store.data)
     if not examples and same:
@@ -45,10 +48,9 @@ def record_checks(
     measured = _part(entry, "network") if before == of and not again else {}
     if examples and not measured:
         few = images.sample(examples)
-        space = ball(norm, radius)
         measured, _ = check(store.model, few, space, seed=store.seed, batch_size=store.batch_size, progress=progress)
     compared = _part(entry, "compared") if same else {}
-    traces = {key: trace for key, trace in store.traces.items() if store.attacks[key].epsilon in (0.0, radius)}
+    traces = {name: trace for name, trace in store.traces.items() if store.is_in(name, threat)}
     compared = {**compared, **compare_traces(traces, store.attacks)}
     reasons = [*findings(measured), *findings(compared)]
     known[key] = {

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import re
 import time
 import zipfile
@@ -25,6 +26,7 @@ from ..evaluate.attacks import Attack
 from ..evaluate.result import Score, result_name
 from ..evaluate.robust import Trace, attack_examples
 from ..evaluate.stages import OnSurrogate
+from ..evaluate.threat import Threat
 from .directory import RESULTS, RunDir
 from .provenance import device_name, fingerprint, today, versions
 
@@ -60,8 +62,10 @@ class Store:
         for attack in attacks:
             score = store.score(attack)
 
-    usual, norm: the ball whose results need no ``@radius`` in their names, nor ``-l2``. A result on fewer images than
-    one that is there is named ``pgd-50-10[n=100]`` and stands beside it.
+    usual: the threat whose results need no ``@radius`` in their names, nor ``-l2``; a radius is that of an ℓ∞ ball.
+    None: no result needs it.
+
+    A result on fewer images than one that is there is named ``pgd-50-10[n=100]`` and stands beside it.
     """
 
     def __init__(
@@ -71,14 +75,14 @@ class Store:
         model: nn.Module,
         images: ImageSet,
         *,
-        usual: float | None,
-        norm: str | None = "linf",
+        usual: Threat | float | None,
         seed: int = 0,
         batch_size: int = 250,
         data: str | None = None,
     ) -> None:
         self.run, self.which, self.model, self.images = run, which, model, images
-        self.usual, self.norm, self.seed, self.batch_size = usual, norm, seed, batch_size
+        self.usual = Threat("linf", usual) if isinstance(usual, (int, float)) else usual
+        self.seed, self.batch_size = seed, batch_size
         self.data = images.sha256()[:16] if data is None else data
         self.weights = fingerprint(model)
         self.traces: dict[str, Trace] = {}
@@ -150,29 +154,40 @@ class Store:
     def _place(self, attack: Attack) -> tuple[str, Score | None]:
         """The name that the result has or will have, and the entry of that name."""
         known = self.results()[self.which]
-        name = result_name(attack, self.usual, self.norm) if attack.name != "clean" else "clean"
+        name = result_name(attack, self.usual)
         entry = score_from(known.get(name))
         if entry is not None and entry.n > len(self.images):
             name = f"{name}[n={len(self.images)}]"
             entry = score_from(known.get(name))
         return name, entry
 
+    def is_in(self, name: str, threat: Threat) -> bool:
+        """Whether one of the attacks made is of that threat, or none at all."""
+        own = self.attacks[name].threat
+        return own is None or own.epsilon == 0 or own.key == threat.key
+
     def _current(self, entry: Any) -> bool:
         return not isinstance(entry, dict) or entry.get("weights", self.weights) in ("", self.weights)
 
     def _same(self, entry: Score, attack: Attack) -> bool:
         """Whether an entry is of this attack, network, images and draws."""
-        settings = (attack.name, attack.epsilon, self.data, self.weights, self.seed, self.batch_size)
-        return settings == (entry.attack, entry.epsilon, entry.data, entry.weights, entry.seed, entry.batch_size)
+        threat = attack.threat
+        epsilon = None if math.isnan(attack.epsilon) else attack.epsilon
+        name = "" if threat is None or threat.is_ball else threat.name
+        settings = (attack.name, epsilon, name, self.data, self.weights, self.seed, self.batch_size)
+        of = (entry.attack, entry.epsilon, entry.threat, entry.data, entry.weights, entry.seed, entry.batch_size)
+        return settings == of
 
     def _identity(self, attack: Attack) -> str:
         surrogates = [fingerprint(stage.surrogate) for stage in attack.stages[:1] if isinstance(stage, OnSurrogate)]
         # What the stages do, without the addresses of objects that say no more of themselves.
         said = re.sub(r" at 0x[0-9a-f]+", "", repr(list(attack.stages)))
+        threat = attack.threat
+        constraint = repr(attack.constraint) if threat is None or threat.is_ball else repr(threat)
         stated = {
             "attack": attack.name,
             "settings": hashlib.sha256(said.encode()).hexdigest()[:16],
-            "constraint": hashlib.sha256(repr(attack.constraint).encode()).hexdigest()[:16],
+            "constraint": hashlib.sha256(constraint.encode()).hexdigest()[:16],
             "epsilon": attack.epsilon,
             "stages": [stage.name for stage in attack.stages],
             "surrogates": surrogates,

@@ -26,7 +26,7 @@ class Run:
     name: the directory's, or its whole path where two runs of a report have the same.
     results: checkpoint -> attack -> entry of ``results.json``. checks: checkpoint -> what ``checks.json`` says.
     commands: of ``evaluation/commands.json``, the evaluations that were run.
-    model_files: the problem files that a reader of the report names for runs whose networks they define.
+    problem_files: the problem files that a reader of the report names for runs whose networks they define.
     """
 
     path: Path
@@ -36,7 +36,7 @@ class Run:
     results: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
     checks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     commands: Sequence[Sequence[str]] = ()
-    model_files: Sequence[str] = ()
+    problem_files: Sequence[str] = ()
 
     @property
     def checkpoints(self) -> list[str]:
@@ -127,7 +127,7 @@ def attack_and_radius(name: str) -> tuple[str, float | None]:
         return name, None
 
 
-def read(path: str | Path, model_files: Sequence[str] = ()) -> Run:
+def read(path: str | Path, problem_files: Sequence[str] = ()) -> Run:
     """Read one run. Raises :class:`InputError`, naming the file, where it is no run or a file of it is damaged."""
     folder = Path(path)
     if not folder.is_dir():
@@ -145,13 +145,13 @@ def read(path: str | Path, model_files: Sequence[str] = ()) -> Run:
             results=_results(folder),
             checks=_sections(folder, CHECKS),
             commands=read_commands(folder),
-            model_files=model_files,
+            problem_files=problem_files,
         )
     except OSError as error:
         raise InputError(f"{folder} cannot be read: {error.strerror or error}") from None
 
 
-def read_all(paths: Sequence[str | Path], model_files: Sequence[str] = ()) -> list[Run]:
+def read_all(paths: Sequence[str | Path], problem_files: Sequence[str] = ()) -> list[Run]:
     """Read several runs, with names that tell them apart. Raises :class:`InputError` for one given twice."""
     if not paths:
         raise InputError("no run is given; a report is about at least one")
@@ -162,7 +162,7 @@ def read_all(paths: Sequence[str | Path], model_files: Sequence[str] = ()) -> li
             same = "" if str(path) == str(seen[place]) else f", once as {seen[place]}"
             raise InputError(f"{path} is given twice{same}; every run counts once")
         seen[place] = path
-    runs = [read(path, model_files) for path in paths]
+    runs = [read(path, problem_files) for path in paths]
     names = [run.name for run in runs]
     return [run if names.count(run.name) == 1 else replace(run, name=str(run.path)) for run in runs]
 

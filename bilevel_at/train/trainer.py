@@ -152,11 +152,11 @@ class Trainer:
         }
 
     def _alignment(self) -> float | None:
-        constraint = getattr(self.problem.lower, "constraint", None)
-        if constraint is None:
-            return None
         few = self.held_out[slice(0, ALIGNED)]
-        value = gradient_alignment(self.evaluated, few, constraint, seed=self.done).nanmean().item()
+        try:
+            value = gradient_alignment(self.evaluated, few, self.problem.threat, seed=self.done).nanmean().item()
+        except InputError:  # no threat, or one without a uniform draw
+            return None
         return value if math.isfinite(value) else None
 
     def _check(self, loss: Tensor, epoch: int) -> None:

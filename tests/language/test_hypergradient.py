@@ -6,14 +6,19 @@ test of this file, or of the file named with it:
 1. the sign of the implicit term (``solver.py``: ``-self.ig_weight * w`` without its minus)
 2. the mask of active coordinates (``constraints.py``: ``tangent`` returns v)
 3. the polyhedron's normals (``constraints.py``: ``tangent`` ignores them)
-4. the point of the cross derivative (``lower.py``: taken at δ* where "anchor" was asked)
+4. the point of the cross derivative (``solver.py``: taken at δ* where "anchor" was asked)
 5. λ in the Hessian-free adjoint (``solver.py``: ``scalar_adjoint`` multiplies instead of dividing)
 6. λ of the closed form (``lower.py``: ``lam`` is the step, not its inverse)
 7. the ℓ2 ball's curvature μ (``constraints.py``: ``curvature`` left out)
-8. the diagonal of the conjugate gradients' operator (``linear.py``: not added)
-9. the Hessian (``full_kkt.py``: the curved part taken as zero)
+8. the diagonal of the conjugate gradients' operator (``solvers/linear.py``: not added)
+9. the Hessian (``solvers/full_kkt.py``: the curved part taken as zero)
 10. the mean over the batch (``solver.py``: a sum)
 11. the last epoch's exception (``anchors.py``: ATAS redraws in the last epoch too): ``test_anchors.py``
+12. that a step is observed (``solver.py``: ``backward`` does not): ``test_policy.py``
+13. that each policy is told once (``policy.py``: once for each path): ``test_policy.py``
+14. v during the warm-up (``steps.py``: always followed): ``test_steps.py``
+15. the class of what is remembered (``targeted.py``: only the example): ``test_targeted.py``
+16. the reference of the divergence (``problem.py``: with a graph that no solve needs): ``test_losses.py``
 """
 
 from __future__ import annotations

@@ -131,7 +131,7 @@ def test_a_network_of_the_problem_file_and_other_images():
     np.savez("data.npz", x_train=x, y_train=np.arange(40) % 5, x_test=x[:20], y_test=np.arange(20) % 5)
     flags = ["--data", "data.npz", "--epochs", "1", "--attacks", "clean", "--select", "pgd-1-1", "--model", "file"]
     assert run_module.run(["mine.py", *flags, "--epsilon", "0.1", "--out", "mine"]) == 0
-    named = ["--model-file", "mine.py"]
+    named = ["--problem-file", "mine.py"]
     evaluate("mine", "--attacks", "clean", "pgd-3-1", "autoattack-rand", "--which", "last", *named)
     assert read("mine/results.json")["last"]["pgd-3-1"]["n"] == 20
     assert "was trained on images of" in complaint("mine", "--data", "digits", *named)

@@ -84,14 +84,15 @@ def images():
 
 
 def test_the_problem_file_of_a_run_is_not_run():
-    assert "--model-file FILE" in complaint(evaluate, ["own", *QUICK])
-    assert "--model-file FILE" in complaint(evaluate, ["named", "--attacks", "transfer:own"])
+    assert "--problem-file FILE" in complaint(evaluate, ["own", *QUICK])
+    assert "--problem-file FILE" in complaint(evaluate, ["named", "--attacks", "transfer:own"])
     assert "pass one as load(..., model=...)" in complaint(ba.load, "own")
     model = ba.load("named")
     assert "load(..., model=...)" in complaint(
         evaluate_in_python, model, images(), ["transfer:own"], 0.2, checks=0, surrogates=ba.load
     )
-    assert "Not measured: evil: the network of own is defined" in page(["own"]) and "--model-file FILE" in page(["own"])
+    text = page(["own"])
+    assert "Not measured: evil: the network of own is defined" in text and "--problem-file FILE" in text
     report(["own"], "page", measure=False)
     assert not Path("own/evaluation/commands.json").exists()
 
@@ -106,26 +107,26 @@ def test_the_commands_do_not_run_it_either():
 
 def test_the_file_that_the_user_names_is_run():
     change("own/config.json", file="somewhere/mine.py", file_sha256=sha256("mine.py"))
-    assert evaluate(["own", *QUICK, "--model-file", "mine.py"]) == 0
+    assert evaluate(["own", *QUICK, "--problem-file", "mine.py"]) == 0
     assert json.loads(Path("own/results.json").read_text())["best"]["clean"]["n"] == 20
-    flags = ["--attacks", "transfer:own:fgsm", "--which", "last", "--checks", "0", "--model-file", "mine.py"]
+    flags = ["--attacks", "transfer:own:fgsm", "--which", "last", "--checks", "0", "--problem-file", "mine.py"]
     assert evaluate(["named", *flags]) == 0
-    assert report_command(["own", "named", "--out", "page", "--model-file", "mine.py"]) == 0
+    assert report_command(["own", "named", "--out", "page", "--problem-file", "mine.py"]) == 0
     assert "Not measured" not in Path("page/index.html").read_text(encoding="utf-8")
 
 
 def test_a_file_that_is_named_must_be_the_one_of_the_run():
     Path("other.py").write_text(HOSTILE.replace("evil", "other") + "\n# another\n")
     for args in (["own", *QUICK], ["named", "--attacks", "transfer:own"]):
-        assert "--model-file other.py is not the problem file of own" in complaint(
-            evaluate, [*args, "--model-file", "other.py"]
+        assert "--problem-file other.py is not the problem file of own" in complaint(
+            evaluate, [*args, "--problem-file", "other.py"]
         )
-    assert "any of these runs" in complaint(report, ["own"], "page", model_file=["other.py"])
-    assert "any of these runs" in complaint(report, ["named"], "page", model_file=["other.py"])
-    assert "does not exist" in complaint(evaluate, ["own", "--model-file", "nowhere.py"])
-    assert "named is no such run" in complaint(evaluate, ["named", "--model-file", "other.py"])
-    flags = ["--model", "small_cnn", "--epsilon", "0.2", "--model-file", "other.py"]
-    assert "--model-file is for runs" in complaint(evaluate, ["named/best.pt", *flags])
+    assert "any of these runs" in complaint(report, ["own"], "page", problem_file=["other.py"])
+    assert "any of these runs" in complaint(report, ["named"], "page", problem_file=["other.py"])
+    assert "does not exist" in complaint(evaluate, ["own", "--problem-file", "nowhere.py"])
+    assert "named is no such run" in complaint(evaluate, ["named", "--problem-file", "other.py"])
+    flags = ["--model", "small_cnn", "--epsilon", "0.2", "--problem-file", "other.py"]
+    assert "--problem-file is for runs" in complaint(evaluate, ["named/best.pt", *flags])
 
 
 def test_what_runs_is_the_file_and_no_cached_bytecode():
@@ -141,7 +142,7 @@ def test_what_runs_is_the_file_and_no_cached_bytecode():
     Path("mine.py").write_text(kept)
     os.utime("mine.py", ns=(stat.st_atime_ns, stat.st_mtime_ns))
     change("own/config.json", file_sha256=sha256("mine.py"))
-    assert evaluate(["own", *QUICK, "--model-file", "mine.py"]) == 0
+    assert evaluate(["own", *QUICK, "--problem-file", "mine.py"]) == 0
 
 
 @pytest.mark.parametrize(
