@@ -77,7 +77,13 @@ def test_cifar10_trains_evaluates_and_records(capsys):
         assert record["recipe"]["problem"]["epsilon"] == pytest.approx(8 / 255)
         assert record["training_seconds_per_epoch"] > 0 and record["versions"]["torch"]
     (pgd,) = (r for r in first.values() if r["method"] == "pgd-2")
-    assert pgd["recipe"]["problem"] == {"epsilon": 8 / 255, "steps": 2, "step": 4 / 255, "mode": "train"}
+    assert pgd["recipe"]["problem"] == {
+        "epsilon": 8 / 255,
+        "steps": 2,
+        "step": 4 / 255,
+        "mode": "train",
+        "draw": "cube",
+    }
     table = Path("runs/cifar10.md").read_text()
     assert "| fastat | 8/255 | 0 |" in table and "[45.49 ± 0.21]" in table and "(n = 2)" in table
 

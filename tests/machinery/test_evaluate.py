@@ -131,7 +131,7 @@ BAD_DATA = {
     "x has values from 0 to 16; images lie in": (16 * X, Y),
     "nan": (X.clone().index_fill_(0, torch.tensor([3]), float("nan")), Y),
     "x is torch.uint8; inputs are floating point": ((255 * X).byte(), Y),
-    "y is torch.float32; labels are int64": (X, Y.float()),
+    "y is torch.float32 of shape .*; labels are int64": (X, Y.float()),
     "label 19 is out of range": (X, Y + 10),
     "label -1 is out of range": (X, Y - 1),
     "0 inputs and 0 labels": (X[:0], Y[:0]),

@@ -26,7 +26,7 @@ def test_figures_of_attacks(tmp_path):
     drawn.random_step(norms, tmp_path / "norms.png")
     with pytest.raises(ba.InputError, match="all at one epsilon"):
         drawn.random_step([norms[0], diagnose.random_step_norm(model, data, 0.1)], tmp_path / "none.png")
-    delta = ba.LinfBall(0.2).corner(data.x)
+    delta = ba.LinfBall(0.2).project(0.2 * torch.randn_like(data.x).sign(), data.x)
     sizes = diagnose.perturbation_sizes(delta, ba.LinfBall(0.2), data.x)
     drawn.perturbations(sizes, tmp_path / "sizes.png", "corners")
     plain = diagnose.perturbation_sizes(torch.full((3, 4), 0.1), ba.L2Ball(0.2))
