@@ -93,7 +93,8 @@ def data_of(setting: dict[str, Any]) -> tuple[Images, Images]:
 def measure(method: str, seed: int, setting: dict[str, Any]) -> dict[str, Any]:
     """Train on everything; every example's gradient norm and step in every epoch, as a run's history has them."""
     images, test = data_of(setting)
-    arguments = {"max_step": 2 * setting["epsilon"]} if method == "atas" else {}
+    steps = {"max_step": 2.0, "shortest": 0.5, "longest": 1.75}  # in units of ε
+    arguments = {name: share * setting["epsilon"] for name, share in steps.items()} if method == "atas" else {}
     trainer = start(method, images, test, setting, seed, **arguments)
     for epoch in range(trainer.recipe.epochs):
         trainer.train_epoch(epoch)

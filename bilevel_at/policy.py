@@ -93,14 +93,15 @@ def load_state(root: Any, state: Mapping[str, Any]) -> None:
     Raises:
         InputError: where the state is of other policies than these.
     """
-    found = policies(root)
-    if set(state) != set(state_of(root)):
+    own = state_of(root)
+    if set(state) != set(own):
         raise InputError(
             f"the state is of {', '.join(sorted(state)) or 'no policy'}; this problem keeps "
-            f"{', '.join(sorted(state_of(root))) or 'none'}"
+            f"{', '.join(sorted(own)) or 'none'}"
         )
+    by_path = policies(root)
     for path, value in state.items():
-        found[path].load_state_dict(value)
+        by_path[path].load_state_dict(value)
 
 
 @dataclass

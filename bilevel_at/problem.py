@@ -88,18 +88,6 @@ class LowerProblem(Policy):
     mode: Mode
     attack_loss: AnyLoss
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> LowerProblem:
-        """An object with an anchor of its own, where the class has one: what it remembers is not shared."""
-        lower = super().__new__(cls)
-        anchor = getattr(cls, "anchor", None)
-        if isinstance(anchor, str | Anchor):
-            object.__setattr__(lower, "anchor", anchor_policy(copy.deepcopy(anchor)))
-        return lower
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """A name becomes its anchor once: taken anew for every solve, "remembered" would never remember."""
-        super().__setattr__(name, anchor_policy(value) if name == "anchor" and isinstance(value, str) else value)
-
     def base(self, model: nn.Module, batch: Batch) -> Tensor:
         """What δ is added to: it gives δ its shape, and the constraint its x.
 
@@ -214,6 +202,15 @@ def objective_gradient(lower: LowerProblem, model: nn.Module, batch: Batch, delt
     return gradient
 
 
+def _give_own_anchor(lower: LowerProblem) -> None:
+    """Make a named anchor an object, once, so that it can remember, and a class's anchor this object's own."""
+    anchor = getattr(lower, "anchor", None)
+    if isinstance(anchor, str):
+        object.__setattr__(lower, "anchor", anchor_policy(anchor))  # a frozen dataclass is a problem too
+    elif isinstance(anchor, Anchor) and "anchor" not in vars(lower):
+        object.__setattr__(lower, "anchor", copy.deepcopy(anchor))
+
+
 class BilevelProblem:
     """An upper and a lower problem, and what the network is to withstand. A solver says how the two are coupled.
 
@@ -226,6 +223,7 @@ class BilevelProblem:
 
     def __init__(self, upper: UpperProblem, lower: LowerProblem, threat: Constraint | None = None) -> None:
         self.upper, self.lower, self._threat = upper, lower, threat
+        _give_own_anchor(lower)
 
     @property
     def threat(self) -> Constraint:

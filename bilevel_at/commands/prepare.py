@@ -63,7 +63,6 @@ def prepare(plan: Plan) -> Prepared:
         raise InputError(f"{plan.file.path}: the lower problem has no constraint")
     attacks = [attack_from_name(name, constraint, surrogates=load) for name in dict.fromkeys(options.attacks)]
     select = attack_from_name(options.select, constraint, surrogates=load)
-    constraint.attack_step()  # raises where evaluation could not attack in it
     train, held_out, test = _images(plan, device)
     model = _network(plan, train)
     _try_a_step(plan, model, train)

@@ -11,7 +11,10 @@ from torch import Tensor
 
 from ..errors import InputError
 
-__all__ = ["load_tensors", "weights"]
+__all__ = ["FORMAT", "checked", "load_tensors", "weights"]
+
+FORMAT = 2
+"""What a checkpoint holds: 1 had no number, and what problems remember was laid out in another way."""
 
 
 def weights(state: dict[str, Any]) -> dict[str, Tensor]:
@@ -20,6 +23,20 @@ def weights(state: dict[str, Any]) -> dict[str, Tensor]:
     if not isinstance(kept, dict):
         raise KeyError("model")
     return kept
+
+
+def checked(file: Path, content: Any) -> dict[str, Any]:
+    """The content of a checkpoint; :class:`InputError` where it is of another format, older or newer."""
+    number = content.get("format", 1) if isinstance(content, dict) else None
+    if not isinstance(number, int) or isinstance(number, bool):
+        raise InputError(f"{file} is not a checkpoint of bilevel_at.run")
+    if number != FORMAT:
+        age, remedy = ("older", "train again") if number < FORMAT else ("newer", "install that one")
+        raise InputError(
+            f"{file} has checkpoint format {number}, of a bilevel-at that is {age}; this one reads format {FORMAT}; "
+            f"{remedy}"
+        )
+    return dict(content)
 
 
 def load_tensors(file: Path, device: torch.device | str = "cpu") -> Any:

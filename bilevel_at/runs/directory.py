@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from ..errors import InputError
-from .checkpoints import load_tensors
+from .checkpoints import FORMAT, checked, load_tensors
 
 __all__ = ["CHECKPOINTS", "RunDir", "plain"]
 
@@ -119,7 +119,7 @@ class RunDir:
         return [which for which in CHECKPOINTS if (self.path / f"{which}.pt").is_file()]
 
     def save_checkpoint(self, which: str, state: Mapping[str, Any]) -> None:
-        self._replace(f"{which}.pt", lambda path: torch.save(dict(state), path))
+        self._replace(f"{which}.pt", lambda path: torch.save({"format": FORMAT, **state}, path))
 
     def copy_checkpoint(self, which: str, to: str) -> None:
         self._replace(f"{to}.pt", lambda path: shutil.copyfile(self.path / f"{which}.pt", path))
@@ -127,12 +127,15 @@ class RunDir:
     def remove_checkpoint(self, which: str) -> None:
         (self.path / f"{which}.pt").unlink(missing_ok=True)
 
-    def checkpoint(self, which: str, device: torch.device | str = "cpu") -> Any:
-        """Tensors and plain values from a checkpoint; a file that holds anything else is refused, not run."""
+    def checkpoint(self, which: str, device: torch.device | str = "cpu") -> dict[str, Any]:
+        """Tensors and plain values from a checkpoint.
+
+        Raises :class:`InputError` for a file that holds anything else, of which nothing is run, and for another format.
+        """
         file = self.path / f"{which}.pt"
         if not file.is_file():
             raise InputError(f"{self.path} has no {which}.pt")
-        return load_tensors(file, device)
+        return checked(file, load_tensors(file, device))
 
     def append_metrics(self, line: dict[str, Any]) -> None:
         self.path.mkdir(parents=True, exist_ok=True)

@@ -83,9 +83,6 @@ def images():
     return torch.rand(4, 1, 8, 8), torch.arange(4)
 
 
-# --- the problem file of a run ----------------------------------------------------------------------------------------
-
-
 def test_the_problem_file_of_a_run_is_not_run():
     assert "--model-file FILE" in complaint(evaluate, ["own", *QUICK])
     assert "--model-file FILE" in complaint(evaluate, ["named", "--attacks", "transfer:own"])
@@ -171,9 +168,6 @@ def test_what_a_configuration_may_say(settings):
     report(["own"], "page")
 
 
-# --- pickles ----------------------------------------------------------------------------------------------------------
-
-
 class Malicious:
     def __reduce__(self):
         return (open, ("stolen", "w"))
@@ -214,9 +208,6 @@ def test_no_array_is_unpickled():
     assert evaluate(["named", "--attacks", "clean", "fgsm", "--checks", "0"]) == 0
 
 
-# --- paths that leave the directory -----------------------------------------------------------------------------------
-
-
 def test_entries_of_results_do_not_lead_out_of_the_run():
     """The worst case of all attacks is formed from files inside the directory only."""
     assert evaluate(["named", "--attacks", "clean", "fgsm", "beta-1", "--which", "best", "--checks", "0"]) == 0
@@ -253,9 +244,6 @@ def test_nothing_is_written_through_a_link():
     Path("named/metrics.jsonl").symlink_to(Path("kept").resolve())
     said = complaint(ba.train.RunDir("named").append_metrics, {"epoch": 2})
     assert "is a link" in said and len(Path("kept").read_text().splitlines()) == 1
-
-
-# --- what the page shows ----------------------------------------------------------------------------------------------
 
 
 def nasty(value):

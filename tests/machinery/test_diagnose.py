@@ -1,4 +1,4 @@
-"""Diagnostics against closed forms, independent computations and the definitions they state."""
+"""Diagnostics of networks against closed forms, independent computations and the definitions they state."""
 
 from __future__ import annotations
 
@@ -10,48 +10,16 @@ import sys
 import numpy as np
 import pytest
 import torch
+from diagnosing import SHAPE, cnn, images, linear
 from torch import nn
 from torch.nn import functional as F
 
 import bilevel_at as ba
 from bilevel_at import diagnose
 from bilevel_at.data import Images
-from bilevel_at.figures import diagnosis as drawn
-from bilevel_at.figures import landscape as pictured
 from bilevel_at.models import build_model
 from bilevel_at.problems import atas, fastat, fastbat, gradalign
 from bilevel_at.solvers import FullKKT, HessianFreeKKT, ZeroIG
-
-SHAPE = (1, 6, 6)
-
-
-def images(n=24, classes=3, seed=0, shape=SHAPE):
-    g = torch.Generator().manual_seed(seed)
-    return Images(torch.rand(n, *shape, generator=g), torch.randint(0, classes, (n,), generator=g), classes)
-
-
-def cnn(classes=3, seed=0, width=4):
-    torch.manual_seed(seed)
-    return nn.Sequential(
-        nn.Conv2d(1, width, 3, padding=1),
-        nn.Tanh(),
-        nn.BatchNorm2d(width),
-        nn.Flatten(),
-        nn.Linear(width * 36, classes),
-    )
-
-
-def linear(classes=2, seed=0):
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Flatten(), nn.Linear(36, classes))
-
-
-def is_picture(path, least=10_000):
-    data = path.read_bytes()
-    return data[:4] == b"\x89PNG" and len(data) > least
-
-
-# Gradient alignment
 
 
 @pytest.mark.parametrize("ball", [ba.LinfBall(0.3), ba.L2Ball(1.0)])
@@ -96,9 +64,6 @@ def test_alignment_where_gradients_vanish_or_nearly():
     assert found.nanmean() == pytest.approx(1)
     with pytest.raises(ba.InputError, match="samples is 0"):
         diagnose.gradient_alignment(Flat(), images(), ba.LinfBall(0.1), samples=0)
-
-
-# Lemma 1
 
 
 @pytest.mark.parametrize("part", [0.0, 0.3, 1.0, 1.25, 2.0])
@@ -154,9 +119,6 @@ def test_lemma_1_does_not_bound_a_loss_that_curves_upwards():
     assert found.bound().item() == pytest.approx(epsilon * 6 * math.sqrt(2 / 3))
 
 
-# Loss landscapes
-
-
 def test_the_landscape_of_a_linear_model_is_known():
     model, radius = linear(), 0.5
     x, y = torch.rand(3, *SHAPE), torch.tensor([0, 1, 1])
@@ -193,9 +155,6 @@ def test_a_landscape_of_one_image_and_of_what_is_none():
     ):
         with pytest.raises(ba.InputError, match=said):
             diagnose.loss_landscape(model, *arguments[:3], points=arguments[3])
-
-
-# Perturbations
 
 
 def test_sizes_of_perturbations_are_counted():
@@ -242,105 +201,6 @@ def test_sizes_of_what_is_no_perturbation(delta, ball, x, said):
         diagnose.perturbation_sizes(delta, ball, x)
 
 
-# Examples over training
-
-
-def history(epochs=6, n=50, classes=5):
-    g = torch.Generator().manual_seed(0)
-    label = torch.arange(n) % classes
-    norm = torch.linspace(1, 2, n)[torch.randperm(n, generator=g)] * (1 + 0.1 * torch.rand(epochs, n, generator=g))
-    filters = torch.randn(epochs + 1, 4, 1, 3, 3, generator=g)
-    return diagnose.History(norm, 0.1 / norm, label, filters)
-
-
-def save(folder, **arrays):
-    np.savez(folder / "history.npz", **arrays)
-    return folder
-
-
-def test_a_history_is_read_as_it_was_written(tmp_path):
-    assert diagnose.read_history(tmp_path) is None
-    kept = history()
-    norm = kept.gradient_norm.half()
-    norm[0, 3], norm[:, 4] = math.nan, math.nan
-    arrays = {"gradient_norm": norm.numpy(), "step": kept.step.numpy(), "label": kept.label.int().numpy()}
-    found = diagnose.read_history(save(tmp_path, **arrays, filters=kept.filters.numpy()))
-    assert torch.equal(found.label, kept.label) and torch.equal(found.filters, kept.filters)
-    assert torch.equal(found.step, kept.step) and found.gradient_norm.dtype == torch.float32
-    average = diagnose.average_gradient_norm(found)
-    assert average[4].isnan() and average[3] == pytest.approx(norm[1:, 3].float().mean().item())
-    torch.testing.assert_close(average[5:], norm[:, 5:].float().mean(0))
-    assert diagnose.read_history(save(tmp_path, **arrays)).filters is None
-
-
-def test_a_damaged_history_is_refused(tmp_path):
-    kept = history()
-    good = {"gradient_norm": kept.gradient_norm.numpy(), "step": kept.step.numpy(), "label": kept.label.numpy()}
-    for change, said in (
-        ({"label": np.array([{}], dtype=object)}, "not an archive of plain arrays"),
-        ({"label": good["label"][:3]}, "must be .epochs, N., .epochs, N. and .N."),
-        ({"label": good["label"].astype(float)}, "label is float64; it must hold whole numbers"),
-        ({"step": np.array("x")}, "step is <U1; it must hold floating-point numbers"),
-        ({"filters": np.zeros((2, 4, 1, 3, 3))}, "must be .7, O, I, kh, kw."),
-    ):
-        with pytest.raises(ba.InputError, match=f"history.npz.*{said}"):
-            diagnose.read_history(save(tmp_path, **{**good, **change}))
-    with pytest.raises(ba.InputError, match="has no step"):
-        diagnose.read_history(save(tmp_path, gradient_norm=good["gradient_norm"], label=good["label"]))
-    whole = save(tmp_path, **good) / "history.npz"
-    data = whole.read_bytes()
-    for damaged in (b"", b"not an archive", data[:200], data[:400] + bytes(40) + data[440:]):
-        whole.write_bytes(damaged)
-        with pytest.raises(ba.InputError, match="not an archive of plain arrays"):
-            diagnose.read_history(tmp_path)
-
-
-def test_deciles_are_ordered_and_of_equal_size_with_ties_too():
-    g = torch.Generator().manual_seed(0)
-    values = torch.rand(1003, generator=g)
-    found = diagnose.deciles(values, torch.arange(1003) % 4)
-    sizes = torch.bincount(found.group)
-    assert len(sizes) == 10 and sizes.max() - sizes.min() <= 1
-    for place in range(9):
-        assert values[found.group == place].max() < values[found.group == place + 1].min()
-    # The paper's rule, where there are no ties.
-    rank = (values[None] < values[:, None]).sum(1)
-    assert torch.equal(found.group, rank * 10 // 1003)
-    torch.testing.assert_close(found.balance.sum(1), torch.ones(10))
-    assert "between" in str(found) and "100 to 101 examples" in str(found)
-    assert len(found.rows(1, 10)) == 1003 and len(found.rows(3, 4)) == (sizes[2] + sizes[3])
-
-    label = torch.arange(1003) % 4
-    skewed = diagnose.deciles(values + label, label)
-    assert skewed.balance.max() == 1 and skewed.balance.min() == 0
-    even = diagnose.deciles(values + label, label, by_class=True)
-    assert (even.balance - 1 / 4).abs().max() < 0.01
-    assert torch.equal(even.group[label == 2], diagnose.deciles(values[label == 2]).group)
-
-    tied = values.mul(5).round()
-    tied[7] = math.nan
-    again = diagnose.deciles(tied)
-    sizes = torch.bincount(again.group[again.group >= 0])
-    assert again.group[7] == -1 and len(sizes) == 10 and sizes.max() - sizes.min() <= 1
-    for place in range(9):
-        assert tied[again.group == place].max() <= tied[again.group == place + 1].min()
-    assert torch.equal(diagnose.deciles(torch.ones(30)).group, torch.arange(30) // 3)
-
-
-def test_deciles_of_too_little():
-    with pytest.raises(ba.InputError, match="9 of the values are known"):
-        diagnose.deciles(torch.ones(9))
-    with pytest.raises(ba.InputError, match="must be .N."):
-        diagnose.deciles(torch.ones(20), torch.ones(19, dtype=torch.int64))
-    with pytest.raises(ba.InputError, match="there are no labels"):
-        diagnose.deciles(torch.rand(20), by_class=True)
-    with pytest.raises(ba.InputError, match="deciles 0 … 3 do not exist"):
-        diagnose.deciles(torch.rand(20)).rows(0, 3)
-
-
-# Filters
-
-
 def test_a_laplace_filter_is_recognised():
     laplace = torch.tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]])
     filters = torch.stack([laplace, -3 * laplace, torch.ones(3, 3), torch.zeros(3, 3)])[None, :, None]
@@ -376,22 +236,6 @@ def test_a_filter_is_removed_whatever_the_activation(activation):
         diagnose.without_filter(model, 4)
     with pytest.raises(ba.InputError, match="the model is Conv2d, Tanh, BatchNorm2d"):
         diagnose.without_filter(cnn(), 0)
-
-
-# Robust overfitting, and the implicit term
-
-
-def line(epoch, robust, clean=0.9):
-    return {"epoch": epoch, "robust": robust, "clean": clean}
-
-
-def test_the_gap_between_best_and_last():
-    found = diagnose.best_last_gap([line(1, 0.3), line(2, 0.5), line(3, 0.5, 0.8), line(4, 0.45)])
-    assert (found.best_epoch, found.last_epoch, found.best, found.last) == (2, 4, 0.5, 0.45)
-    assert found.gap == pytest.approx(0.05) and "5.0 points" in str(found)
-    assert diagnose.best_last_gap([line(1, 0.3), line(2, 0.3)]).best_epoch == 2  # as best.pt: the later of equals
-    with pytest.raises(ba.InputError, match="no epochs"):
-        diagnose.best_last_gap([])
 
 
 def test_the_kkt_direction_is_that_of_the_sum():
@@ -447,52 +291,6 @@ def test_sign_attackers_have_one_direction_and_memory_is_left_alone():
     remembering = atas.problem(epsilon=0.2)
     diagnose.compare_solvers(remembering, model, batch, {"zero": ZeroIG()})
     assert remembering.state_dict()["anchor"] == ba.Remembered().state_dict()
-
-
-# Figures
-
-
-def test_figures_of_attacks(tmp_path):
-    data, model = images(classes=2), linear()
-    norms = [diagnose.random_step_norm(model, data, 0.2, bounds=bounds, draws=2) for bounds in (None, (0, 1))]
-    drawn.random_step(norms, tmp_path / "norms.png")
-    with pytest.raises(ba.InputError, match="all at one epsilon"):
-        drawn.random_step([norms[0], diagnose.random_step_norm(model, data, 0.1)], tmp_path / "none.png")
-    delta = ba.LinfBall(0.2).corner(data.x)
-    sizes = diagnose.perturbation_sizes(delta, ba.LinfBall(0.2), data.x)
-    drawn.perturbations(sizes, tmp_path / "sizes.png", "corners")
-    plain = diagnose.perturbation_sizes(torch.full((3, 4), 0.1), ba.L2Ball(0.2))
-    drawn.perturbations(plain, tmp_path / "plain.png")
-    found = diagnose.loss_landscape(model, data.x[:3], data.y[:3], 0.4, points=9)
-    pictured.landscapes(found, tmp_path / "landscapes.png", epsilon=0.2)
-    colour = diagnose.loss_landscape(
-        nn.Sequential(nn.Flatten(), nn.Linear(75, 3)), torch.rand(3, 5, 5), 1, 0.1, points=5
-    )
-    pictured.landscapes(colour, tmp_path / "one.png")
-    flat = nn.Sequential(nn.Flatten(), nn.Linear(36, 2))
-    nn.init.zeros_(flat[1].weight)
-    pictured.landscapes(diagnose.loss_landscape(flat, data.x[0], 0, 0.1, points=5), tmp_path / "flat.png")
-    files = sorted(tmp_path.glob("*.png"))
-    assert len(files) == 6 and all(is_picture(file) for file in files)
-
-
-def test_figures_of_training(tmp_path):
-    kept = history()
-    drawn.gradient_norms(kept, tmp_path / "norms.png")
-    steady = diagnose.History(kept.gradient_norm, torch.full_like(kept.step, math.nan), kept.label)
-    drawn.gradient_norms(steady, tmp_path / "steady.png")
-    pictured.filters(kept.filters, tmp_path / "filters.png")
-    pictured.filters(torch.randn(3, 12, 3, 5, 5), tmp_path / "many.png")
-    with pytest.raises(ba.InputError, match="before and after"):
-        pictured.filters(kept.filters[:1], tmp_path / "none.png")
-    lines = [{"epoch": e, "implicit_ratio": 0.01 * e, "implicit_cosine": -0.2} for e in range(4)]
-    drawn.coupling(lines, tmp_path / "coupling.png")
-    with pytest.raises(ba.InputError, match="no implicit term"):
-        drawn.coupling([{"epoch": 1, "implicit_ratio": 0.0, "implicit_cosine": 0.0}], tmp_path / "none.png")
-    with pytest.raises(ba.InputError, match="no implicit_cosine"):
-        drawn.coupling([{"epoch": 1, "implicit_ratio": 0.1}], tmp_path / "none.png")
-    files = sorted(tmp_path.glob("*.png"))
-    assert len(files) == 5 and all(is_picture(file) for file in files)
 
 
 def test_diagnostics_do_not_need_matplotlib_or_the_trainer():

@@ -15,7 +15,7 @@ from bilevel_at.evaluate import ATTACKS, attack_from_name
 from bilevel_at.evaluate.checks import LIMITS
 from bilevel_at.report import report
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "evaluation.md").read_text()
 
 

@@ -1,0 +1,63 @@
+"""Where the tests of the machinery run, and the networks and runs that several of them look at."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from evaluating import cnn, mlp, trained
+
+import bilevel_at as ba
+from bilevel_at import run as run_module
+from bilevel_at.data import named
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """The test is in a directory of its own, outside the checkout."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def without_network(elsewhere, monkeypatch):
+    """A download is a failure of the test."""
+
+    def forbidden(name, folder):
+        raise AssertionError(f"{name} would have been downloaded")
+
+    monkeypatch.setattr(named, "fetch", forbidden)
+
+
+@pytest.fixture(scope="session")
+def robust():
+    return trained(mlp, "minmax", 15)
+
+
+@pytest.fixture(scope="session")
+def convolutional():
+    return trained(cnn, "fastat", 15)
+
+
+@pytest.fixture(scope="session")
+def plain():
+    return trained(cnn, "standard", 8)
+
+
+@pytest.fixture(scope="session")
+def trained_run(tmp_path_factory):
+    """A run of a few seconds, which nothing has been evaluated on."""
+    path = tmp_path_factory.mktemp("runs") / "run"
+    flags = ["--epochs", "5", "--attacks", "clean", "--select", "pgd-2-1", "--out", str(path)]
+    assert run_module.run(["problems/fastat.py", *flags]) == 0
+    shutil.rmtree(path / "evaluation")
+    (path / "results.json").unlink()
+    return path
+
+
+@pytest.fixture
+def run_here(elsewhere, trained_run):
+    """The run is in ``run`` and its weights in ``weights.pt``."""
+    shutil.copytree(trained_run, "run")
+    torch.save(ba.load("run", "last").state_dict(), "weights.pt")

@@ -1,0 +1,72 @@
+"""What README and the pages under docs/ print still runs, and the names they list exist."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from running import PROBLEMS, ROOT, SHORT, SOLVERS, run
+
+import bilevel_at as ba
+from bilevel_at.models import MODELS
+from bilevel_at.solvers import HessianFreeKKT, ZeroIG
+
+pytestmark = pytest.mark.usefixtures("elsewhere")
+
+README = (ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else ""
+
+
+def readme_block(containing):
+    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
+    return next(b for b in blocks if containing in b)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_the_readme_s_custom_problem_runs(solver):
+    Path("my_problem.py").write_text(readme_block("def problem("))
+    run("my_problem.py", "--epsilon", "0.5", "--solver", solver, *SHORT, "--out", "out")
+    config = json.loads(Path("out/config.json").read_text())
+    assert config["problem"]["epsilon"] == 0.5
+
+
+def test_the_readme_s_example_runs():
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 4))
+    loader = [(torch.rand(5, 3, 2, 2), torch.randint(0, 4, (5,))) for _ in range(3)]
+    before = model[1].weight.detach().clone()
+    exec(readme_block("solver.backward"), {"model": model, "loader": loader})
+    assert not torch.equal(model[1].weight, before)
+
+
+def test_the_readme_s_check_runs():
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 8), torch.nn.Tanh(), torch.nn.Linear(8, 4))
+    names = {"model": model, "x": torch.rand(5, 3, 2, 2), "y": torch.randint(0, 4, (5,))}
+    exec(readme_block("def problem("), names)
+    exec(readme_block("import hypergradcheck"), names)
+    with pytest.raises(AssertionError, match="ZeroIG disagrees with finite differences"):
+        exec(readme_block("import hypergradcheck").replace("FullKKT", "ZeroIG"), names)
+
+
+def test_the_methods_page_s_python_runs():
+    page = (ROOT / "docs/methods.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, re.S)
+    names = {}
+    for block in blocks:
+        exec(block, names)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 4))
+    batch = ba.Batch(torch.rand(5, 3, 2, 2), torch.randint(0, 4, (5,)), torch.arange(5))
+    step = names["solver"].backward(names["problem"], model, batch)
+    assert step.loss.isfinite()
+    lower = ba.Linearized(ba.minus(names["Drift"]()), ba.LinfBall(0.1), ba.Steps(ba.Gaussian(), "sign"), "taylor", 0.1)
+    for solver in (ZeroIG(), HessianFreeKKT()):  # the reference prepared, and the one that θ moves
+        assert solver.backward(ba.BilevelProblem(ba.UpperProblem(), lower), model, batch).loss.isfinite()
+
+
+def test_the_methods_page_names_every_method_and_model():
+    page = (ROOT / "docs/methods.md").read_text()
+    assert all(f"`{problem}.py`" in page for problem in PROBLEMS)
+    for name in MODELS:
+        family = re.sub(r"(18|34|50|16_8|28_10|34_10)$", "", name)
+        assert re.search(rf"`{family}", page), name

@@ -1,0 +1,162 @@
+"""Every problem file on the command line: every solver, the published settings, the network of CIFAR-10."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from running import PROBLEMS, SHORT, SOLVERS, complaint, npz, run
+
+import bilevel_at as ba
+from bilevel_at import run as run_module
+from bilevel_at.commands.plan import understand
+
+pytestmark = pytest.mark.usefixtures("elsewhere")
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_every_problem_runs_with_every_solver(problem, solver):
+    run(f"problems/{problem}.py", "--solver", solver, *SHORT, "--out", "out")
+    config = json.loads(Path("out/config.json").read_text())
+    assert config["solver"]["name"].lower() == solver.replace("-", "")
+    results = json.loads(Path("out/results.json").read_text())
+    for which in ("best", "last"):
+        assert set(results[which]) == {"clean", "pgd-2-1"}
+        assert results[which]["pgd-2-1"]["n"] == 360 and results[which]["pgd-2-1"]["epsilon"] == pytest.approx(0.2)
+        assert 0 <= results[which]["pgd-2-1"]["accuracy"] <= results[which]["clean"]["accuracy"] <= 1
+
+
+PUBLISHED = {
+    # model, epochs, batch, peak rate, schedule, decays after epochs, weight decay
+    "standard": ("preact_resnet18", 20, 128, 0.2, "linear", (), 5e-4),
+    "fgsm": ("preact_resnet18", 20, 128, 0.2, "linear", (), 5e-4),
+    "fastat": ("preact_resnet18", 20, 128, 0.2, "linear", (), 5e-4),
+    "minmax": ("preact_resnet18", 20, 128, 0.2, "linear", (), 5e-4),
+    "gradalign": ("preact_resnet18", 20, 128, 0.2, "linear", (), 5e-4),
+    "fastbat": ("preact_resnet18", 20, 128, 0.2, "linear", (), 5e-4),
+    "free": ("preact_resnet18", 10, 128, 0.2, "linear", (), 5e-4),
+    "atta": ("resnet18", 30, 128, 0.1, "multistep", (24, 28), 5e-4),
+    "atas": ("resnet18", 30, 128, 0.1, "multistep", (24, 28), 5e-4),
+    "sgd_bca": ("resnet18", 30, 128, 0.1, "multistep", (24, 28), 5e-4),
+    "asgd_bca": ("resnet18", 30, 128, 0.1, "multistep", (24, 28), 5e-4),
+    "remembered_fastbat": ("resnet18", 30, 128, 0.1, "multistep", (24, 28), 5e-4),
+    "beta": ("resnet18", 110, 128, 0.1, "multistep", (100,), 5e-4),
+    "smooth_beta": ("resnet18", 110, 128, 0.1, "multistep", (100,), 5e-4),
+    "trades": ("wide_resnet34_10", 76, 128, 0.1, "multistep", (74,), 2e-4),
+    "mart": ("resnet18", 120, 128, 0.01, "multistep", (74, 89, 99), 3.5e-3),
+}
+
+
+EVAL_MODE_ATTACKS = {"atta", "atas", "sgd_bca", "asgd_bca", "remembered_fastbat", "trades", "mart"}
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_the_published_recipe_is_the_default_on_cifar10(problem):
+    plan = understand([f"problems/{problem}.py", "--data", "cifar10"])
+    r = plan.options.recipe()
+    stated = (r.model, r.epochs, r.batch_size, r.lr, r.schedule, r.milestones, r.weight_decay)
+    assert stated == PUBLISHED[problem]
+    assert (r.momentum, r.augment, r.accumulate, r.ema) == (0.9, "crop-flip", 1, 0)
+    lower = plan.problem.lower
+    assert lower.constraint.epsilon == pytest.approx(8 / 255)
+    if problem != "standard":  # which attacks nothing
+        assert lower.mode == ("eval" if problem in EVAL_MODE_ATTACKS else "train")
+    for data in ("cifar100", "tiny_imagenet", "svhn", "imagenet", "fashion_mnist"):
+        other = understand([f"problems/{problem}.py", "--data", data])
+        assert other.options.augment == {"svhn": "none", "imagenet": "resized-crop-flip", "fashion_mnist": "none"}.get(
+            data, "crop-flip"
+        )
+        assert other.problem.lower.constraint.epsilon == pytest.approx(2 / 255 if data == "imagenet" else 8 / 255)
+
+
+def test_published_settings_beyond_cifar10():
+    def plan(*args):
+        return understand([str(a) for a in args])
+
+    for epsilon, step in (("8/255", 5000 / 255), ("16/255", 2000 / 255)):
+        fastbat = plan("problems/fastbat.py", "--data", "cifar100", "--epsilon", epsilon)
+        assert fastbat.problem.lower.step_size() == pytest.approx(step)
+        assert fastbat.solver.ig_weight == pytest.approx(0.1 / step)
+    fastbat = plan("problems/fastbat.py", "--data", "imagenet")
+    assert fastbat.problem.lower.step_size() == pytest.approx(3000 / 255)
+    assert fastbat.solver.ig_weight == pytest.approx(0.1 * 255 / 3000)
+    assert fastbat.options.model == "imagenet_resnet50"
+    for method in ("atta", "atas"):
+        imagenet = plan(f"problems/{method}.py", "--data", "imagenet")
+        r = imagenet.options.recipe()
+        assert (r.model, r.epochs, r.batch_size, r.milestones) == ("imagenet_resnet18", 90, 128, (50, 75))
+        assert r.weight_decay == 1e-4 and imagenet.problem.lower.anchor.size == 32
+    assert imagenet.problem.lower.step.c == pytest.approx(0.1 * 128)
+    assert imagenet.problem.lower.step.gamma / imagenet.problem.lower.step.c == pytest.approx(16 / 255)
+    free = plan("problems/free.py", "--data", "imagenet")
+    assert (free.options.epochs, free.problem.replays) == (45, 4)
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_every_problem_trains_the_cifar_network(problem):
+    """The acceptance command, on 20 made-up images of a quarter of CIFAR's size."""
+    Path("data").mkdir()
+    g = np.random.default_rng(0)
+    npz(
+        "data/cifar10.npz",
+        x_train=g.integers(0, 256, (60, 16, 16, 3), dtype=np.uint8),
+        y_train=np.arange(60) % 5,
+        x_test=g.integers(0, 256, (12, 16, 16, 3), dtype=np.uint8),
+        y_test=np.arange(12) % 5,
+    )
+    flags = ["--model", "preact_resnet18", "--examples", 20, "--batch-size", 9, "--epochs", 1, "--test-examples", 4]
+    if "steps" in inspect.signature(importlib.import_module(f"bilevel_at.problems.{problem}").problem).parameters:
+        flags += ["--steps", 2]  # the number of steps is a number
+    if problem == "free":
+        flags += ["--replays", 2]
+    attacks = ["--attacks", "clean", "pgd-1-1", "--select", "pgd-1-1"]
+    run(f"problems/{problem}.py", "--data", "cifar10", *flags, *attacks, "--out", "out")
+    lines = [json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 1 and np.isfinite(lines[0]["loss"])
+    largest = 0 if problem == "standard" else 8 / 255
+    assert 0 <= lines[0]["perturbation"] <= largest + 1e-7
+    if problem != "free":  # whose first pass is at 0, and is the one that is looked at here
+        assert (lines[0]["perturbation"] > 0) == (problem != "standard")
+    assert ba.load("out")(torch.rand(2, 3, 16, 16)).shape == (2, 5)
+
+
+@pytest.mark.parametrize("scheme", ["gradient-step", "uniform", "corner", "sign-step"])
+def test_linearisation_schemes_are_flags(scheme):
+    lower = understand(["problems/fastbat.py", "--anchor", scheme, "--epsilon", "0.1"]).problem.lower
+    kinds = {"gradient-step": ("Steps", "taylor", None), "sign-step": ("Steps", "sign", 0.05)}
+    kind, direction, step = kinds.get(scheme, (scheme.capitalize(), None, None))
+    assert type(lower.anchor).__name__ == kind
+    if direction:
+        assert lower.anchor.direction.name == direction and lower.anchor.step == step
+
+
+def test_solver_flags_reach_the_solver():
+    flags = ["--ig-factor", "0.2", "--damping", "3", "--curvature", "lower", "--method", "cg"]
+    plan = understand(["problems/fastbat.py", "--solver", "full-kkt", "--step", "10", *flags])
+    assert plan.solver.ig_weight == pytest.approx(0.2 / 10)
+    assert (plan.solver.damping, plan.solver.curvature, plan.solver.method) == (3.0, "lower", "cg")
+    assert understand(["problems/fastbat.py"]).options.recipe().batch_size == 64
+    cifar = understand(["problems/fastbat.py", "--data", "cifar10"])
+    assert cifar.options.recipe().lr == 0.2 and cifar.options.augment == "crop-flip"
+    assert cifar.problem.lower.step_size() == pytest.approx(5000 / 255)
+
+
+def test_a_solver_that_must_refuse_says_so_before_anything_is_written():
+    line = complaint("problems/beta.py", "--solver", "hessian-free-kkt", "--damping", "0")
+    assert "no proximal term" in line
+
+
+def test_list(capsys):
+    with pytest.raises(SystemExit) as done:
+        run_module.run(["--list"])
+    assert done.value.code == 0
+    shown = capsys.readouterr().out
+    for name in (*PROBLEMS, "standard", "preact_resnet18", "digits", "cifar10", "FILE.npz"):
+        assert re.search(rf"^  {name} +\S", shown, re.M), name

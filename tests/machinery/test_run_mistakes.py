@@ -1,0 +1,124 @@
+"""Mistakes in what is asked of the run command: one line, and nothing is written."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from running import complaint, npz
+
+from bilevel_at.evaluate.radius import number_from_text as number
+
+pytestmark = pytest.mark.usefixtures("elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["--epsilon", "-0.1"], "epsilon is -0.1; it must be a finite number, at least 0"),
+        (["--epsilon", "8/0"], "--epsilon: '8/0' is not a number"),
+        (["--epsilon", "big"], "--epsilon: 'big' is not a number (0.03 and 8/255 are)"),
+        (["--epsilon", "nan"], "epsilon is nan"),
+        (["--step", "0"], "step is 0; it must be a positive finite number"),
+        (["--step", "-3"], "step is -3"),
+        (["--epsilom", "0.1"], "--epsilom is not a flag here; did you mean --epsilon?"),
+        (["--anchor", "middle"], "invalid choice 'middle' for argument '--anchor'"),
+        (["0.1"], "'0.1' is one argument too many"),
+        (["--solver", "newton"], "invalid choice 'newton' for argument '--solver'. Expected one of ("),
+        (["--damping", "-1"], "damping is -1.0; it must be a finite number, at least 0"),
+        (["--model", "resnet"], "model 'resnet' is not known; choose from small_cnn, one_layer_cnn, preact_resnet18"),
+        (["--model", "file"], "defines no model(shape, classes)"),
+        (["--data", "mnist"], "data 'mnist' is not known; choose from digits"),
+        (
+            ["--data", "cifar10", "--no-download"],
+            "put cifar10.npz (arrays x_train, y_train, x_test, y_test) into data/",
+        ),
+        (["--data", "none.npz"], "data file none.npz does not exist"),
+        (["--attacks", "clean", "pgd-0-1"], "attack 'pgd-0-1' is not known"),
+        (["--device", "tpu9"], "--device tpu9 cannot be used here"),
+        (["--epochs", "0"], "--epochs is 0; it must be at least 1"),
+        (["--accumulate", "0"], "--accumulate is 0; it must be at least 1"),
+        (["--ema", "1"], "--ema is 1; the decay of an average is at least 0 and below 1"),
+        (["--dropout", "0.3"], "model small_cnn has no dropout; the wide residual networks do"),
+        (["--augment", "resized-crop-flip"], "augment 'resized-crop-flip' is not for images in memory"),
+        (["--schedule", "multistep"], "--schedule multistep needs --milestones"),
+        (["--milestones", "5", "3"], "--milestones are (5, 3); they must be epochs in order, from 1 on"),
+        (["--lr", "0"], "--lr is 0; it must be a positive number"),
+        (["--test-examples", "0"], "--test-examples is 0; it must be at least 1"),
+        (["--examples", "3"], "--examples is 3; it must be at least 20"),
+        (["--seed", "x"], "--seed: invalid literal for int"),
+        (["--seed", "10000000000000"], "--seed is 10000000000000; it must be at least 0 and below 2**32"),
+        (["--attacks"], "--attacks names no attack"),
+        (["--device", "meta"], "--device meta cannot be used here"),
+        (["--out", "/proc/nothing/here"], "/proc/nothing/here cannot be written"),
+    ],
+)
+def test_mistakes_are_one_line_and_write_nothing(args, says):
+    assert says in complaint("problems/fastbat.py", *args)
+
+
+def bad_npz():
+    images = np.zeros((60, 8, 8, 3), dtype=np.uint8)
+    yield "missing", {"y_test": None}, "has no array y_test; it needs x_train, y_train, x_test, y_test"
+    yield "pickle", {"y_train": np.array([{}] * 60, dtype=object)}, "holds pickled objects, which are never loaded"
+    yield "labels", {"y_test": np.arange(12)}, "y_test has the label 11, which y_train (0 … 2) does not have"
+    yield "negative", {"y_train": np.arange(60) % 3 - 1}, "y_train has the label -1"
+    yield "floats", {"y_train": np.arange(60) / 2}, "y_train is float64 of shape (60,); labels are a vector of integers"
+    yield "lengths", {"y_train": np.arange(50) % 3}, "x_train has 60 images and y_train 50 labels"
+    yield (
+        "range",
+        {"x_train": images.astype(np.float32) + 7},
+        "x_train has values from 7 to 7; floating point images lie in [0, 1]",
+    )
+    yield "nan", {"x_train": images * np.float32("nan")}, "x_train has NaN values"
+    yield "int", {"x_train": images.astype(np.int32)}, "x_train is int32; images are uint8, or floating point in [0, 1]"
+    yield "shape", {"x_train": images.reshape(60, -1)}, "x_train has shape (60, 192); images are NHWC or NCHW"
+    yield (
+        "sizes",
+        {"x_test": np.zeros((12, 9, 9, 3), dtype=np.uint8)},
+        "training images are (3, 8, 8) and test images (3, 9, 9)",
+    )
+    yield "one class", {"y_train": np.zeros(60, int), "y_test": np.zeros(12, int)}, "has one class only"
+
+
+@pytest.mark.parametrize(("changes", "says"), [pytest.param(c, s, id=i) for i, c, s in bad_npz()])
+def test_bad_data_files(changes, says):
+    assert says in complaint("problems/fastat.py", "--data", npz(**changes))
+
+
+def test_files_that_are_no_npz():
+    Path("text.npz").write_text("hello")
+    assert "text.npz" in complaint("problems/fastat.py", "--data", "text.npz")
+    np.save("one.npy", np.zeros(3))
+    Path("one.npy").rename("one.npz")
+    assert "single array" in complaint("problems/fastat.py", "--data", "one.npz")
+    Path("cut.npz").write_bytes(Path(npz()).read_bytes()[:500])
+    assert "cut.npz" in complaint("problems/fastat.py", "--data", "cut.npz")
+
+
+def test_exit_statuses_of_the_process():
+    def status(*args):
+        done = subprocess.run([sys.executable, "-m", "bilevel_at.run", *args], capture_output=True, text=True)
+        return done.returncode, done.stdout, done.stderr
+
+    code, _, said = status("problems/fastbat.py", "--epsilon", "-1")
+    assert code == 2 and "Traceback" not in said
+    assert (
+        said.splitlines()[-1] == "bilevel_at.run: epsilon is -1; it must be a finite number, at least 0 (such as 8/255)"
+    )
+    code, shown, _ = status("problems/fastbat.py", "--help")
+    assert code == 0 and "--epsilon NUMBER" in shown and "--curvature" not in shown
+    code, shown, _ = status("problems/fastbat.py", "--solver", "full-kkt", "--help")
+    assert code == 0 and "--curvature {lower,attack}" in shown
+    code, _, said = status("--epsilon", "1")
+    assert code == 2 and "the problem file comes first" in said
+
+
+def test_numbers():
+    assert number("8/255") == 8 / 255 and number("1e-3") == 1e-3
+    for text in ("8/", "/2", "1/2/3", "0x8", "1/0"):
+        with pytest.raises(ValueError, match="is not a number"):
+            number(text)
