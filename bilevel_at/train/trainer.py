@@ -171,6 +171,7 @@ class Trainer:
     def _set_rate(self, step: int) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.lr_at(step, self.steps_per_epoch)
+            group["momentum"] = self.recipe.momentum_at(step, self.steps_per_epoch)
 
     def _look(self, solution: Solution) -> Tensor:
         """(correct on x + δ*, the sum of ‖δ*‖_∞, rows): what training saw, before the step is taken."""
