@@ -264,6 +264,11 @@ class Remembered(Anchor):
     def observe(self, step: Hypergradient) -> None:
         """Write back where :meth:`draw` reads; what the view does not show stays as it was."""
         batch, canvas, delta = step.solution.batch, step.solution.memo, self.to_remember(step)
+        if len(canvas) != len(delta) and self._followed(batch) is not None:
+            raise InputError(
+                'one of several perturbations of an example was chosen (Targeted(keep="best")), and its view cannot be '
+                "followed; use Remembered(view=False)"
+            )
         if self.size is not None:
             delta = _resized(delta, self.size, self.size)
         elif self._followed(batch) is not None:

@@ -134,6 +134,8 @@ class Batch:
 
     def __getitem__(self, rows: Any) -> Batch:
         """The examples at ``rows`` (a slice, mask or index tensor), every tensor with them."""
+        if isinstance(rows, int):
+            raise InputError(f"batch[{rows}] is one example without a batch axis; use batch[{rows}:{rows + 1}]")
         return self._map(lambda value: value[rows])
 
     def to(self, device: torch.device | str) -> Batch:

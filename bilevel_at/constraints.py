@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .batch import per_sample
 from .errors import InputError, at_least
+from .policy import Composite
 
 __all__ = ["ActiveSet", "Constraint", "L2Ball", "LinfBall", "Range"]
 
@@ -50,7 +51,7 @@ class ActiveSet:
         return self.free.float().mean().item()
 
 
-class Constraint:
+class Constraint(Composite):
     """A closed convex set C(x) of perturbations of x. Subclass with at least :meth:`project`.
 
     ``x`` is what δ is added to, as the lower problem says (:meth:`LowerProblem.base`): the inputs, as a rule.

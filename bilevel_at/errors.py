@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 __all__ = [
@@ -74,9 +74,9 @@ def at_least(name: str, value: Any, least: float = 0.0, hint: str = "") -> float
 
 def whole_number(name: str, value: Any, least: int) -> int:
     """``value`` where it is an int of at least ``least``, or an :class:`InputError` that names it."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise InputError(f"{name} is {value!r}; it must be a whole number, at least {least}")
-    return value
+    return int(value)
 
 
 def one_of(name: str, value: Any, choices: Sequence[str]) -> str:

@@ -120,8 +120,10 @@ def input_gradient(
         if not values.requires_grad:
             raise InputError("the model's output has no gradient in its input; only square attacks need none")
         (gradient,) = torch.autograd.grad(
-            values.sum(), delta, create_graph=create_graph, retain_graph=create_graph or keep_output
+            values.sum(), delta, create_graph=create_graph, retain_graph=create_graph or keep_output, allow_unused=True
         )
+    if gradient is None:
+        raise InputError("the attack loss does not depend on δ, so that it has no gradient to step along")
     return gradient, output
 
 
@@ -238,7 +240,8 @@ class KLDivergence(Loss):
 
     def prepare(self, model: nn.Module, batch: Batch, generator: torch.Generator | None) -> Batch:
         """The batch with ``clean_log_probabilities`` ``[B, K]``."""
-        clean = logits(model, batch, torch.zeros_like(batch.x))
+        clean = self.forward(model, batch, torch.zeros_like(batch.x))
+        check_classes(clean, batch)
         return batch.replace(clean_log_probabilities=F.log_softmax(clean, 1))
 
     def value(self, output: Tensor, batch: Batch) -> Tensor:

@@ -29,17 +29,23 @@ class SampleMemory:
         self.values: Tensor | None = None
         self.known: Tensor | None = None
 
-    def rows(self, batch: Batch) -> Tensor:
-        """The rows of the batch's examples, ``[B]``."""
+    def rows(self, batch: Batch, count: int) -> Tensor:
+        """The rows that ``count`` values of this batch have, ``[count]``."""
         if self.by == "position":
-            return torch.arange(len(batch), device=batch.x.device)
+            return torch.arange(count, device=batch.x.device)
         if batch.index is None:
             raise InputError("this problem remembers something per example: pass Batch(x, y, index=...)")
+        if count != len(batch):
+            raise InputError(
+                f"{count} rows cannot be remembered for {len(batch)} examples; remember what a batch shares by position"
+            )
+        if not batch.index.is_cuda and (batch.index < 0).any():
+            raise InputError(f"index has values down to {int(batch.index.min())}; positions count from 0")
         return batch.index
 
     def read(self, batch: Batch, fresh: Tensor) -> Tensor:
         """The rows of the batch; ``fresh`` ``[B, ...]`` where a row was never written. Changes nothing."""
-        rows = self.rows(batch)
+        rows = self.rows(batch, len(fresh))
         if self.values is None or self.known is None or self.values.shape[1:] != fresh.shape[1:]:
             return fresh
         # Clamped rather than looked at: asking a GPU for the largest row would wait for it.
@@ -50,7 +56,7 @@ class SampleMemory:
 
     def write(self, batch: Batch, values: Tensor) -> None:
         """Remember ``values`` ``[B, ...]``, detached. Rows of another shape than before replace the whole table."""
-        rows = self.rows(batch)
+        rows = self.rows(batch, len(values))
         if self.values is not None and self.values.shape[1:] != values.shape[1:]:
             self.clear()
         self._reserve(int(rows.max()) + 1, values)

@@ -13,10 +13,14 @@ from typing import Any
 from .errors import InputError
 from .solution import Hypergradient
 
-__all__ = ["Counter", "Policy", "Schedule", "load_state", "observe", "policies", "set_epoch", "state_of"]
+__all__ = ["Composite", "Counter", "Policy", "Schedule", "load_state", "observe", "policies", "set_epoch", "state_of"]
 
 
-class Policy:
+class Composite:
+    """An object whose attributes may be policies: a problem, a constraint, a policy."""
+
+
+class Policy(Composite):
     """An object that may remember something from batch to batch: anchors, steps, losses, problems, solvers.
 
     Each method is about this object alone: its parts, found by :func:`policies`, are told by themselves. So an override
@@ -44,29 +48,50 @@ class Policy:
 def policies(root: Any) -> dict[str, Policy]:
     """Every policy that ``root`` is made of, by path: ``{"lower.anchor": Remembered(...), ...}``.
 
-    Policies are found in attributes, and in lists, tuples and dictionaries there, recursively; each object once, under
-    the first path that leads to it. ``root`` itself, where it is a policy, has the path ``""``.
+    Policies are looked for in attributes, the class's own among them, and in lists, tuples and dictionaries there,
+    recursively; each object once, under the first path that leads to it. ``root`` itself, where it is a policy, has the
+    path ``""``.
+
+    Raises:
+        InputError: where two policies have the same path (dictionary keys that print alike).
     """
-    return dict(_walk(root, "", set()))
+    by_path: dict[str, Policy] = {}
+    for path, policy in _walk(root, "", set()):
+        if path in by_path:
+            raise InputError(
+                f"two policies have the path {path!r}; rename one, so that a checkpoint can tell them apart"
+            )
+        by_path[path] = policy
+    return by_path
 
 
 def _walk(value: Any, path: str, seen: set[int]) -> Iterator[tuple[str, Policy]]:
     if id(value) in seen:
         return
-    if isinstance(value, Policy):
-        seen.add(id(value))
-        yield path, value
-        parts: Mapping[Any, Any] = vars(value)
+    parts: Mapping[Any, Any]
+    if isinstance(value, Composite) or (path == "" and hasattr(value, "__dict__")):
+        parts = _attributes(value)
     elif isinstance(value, Mapping):
         parts = value
     elif isinstance(value, list | tuple):
         parts = dict(enumerate(value))
-    elif path == "" and hasattr(value, "__dict__"):
-        parts = vars(value)
     else:
         return
+    seen.add(id(value))
+    if isinstance(value, Policy):
+        yield path, value
     for name, part in parts.items():
         yield from _walk(part, f"{path}.{name}" if path else str(name), seen)
+
+
+def _attributes(value: Any) -> dict[str, Any]:
+    """What the object has, in its dictionary, in slots and on its class, by name."""
+    names = dict.fromkeys(getattr(value, "__dict__", {}))
+    for kind in type(value).__mro__:
+        slots = kind.__dict__.get("__slots__", ())
+        names.update(dict.fromkeys([slots] if isinstance(slots, str) else slots))
+        names.update(dict.fromkeys(n for n, v in vars(kind).items() if isinstance(v, Composite | list | tuple | dict)))
+    return {name: getattr(value, name) for name in names if not name.startswith("__") and hasattr(value, name)}
 
 
 def observe(root: Any, step: Hypergradient) -> None:
@@ -93,13 +118,13 @@ def load_state(root: Any, state: Mapping[str, Any]) -> None:
     Raises:
         InputError: where the state is of other policies than these.
     """
-    own = state_of(root)
-    if set(state) != set(own):
+    own, by_path = state_of(root), policies(root)
+    # A policy may have no state before it has observed anything.
+    if set(state) - set(by_path) or set(own) - set(state):
         raise InputError(
             f"the state is of {', '.join(sorted(state)) or 'no policy'}; this problem keeps "
             f"{', '.join(sorted(own)) or 'none'}"
         )
-    by_path = policies(root)
     for path, value in state.items():
         by_path[path].load_state_dict(value)
 
@@ -113,13 +138,16 @@ class Schedule(Policy):
     """
 
     at: Callable[[int, int], float]
-    value: float = field(init=False)
+    epoch: int = field(default=0, init=False, repr=False)
+    epochs: int = field(default=1, init=False, repr=False)
 
-    def __post_init__(self) -> None:
-        self.value = self.at(0, 1)
+    @property
+    def value(self) -> float:
+        """The number of the current epoch."""
+        return self.at(self.epoch, self.epochs)
 
     def set_epoch(self, epoch: int, epochs: int) -> None:
-        self.value = self.at(epoch, epochs)
+        self.epoch, self.epochs = epoch, epochs
 
 
 @dataclass

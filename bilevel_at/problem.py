@@ -24,7 +24,7 @@ from .constraints import Constraint
 from .errors import InputError
 from .losses import AnyLoss, as_loss, check_prepared, cross_entropy
 from .modes import Mode, attack_mode, no_graph
-from .policy import Policy
+from .policy import Composite, Policy
 from .solution import Hypergradient, Solution
 
 __all__ = ["BilevelProblem", "CurvedPart", "LowerProblem", "UpperProblem", "solve_by_descent"]
@@ -112,7 +112,8 @@ class LowerProblem(Policy):
             batch: the batch, prepared.
             anchor: z, detached.
             differentiable: whether ``solution.gradient``, ∇_δ g(θ, δ*; z) with its graph in θ, is wanted. Leave it
-                None where δ* has no derivative in θ; KKT solvers then refuse the problem.
+                None where δ* has no derivative in θ; KKT solvers then refuse the problem. A gradient without a graph
+                says that the derivative is zero.
         """
         return solve_by_descent(self, model, batch, anchor, differentiable)
 
@@ -143,12 +144,21 @@ class LowerProblem(Policy):
             memo, drawn = None, anchor is None
             if anchor is None:
                 anchor, memo = anchor_policy(getattr(self, "anchor", "zero")).draw(self, model, seen, generator)
+            _check_anchor(anchor, self.base(model, seen), batch)
             solution = self.solve_at(model, seen, anchor.detach(), differentiable)
         return replace(solution, delta=solution.delta.detach(), memo=memo, drawn=drawn)
 
     def curvature(self, model: nn.Module, solution: Solution) -> tuple[CurvedPart | None, Tensor | float]:
         """(ℓ, λ) such that ∇²_δδ g = ∇²_δδ ℓ + λI; None for ℓ where the Hessian is λI."""
         return lambda batch, delta, anchor: self.objective(model, batch, delta, anchor), 0.0
+
+
+def _check_anchor(anchor: Tensor, base: Tensor, batch: Batch) -> None:
+    """Raise :class:`InputError` unless z has a row for each row of what δ is added to, or for each example."""
+    if base.ndim < 2 or len(base) == 0:
+        raise InputError(f"δ is added to a tensor of shape {tuple(base.shape)}; it must be [B, ...] with B above 0")
+    if anchor.shape[1:] != base.shape[1:] or len(anchor) not in (len(base), len(batch)):
+        raise InputError(f"the anchor has shape {tuple(anchor.shape)}; δ needs {tuple(base.shape)}")
 
 
 def attack_mode_of(lower: LowerProblem) -> Mode:
@@ -204,14 +214,14 @@ def objective_gradient(lower: LowerProblem, model: nn.Module, batch: Batch, delt
 
 def _give_own_anchor(lower: LowerProblem) -> None:
     """Make a named anchor an object, once, so that it can remember, and a class's anchor this object's own."""
-    anchor = getattr(lower, "anchor", None)
-    if isinstance(anchor, str):
+    anchor, of_class = getattr(lower, "anchor", None), getattr(type(lower), "anchor", None)
+    if isinstance(anchor, str) and not isinstance(of_class, property):
         object.__setattr__(lower, "anchor", anchor_policy(anchor))  # a frozen dataclass is a problem too
-    elif isinstance(anchor, Anchor) and "anchor" not in vars(lower):
+    elif isinstance(anchor, Anchor) and anchor is of_class:
         object.__setattr__(lower, "anchor", copy.deepcopy(anchor))
 
 
-class BilevelProblem:
+class BilevelProblem(Composite):
     """An upper and a lower problem, and what the network is to withstand. A solver says how the two are coupled.
 
     Args:
@@ -222,6 +232,12 @@ class BilevelProblem:
     """
 
     def __init__(self, upper: UpperProblem, lower: LowerProblem, threat: Constraint | None = None) -> None:
+        for player, kind in ((upper, UpperProblem), (lower, LowerProblem)):
+            if not isinstance(player, kind):
+                raise InputError(f"BilevelProblem(upper, lower): {player!r:.60} is not an object of {kind.__name__}")
+        for place, space in (("threat", threat), ("lower.constraint", getattr(lower, "constraint", None))):
+            if space is not None and not isinstance(space, Constraint):
+                raise InputError(f"{place} is {space!r:.60}; it must be a Constraint, such as LinfBall(8/255)")
         self.upper, self.lower, self._threat = upper, lower, threat
         _give_own_anchor(lower)
 

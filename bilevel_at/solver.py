@@ -63,6 +63,8 @@ class Solver(Policy):
     ) -> Hypergradient:
         """dF/dθ of the mean upper loss F(θ) = mean_i f(θ, δ*_i(θ)). Changes nothing but the network's own buffers.
 
+        A network that draws at random itself (dropout) does so from torch's global generator.
+
         Args:
             problem: the two players.
             model: the network.
@@ -91,20 +93,21 @@ class Solver(Policy):
                 f"{type(lower).__name__} finds a δ* without a derivative in θ, which {type(self).__name__} needs; use "
                 "ZeroIG"
             )
-        coupled = gradient is not None and gradient.requires_grad and self.ig_weight != 0
+        has_implicit = gradient is not None and gradient.requires_grad and self.ig_weight != 0
 
         delta = solution.delta.detach().requires_grad_()
         losses = upper.loss_at(model, seen, replace(solution, delta=delta), generator)
         check_values("the upper loss", losses, batch)
-        # A pass at z that the upper loss shares belongs to the lower gradient's graph too.
-        shared = coupled and solution.kept_output is not None
+        # A pass that the upper loss shares with the attack belongs to the lower gradient's graph too.
+        passes = [solution.kept_output, *solution.batch.more.values()]
+        shared = has_implicit and any(isinstance(p, Tensor) and p.requires_grad for p in passes)
         *direct, v = torch.autograd.grad(
             losses.mean() * scale, [*parameters, delta], allow_unused=True, retain_graph=shared
         )
         v = torch.zeros_like(delta) if v is None else v
 
         implicit: dict[str, Tensor | None] = {}
-        if coupled and gradient is not None:
+        if has_implicit and gradient is not None:
             w = self.adjoint(problem, model, replace(solution, gradient=gradient), v)
             cross = torch.autograd.grad(gradient, parameters, -self.ig_weight * w, allow_unused=True)
             implicit = dict(zip(named, cross, strict=True))
@@ -130,15 +133,15 @@ class Solver(Policy):
             scaler: a GradScaler, whose factor ``.grad`` and the returned gradients carry until ``scaler.step``.
 
         Raises:
-            Exception: what :meth:`hypergradient` raises; ``.grad`` and everything remembered are then as they were.
+            Exception: what :meth:`hypergradient` raises; ``.grad`` and everything remembered are then as they were. An
+                ``observe`` that raises leaves ``.grad`` as it was, but not what was remembered before it.
         """
         scale = 1.0
         if scaler is not None and scaler.is_enabled():
             scaler.scale(torch.zeros((), device=batch.x.device))  # a scaler sets itself up on first use
             scale = scaler.get_scale()
         step = self.hypergradient(problem, model, batch, generator=generator, scale=scale)
-        problem.observe(step)
-        policy.observe(self, step)
+        policy.observe((problem, self), step)  # in one walk: what both are made of observes once
         step.add_to(model, weight)
         return step
 

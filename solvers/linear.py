@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,10 +25,15 @@ def dense_hessian(part: CurvedPart, solution: Solution) -> Tensor:
     """
     batch, delta = solution.batch, solution.delta.detach()
     shape, d = delta.shape[1:], delta[0].numel()
-    tensors = {name: value for name, value in (("y", batch.y), ("index", batch.index)) if value is not None}
+    fields = {"y": batch.y, "index": batch.index}
+    tensors = {name: value for name, value in fields.items() if value is not None}
+    view = batch.view
+    corners = {} if view is None else {"top": view.top, "left": view.left, "flip": view.flip}
 
-    def one(flat: Tensor, rows: dict[str, Tensor], z: Tensor) -> Tensor:
+    def one(flat: Tensor, rows: dict[str, Tensor], corner: dict[str, Tensor], z: Tensor) -> Tensor:
         single_row: dict[str, Any] = {name: value[None] for name, value in rows.items()}
+        if view is not None:
+            single_row["view"] = replace(view, **{name: value[None] for name, value in corner.items()})
         single = Batch(**single_row)
         return part(single, flat.reshape(1, *shape), z[None]).sum()
 
@@ -39,7 +45,7 @@ def dense_hessian(part: CurvedPart, solution: Solution) -> Tensor:
             hessian = torch.func.hessian(together)(delta.flatten())[None]
         else:
             rows = {"x": batch.x, **tensors, **batch.more}
-            hessian = torch.func.vmap(torch.func.hessian(one))(delta.flatten(1), rows, solution.anchor)
+            hessian = torch.func.vmap(torch.func.hessian(one))(delta.flatten(1), rows, corners, solution.anchor)
     except (RuntimeError, ValueError) as error:  # torch.func names the operation it cannot batch
         reason = str(error).strip().splitlines()[0]
         raise InputError(f'torch.func cannot take this model\'s Hessian ({reason}); use method="cg"') from error
@@ -50,8 +56,7 @@ class CurvatureOperator:
     """p ↦ T(∇²part + diagonal)T p, one backward pass over a graph that is built once.
 
     coupled: whether a sample's ``part`` depends on another's δ (batch statistics in train mode, a mean over the batch).
-        Asked by differentiating every other sample's value in the remaining samples' δ, which is exactly 0 where they
-        are independent.
+        Asked by differentiating samples' values in other samples' δ, which is exactly 0 where they are independent.
     """
 
     def __init__(self, part: CurvedPart, solution: Solution, diagonal: Tensor, active: ActiveSet) -> None:
@@ -67,8 +72,15 @@ class CurvatureOperator:
             return False  # a single δ is one system
         if values.ndim == 0:
             return True
-        (across,) = torch.autograd.grad(values[::2].sum(), self.delta, retain_graph=True)
-        return bool(across[1::2].any())
+        # Every two samples differ in a digit of their binary numbers: the losses of those with a 0 there are
+        # differentiated in the δ of those with a 1, and the other way round.
+        number = torch.arange(len(values), device=values.device)
+        for digit in range((len(values) - 1).bit_length()):
+            for ones in ((number >> digit) & 1 == 1, (number >> digit) & 1 == 0):
+                (across,) = torch.autograd.grad(values[ones].sum(), self.delta, retain_graph=True)
+                if bool(across[~ones].any()):
+                    return True
+        return False
 
     def __call__(self, p: Tensor) -> Tensor:
         product: Tensor | None = None

@@ -163,15 +163,14 @@ class Job:
                 found[key] = score
             bar = bars.add_task(f"{name}: checks", total=None, said="")
             checked = self._checked()
+            other = bool(self.spaces) and norm_of(checked) not in (None, self.usual.norm)
             self.said[name] = record_checks(
                 self.target.run,
                 store,
                 self.images,
                 checked,
                 self.options.checks,
-                key=name
-                if not self.spaces or norm_of(checked) in (None, self.usual.norm)
-                else f"{name}-{norm_of(checked)}",
+                key=f"{name}-{norm_of(checked)}" if other else name,
                 again=self.options.again,
                 progress=lambda what: bars.update(bar, said=what),
             )

@@ -142,11 +142,11 @@ class Threat:
 
     @property
     def at(self) -> str:
-        """After an attack or accuracy: ``at ε = 8/255``, ``in Diamond(size=0.3)``."""
+        """After an attack or accuracy: ``at ε = 8/255 in ℓ∞``, ``in Diamond(size=0.3)``."""
         if not self.is_ball:
             return f"in {self.name}"
         size = "an ε that is not on record" if self.epsilon is None else f"ε = {radius_text(self.epsilon)}"
-        return f"at {size}" if self.norm in (None, "linf") else f"at {size} in {_SIGNS.get(self.norm, self.norm)}"
+        return f"at {size}" if self.norm is None else f"at {size} in {_SIGNS.get(self.norm, self.norm)}"
 
 
 def can_sample(constraint: Constraint) -> bool:

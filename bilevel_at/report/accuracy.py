@@ -1,12 +1,12 @@
-"""The comparison: clean accuracy, and accuracy under every attack at the ε of training."""
+"""The comparison: clean accuracy, and accuracy under every attack in the threat."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from .groups import Group
-from .numbers import Spread, percent, radius, span
+from .groups import Group, by_threat
+from .numbers import Spread, percent, span
 from .page import Cell, Part, Section, Table
 from .ranking import comparable, table_columns
 from .union import WorstCase, worst_case
@@ -16,23 +16,26 @@ __all__ = ["accuracy", "checkpoint"]
 
 
 def accuracy(groups: Sequence[Group], folder: Path) -> Section | None:
+    """A table for each threat: accuracies under different threats are not to be compared."""
+    evaluated = [group for group in groups if group.checkpoints]
+    threats = by_threat(evaluated)
+    parts = [part for at, rivals in threats for part in _of_one_threat(rivals, at, alone=len(threats) == 1)]
+    return Section("Accuracy", parts) if parts else None
+
+
+def _of_one_threat(groups: Sequence[Group], at: str, alone: bool) -> list[Part]:
     """One row for each group and checkpoint, attacks from the weakest to the strongest, and the worst of them all."""
     rows = [(group, which) for group in groups for which in group.checkpoints]
-    if not rows:
-        return None
     columns = table_columns(groups)
     unions = {(g.label, w): worst_case(g, w) for g, w in rows}
     union_shown = any(unions.values())
     differ = len({u.attacks for u in unions.values() if u}) > 1
-    several_radii = len({group.epsilon for group in groups}) > 1
     marked = _best(rows, columns, unions) if comparable(groups) else set()
     images = {_n(group, which) for group, which in rows}
-    head = ["training", "checkpoint (epoch)", *(["ε"] if several_radii else []), *columns]
+    head = ["training", "checkpoint (epoch)", *columns]
     table = []
     for group, which in rows:
         cells = [Cell(group.label, aside=group.seeds(), rows=len(group.checkpoints)), Cell(checkpoint(group, which))]
-        if several_radii:
-            cells.append(Cell("–" if group.epsilon is None else radius(group.epsilon)))
         for name in columns:
             fewer = group.images(which, name) != {max(group.images(which), default=0)} and group.images(which, name)
             of_few = f"n = {span(f'{n:,}' for n in fewer)}" if fewer else ""
@@ -44,10 +47,12 @@ def accuracy(groups: Sequence[Group], folder: Path) -> Section | None:
             cells.append(_cell(group, union.spread if union else None, best, aside))
         table.append([*cells, *([] if len(images) == 1 else [Cell(_n(group, which))])])
     head += [*(["worst case of all"] if union_shown else []), *([] if len(images) == 1 else ["images"])]
-    said = caption(groups, columns, images, bool(marked))
-    parts: list[Part] = [lead(groups, columns), Table(head, table, said, words=2)]
-    parts += about_unions([(g, w, u) for g, w in rows if (u := unions[g.label, w])])
-    return Section("Accuracy", parts)
+    text = caption(groups, columns, images, at, bool(marked))
+    return [
+        lead(groups, columns) if alone else f"{at[0].upper()}{at[1:]}: {lead(groups, columns)}",
+        Table(head, table, text, words=2),
+        *about_unions([(g, w, u) for g, w in rows if (u := unions[g.label, w])]),
+    ]
 
 
 def checkpoint(group: Group, which: str) -> str:

@@ -17,7 +17,6 @@ from .concerns import concerns
 from .cost import cost, device
 from .diagnosis import FIRST_IMAGES, examples_in_training, filters, implicit_term, loss_around_images, perturbations
 from .groups import Group, all_runs, group
-from .numbers import radius
 from .page import Notes, Section, page
 from .pictures import pictures
 from .radii import radii
@@ -121,12 +120,11 @@ def _lead(groups: Sequence[Group]) -> str:
 
 
 def _facts(runs: Sequence[Run]) -> list[tuple[str, str]]:
-    norms = {"linf": "ℓ∞", "l2": "ℓ2"}
-    at = [(norms.get(run.norm or "", run.norm or ""), run.epsilon) for run in runs if run.epsilon is not None]
     facts = {
         "data": [str(run.part("options").get("data") or run.config.get("data") or "") for run in runs],
         "network": [str(run.config.get("model") or "") for run in runs],
-        "constraint": [f"{norm} ε = {radius(epsilon)}".strip() for norm, epsilon in at],
+        "threat": [str(run.threat) for run in runs if run.epsilon is not None or not run.threat.is_ball],
+        "trained in": [run.feasible_set or "" for run in runs],
         "seeds": [_seeds(runs)],
         "trained": [_dates(runs)],
         "device": [device(run) for run in runs if "device" in run.part("machine")],

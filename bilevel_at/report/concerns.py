@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..runs.record import Run
-from .groups import Group, all_runs
-from .numbers import number, radius
+from .groups import Group, all_runs, by_threat
+from .numbers import number
 from .page import Code, Details, Notes, Part, Section
 from .ranking import comparable
 
@@ -83,15 +83,14 @@ def _incomparable(groups: Sequence[Group]) -> list[str]:
         return []
     runs = all_runs(groups)
     said = []
-    radii = {run.epsilon for run in runs if run.epsilon is not None}
-    if len(radii) > 1:
-        said.append(f"the trainings have different radii (ε = {', '.join(radius(e) for e in sorted(radii))})")
-    if len(norms := {run.norm for run in runs if run.norm}) > 1:
-        said.append(f"their norms differ ({', '.join(sorted(norms))})")
-    entries = [e for run in runs for which in run.results for e in run.at_training_radius(which).values()]
+    threats = [rivals[0].threat for _, rivals in by_threat(groups)]
+    if len(threats) > 1:
+        names = "; ".join(sorted(map(str, threats)))
+        said.append(f"the networks are to withstand different threats ({names}), each with a table of its own")
+    entries = [e for run in runs for which in run.results for e in run.under_threat(which).values()]
     if len({(e.get("data"), e.get("n")) for e in entries}) > 1:
         said.append("they were evaluated on different images")
-    return [f"Rows are not to be ranked against each other: {', and '.join(said)}."] if said else []
+    return [f"Trainings are not to be ranked against each other: {', and '.join(said)}."] if said else []
 
 
 def _missing(run: Run, name: str) -> list[tuple[str, str]]:

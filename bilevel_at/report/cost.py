@@ -10,7 +10,7 @@ from typing import Any
 
 from ..figures import comparison
 from ..runs.record import Run
-from .groups import Group, all_runs
+from .groups import Group, all_runs, by_threat
 from .numbers import Spread, gap, number, points, seconds, span
 from .page import Cell, Figure, Part, Section, Table
 from .ranking import table_columns
@@ -26,9 +26,11 @@ def cost(groups: Sequence[Group], folder: Path) -> Section | None:
     devices = {machine(run) for run in all_runs(groups)}
     alike = len(devices) == 1 and "device" in groups[0].runs[0].part("machine")  # so that times can be compared
     memory = any(number(line.get("memory")) > 0 for run in all_runs(groups) for line in run.metrics)
-    attack = _shared_attack(groups)
+    threats = by_threat(groups)
+    attack = _shared_attack(groups) if len(threats) == 1 else None
     ratio = alike and len(timed) > 1
-    head = ["training", "epochs", "best − last epoch (points)", *(["time per epoch"] if timed else [])]
+    head = ["training", "epochs", *(["best − last epoch (points)"] if len(threats) == 1 else [])]
+    head += ["time per epoch"] if timed else []
     head += [
         *([f"relative to {next(iter(timed))}"] if ratio else []),
         *(["GPU memory"] if memory else []),
@@ -38,13 +40,9 @@ def cost(groups: Sequence[Group], folder: Path) -> Section | None:
     rows = []
     for group in groups:
         done = [int(run.metrics[-1]["epoch"]) for run in group.runs if run.metrics]
-        lost = robust_gap(group, attack)
         times = timed.get(group.label)
-        cells = [
-            Cell(group.label, aside=group.seeds()),
-            Cell(span(done) or "–"),
-            Cell(gap(lost[0]), aside=lost[1]) if lost else Cell("–"),
-        ]
+        cells = [Cell(group.label, aside=group.seeds()), Cell(span(done) or "–")]
+        cells += [_gap_cell(group, attack)] if len(threats) == 1 else []
         if timed:
             aside = "" if len(devices) == 1 else ", ".join(dict.fromkeys(device(run) for run in group.runs))
             cells.append(Cell(seconds(fmean(times)) if times else "–", aside=aside))
@@ -58,13 +56,27 @@ def cost(groups: Sequence[Group], folder: Path) -> Section | None:
         sizes = [n for run in group.runs if isinstance(n := run.config.get("parameters"), int)]
         cells.append(Cell(span(f"{n:,}" for n in sizes) or "–"))
         rows.append(cells)
-    parts: list[Part] = [
-        _sentence(groups, attack),
-        Table(head, rows, _caption(devices, all_runs(groups)) if timed else ""),
-    ]
+    parts: list[Part] = _gaps(threats) if len(threats) > 1 else [_sentence(groups, attack)]
+    parts.append(Table(head, rows, _caption(devices, all_runs(groups)) if timed else ""))
     if ratio:
         parts.append(_bars(timed, folder / "seconds.png"))
     return Section("Best against last epoch, and cost", parts)
+
+
+def _gap_cell(group: Group, attack: str | None) -> Cell:
+    lost = robust_gap(group, attack)
+    return Cell(gap(lost[0]), aside=lost[1]) if lost else Cell("–")
+
+
+def _gaps(threats: Sequence[tuple[str, Sequence[Group]]]) -> list[Part]:
+    """Best against last epoch, a table for each threat: these are differences of accuracies."""
+    parts: list[Part] = []
+    for at, groups in threats:
+        attack = _shared_attack(groups)
+        rows = [[Cell(group.label, aside=group.seeds()), _gap_cell(group, attack)] for group in groups]
+        text = f"Robust accuracy of the best epoch less that of the last, {at}. {_sentence(groups, attack)}"
+        parts.append(Table(["training", "best − last epoch (points)"], rows, text))
+    return parts
 
 
 def _bars(timed: Mapping[str, Sequence[float]], path: Path) -> Figure:
@@ -103,10 +115,7 @@ def robust_gap(group: Group, attack: str | None) -> tuple[Spread, str] | None:
     was chosen, so that it cannot be negative there.
     """
     if attack is not None:
-        pairs = [
-            (run.at_training_radius("best").get(attack), run.at_training_radius("last").get(attack))
-            for run in group.runs
-        ]
+        pairs = [(run.under_threat("best").get(attack), run.under_threat("last").get(attack)) for run in group.runs]
         differences = [b["accuracy"] - last["accuracy"] for b, last in pairs if b is not None and last is not None]
         if differences:
             return Spread(tuple(differences)), attack

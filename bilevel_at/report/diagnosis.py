@@ -103,15 +103,17 @@ def loss_around_images(groups: Sequence[Group], folder: Path, images: Sequence[i
         seen = subject.images.sample(SEEN)
         for which, model in subject.checkpoints():
             aligned = gradient_alignment(model, seen, subject.space).nanmean().item()
-            rows.append([f"{subject.group.label}, {which.replace('_', ' ')} epoch", f"{aligned:.3f}"])
+            rows.append([f"{subject.group.label}, {which.replace('_', ' ')} epoch", subject.threat, f"{aligned:.3f}"])
     if not parts:
         return Section("The loss around images", left_out) if unusable else None
     caption = (
         f"Cosine of the input gradients at x and at a random point of the ball, mean of up to {SEEN} test images; "
         "near 0 after catastrophic overfitting."
     )
-    table = Table(["network", "gradient alignment"], rows, caption)
-    return Section("The loss around images", [*parts, table, *left_out])
+    for ball in dict.fromkeys(subject.threat for subject in looked_at):
+        own = [[network, value] for network, of, value in rows if of == ball]
+        parts.append(Table(["network", "gradient alignment"], own, f"{caption} The ball: {ball}."))
+    return Section("The loss around images", [*parts, *left_out])
 
 
 def perturbations(groups: Sequence[Group], folder: Path) -> Section | None:

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..evaluate.threat import Threat
 from ..runs.record import WHICH, Run
 from .numbers import Spread, number, radius
 
-__all__ = ["Group", "all_runs", "group"]
+__all__ = ["Group", "all_runs", "by_threat", "group"]
 
 # What does not change the network that training gives, and what other entries of the configuration say already.
 PASSED_OVER = ("seed", "out", "device", "data_dir", "download", "resume", "attacks", "solver", "problem")
@@ -37,24 +38,44 @@ class Group:
         return next(iter(self.checkpoints), None)
 
     @property
+    def threat(self) -> Threat:
+        """What the networks are to withstand, which is the same for all of them."""
+        return self.runs[0].threat
+
+    @property
     def epsilon(self) -> float | None:
-        return self.runs[0].epsilon
+        """The radius of the threat, where it has one."""
+        return self.threat.epsilon
 
     def accuracy(self, which: str, attack: str) -> Spread | None:
-        """Under an attack at the ε of training, over the seeds that have it."""
-        entries = [run.at_training_radius(which).get(attack) for run in self.runs]
+        """Under an attack in the threat, over the seeds that have it."""
+        entries = [run.under_threat(which).get(attack) for run in self.runs]
         values = tuple(number(entry["accuracy"]) for entry in entries if entry is not None)
         return Spread(values) if values else None
 
     def images(self, which: str, attack: str | None = None) -> set[int]:
-        """On how many images the attack, or any, was evaluated at the ε of training."""
-        entries = [run.at_training_radius(which) for run in self.runs]
+        """On how many images the attack, or any, was evaluated in the threat."""
+        entries = [run.under_threat(which) for run in self.runs]
         sizes = [e.get("n") for found in entries for name, e in found.items() if attack in (None, name)]
         return {n for n in sizes if isinstance(n, int)}
 
     def seeds(self) -> str:
         """'1 run', '5 seeds'."""
         return f"{len(self.runs)} seeds" if len(self.runs) > 1 else "1 run"
+
+
+def by_threat(groups: Iterable[Group]) -> list[tuple[str, list[Group]]]:
+    """(the threat in words, its groups) in the order of their first groups: only these can be compared.
+
+    Sets that bear one name and are not the same are numbered.
+    """
+    parts: dict[tuple[str, float | None, str], list[Group]] = {}
+    for group in groups:
+        parts.setdefault(group.threat.key, []).append(group)
+    names = [part[0].threat.at for part in parts.values()]
+    numbers = [names[: place + 1].count(name) for place, name in enumerate(names)]
+    texts = [f"{name} ({i})" if names.count(name) > 1 else name for name, i in zip(names, numbers, strict=True)]
+    return list(zip(texts, parts.values(), strict=True))
 
 
 def all_runs(groups: Iterable[Group]) -> list[Run]:
@@ -86,6 +107,8 @@ def _key(run: Run) -> str:
     kept = {name: value for name, value in options.items() if name not in PASSED_OVER}
     file = run.config.get("file_sha256", run.config.get("file"))
     parts = [file, run.config.get("data_sha256"), run.config.get("problem"), run.config.get("solver"), kept]
+    if not run.threat.is_ball:
+        parts.append(run.threat.key)
     return json.dumps(parts, sort_keys=True)
 
 

@@ -26,7 +26,7 @@ MOST = 3  # groups that are measured: figures of each
 
 @dataclass(frozen=True)
 class Subject:
-    """The first run of a group: its network, a checkpoint's name, test images, and the ball it was trained in."""
+    """The first run of a group: its network, a checkpoint's name, test images, and the ball that it is to withstand."""
 
     group: Group
     run: Run
@@ -38,6 +38,11 @@ class Subject:
     @property
     def said(self) -> str:
         return f"{self.group.label}, {self.which.replace('_', ' ')} epoch"
+
+    @property
+    def threat(self) -> str:
+        """The ball in words, ``ℓ∞, ε = 8/255``."""
+        return str(self.group.threat)
 
     def checkpoints(self) -> Iterator[tuple[str, nn.Module]]:
         """Every network that the run has kept, by the checkpoint's name."""
@@ -74,6 +79,8 @@ def _looked_at(groups: Sequence[Group]) -> tuple[list[Subject], dict[str, str]]:
     missing: dict[str, str] = {}
     for group in groups:
         run, which = group.runs[0], group.main if group.main in ("best", "last", "last_good") else "best"
+        if run.metrics and not run.threat.is_ball:
+            missing[group.label] = f"these measurements are of balls, and the threat is {run.threat.name}"
         if len(found) == MOST or not run.metrics or run.norm is None or not run.epsilon:
             continue
         if which in run.checkpoints:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..runs.record import Run
 from .groups import Group
-from .numbers import percent, radius
+from .numbers import percent
 from .page import Figure, Section
 
 __all__ = ["pictures"]
@@ -34,11 +34,12 @@ def pictures(groups: Sequence[Group], folder: Path) -> Section | None:
 
 def _caption(group: Group, run: Run) -> str:
     attacks = [a for a in run.part("options").get("attacks", []) if isinstance(a, str) and a != "clean"]
-    entry = run.at_training_radius("best").get(attacks[-1]) if attacks else None
+    entry = run.under_threat("best").get(attacks[-1]) if attacks else None
     begin = f"{run.name}, best epoch: test images, the perturbation"
     if entry is None:
         return f"{begin} an attack finds for each, and their sum, with what the network says of both."
-    at = f" within ε = {radius(run.epsilon)}" if run.epsilon is not None else ""
+    known = run.epsilon is not None or not run.threat.is_ball
+    at = f" {run.threat.at}" if known else ""
     return (
         f"{begin} {attacks[-1]} finds for each{at}, and their sum, with what the network says. Of all test images "
         f"{percent(1 - entry['accuracy'])}% are answered wrongly under it."

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..figures import comparison
 from ..runs.record import attack_and_radius
-from .groups import Group, all_runs
+from .groups import Group
 from .numbers import Spread, in_255ths, number, percent, radius
 from .page import Figure, Section
 
@@ -26,12 +26,12 @@ def radii(groups: Sequence[Group], folder: Path) -> Section | None:
     most = max(len(curve) for panel in found.values() for curve in panel.values())
     kept = sorted(found, key=lambda a: -max(len(c) for c in found[a].values()))[:MOST_PANELS]
     panels = {attack: found[attack] for attack in found if attack in kept}
-    trained = {run.epsilon for run in all_runs(groups)}
-    epsilon = next(iter(trained)) if len(trained) == 1 else None
+    threats = {group.threat.key: group.threat for group in groups}
+    epsilon = next(iter(threats.values())).epsilon if len(threats) == 1 else None
     every = [e for panel in panels.values() for curve in panel.values() for e, _ in curve if e > 0]
     path = folder / "radii.png"
     if any(name.endswith(("-l2", "-linf")) for name in panels):
-        epsilon = None  # the ε of training is of another norm
+        epsilon = None  # the ε of the threat is of another norm
     ticks = all(in_255ths(e) is not None for e in every)
     comparison.accuracy_by_radius(panels, path, epsilon, ticks, [group.label for group in groups])
     said = [_caption(attack, panel, epsilon) for attack, panel in panels.items()]
@@ -46,8 +46,12 @@ def radii(groups: Sequence[Group], folder: Path) -> Section | None:
 def by_radius(groups: Sequence[Group]) -> dict[str, dict[str, Curve]]:
     """attack -> group -> (ε, mean accuracy over seeds) by rising ε, from clean accuracy at 0; of the main checkpoint.
 
-    An attack is there where some group has it at two radii or more, and in it the groups that have two.
+    An attack is there where some group has it at two radii or more, and in it the groups that have two. Balls of
+    another norm than the threat's, and of every norm where threats differ in it, are panels of their own:
+    ``pgd-50-10-l2``.
     """
+    norms = {group.threat.norm or "linf" for group in groups if group.threat.is_ball}
+    usual = next(iter(norms)) if len(norms) == 1 else None
     panels: dict[str, dict[str, Curve]] = {}
     for group in groups:
         values: dict[str, dict[float, list[float]]] = {}
@@ -57,8 +61,10 @@ def by_radius(groups: Sequence[Group]) -> dict[str, dict[str, Curve]]:
                 at = round(number(entry.get("epsilon")), 9)
                 if name == "clean":
                     clean.append(entry["accuracy"])
-                elif at > 0:
-                    values.setdefault(attack_and_radius(name)[0], {}).setdefault(at, []).append(entry["accuracy"])
+                elif at > 0 and not entry.get("threat"):
+                    norm = str(entry.get("norm") or group.threat.norm or "linf")
+                    attack = attack_and_radius(name)[0].removesuffix(f"-{norm}") + (f"-{norm}" if norm != usual else "")
+                    values.setdefault(attack, {}).setdefault(at, []).append(entry["accuracy"])
         for attack, radii in values.items():
             if len(radii) > 1:
                 start = {0.0: clean} if clean else {}

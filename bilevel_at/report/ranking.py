@@ -13,11 +13,11 @@ CLEAN = "clean"
 
 
 def table_columns(groups: Sequence[Group]) -> list[str]:
-    """``clean``, then the attacks at the ε of training by their mean accuracy over the rows, the strongest last."""
+    """``clean``, then the attacks in the threat by their mean accuracy over the rows, the strongest last."""
     found: dict[str, list[float]] = {}
     for group in groups:
         for which in group.checkpoints:
-            for name in dict.fromkeys(n for run in group.runs for n in run.at_training_radius(which)):
+            for name in dict.fromkeys(n for run in group.runs for n in run.under_threat(which)):
                 spread = group.accuracy(which, name)
                 if spread is not None:
                     found.setdefault(name, []).append(spread.mean)
@@ -40,9 +40,8 @@ def on_all_images(group: Group, attack: str) -> bool:
 
 
 def comparable(groups: Sequence[Group]) -> bool:
-    """Whether the groups can be ranked: several of them, at one ε and norm, evaluated on the same images."""
+    """Whether the groups can be ranked: several of them, of one threat, evaluated on the same images."""
     runs = all_runs(groups)
-    entries = [entry for run in runs for which in run.results for entry in run.at_training_radius(which).values()]
+    entries = [entry for run in runs for which in run.results for entry in run.under_threat(which).values()]
     images = {(entry.get("data"), entry.get("n")) for entry in entries}
-    norms = {run.norm for run in runs if run.norm is not None}
-    return len(groups) > 1 and len({run.epsilon for run in runs}) == 1 and len(images) == 1 and len(norms) < 2
+    return len(groups) > 1 and len({run.threat.key for run in runs}) == 1 and len(images) == 1

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ..figures import comparison
 from ..figures.comparison import Panel, legible, mean_curve, one_curve
 from ..figures.training import epochs
 from ..runs.record import Run
-from .groups import Group
+from .groups import Group, by_threat
 from .numbers import percent
 from .page import Figure, Part, Section
 
@@ -17,20 +18,31 @@ __all__ = ["training"]
 
 
 def training(groups: Sequence[Group], folder: Path) -> Section | None:
-    """Loss, held-out accuracies, gradient alignment and learning rate; one run, or small multiples of several."""
-    path = folder / "training.png"
+    """Loss, held-out accuracies, gradient alignment and learning rate; a figure for each threat."""
     with_metrics = [group for group in groups if any(run.metrics for run in group.runs)]
-    if not with_metrics:
-        return None
     parts: list[Part] = []
-    if len(with_metrics) == 1 and len(with_metrics[0].runs) == 1:
-        run = with_metrics[0].runs[0]
+    threats = by_threat(with_metrics)
+    for place, (at, rivals) in enumerate(threats):
+        path = folder / (f"training-{place}.png" if place else "training.png")
+        figure = _figure(rivals, path, [group.label for group in groups])
+        if figure is not None:
+            start = f"Held-out accuracies {at}. " if len(threats) > 1 else ""
+            parts.append(replace(figure, caption=start + figure.caption))
+    return Section("Training", parts) if parts else None
+
+
+def _figure(groups: Sequence[Group], path: Path, order: Sequence[str]) -> Figure | None:
+    """Trainings of one threat: one run, or small multiples of several. None where nothing is on record.
+
+    order: the labels of all groups of the page, so that each has one style in all its figures.
+    """
+    if len(groups) == 1 and len(groups[0].runs) == 1:
+        run = groups[0].runs[0]
         epochs(run.metrics, path)
-        parts.append(Figure(path, _of_one(with_metrics[0].label, run), "Training curves of one run"))
-        return Section("Training", parts)
-    attacks = {str(line["attack"]) for g in with_metrics for r in g.runs for line in r.metrics if line.get("attack")}
+        return Figure(path, _of_one(groups[0].label, run), "Training curves of one run")
+    attacks = {str(line["attack"]) for g in groups for r in g.runs for line in r.metrics if line.get("attack")}
     attack = attacks.pop() if len(attacks) == 1 else None
-    curves = {g.label: [run.metrics for run in g.runs if run.metrics] for g in with_metrics}
+    curves = {g.label: [run.metrics for run in g.runs if run.metrics] for g in groups}
     panels = [
         Panel("robust", f"held-out accuracy under {legible(attack or 'its own attack')} (%)", percent=True),
         Panel("clean", "held-out clean accuracy (%)", percent=True),
@@ -42,9 +54,8 @@ def training(groups: Sequence[Group], folder: Path) -> Section | None:
     panels = [p for p in panels if any(one_curve(lines, p.key) for runs in curves.values() for lines in runs)]
     if not panels:
         return None
-    comparison.curves(curves, panels, path, [group.label for group in groups])
-    parts.append(Figure(path, _of_several(curves, attack), "Training curves, a line for each training"))
-    return Section("Training", parts)
+    comparison.curves(curves, panels, path, order)
+    return Figure(path, _of_several(curves, attack), "Training curves, a line for each training")
 
 
 def _of_one(label: str, run: Run) -> str:

@@ -27,7 +27,7 @@ class WorstCase:
 
 
 def worst_case(group: Group, which: str) -> WorstCase | None:
-    """The worst of the attacks at the ε of training that every run of the group was put to.
+    """The worst of the attacks in the threat that every run of the group was put to.
 
     From ``evaluation/WHICH/*.npz``; None where a run has not the examples' results of two attacks or more on the same
     images. Raises :class:`InputError` for a damaged file.
@@ -42,13 +42,13 @@ def worst_case(group: Group, which: str) -> WorstCase | None:
 
 
 def per_example(run: Run, which: str) -> dict[str, np.ndarray]:
-    """attack -> whether each image survives it, ``[n]`` bool: at the ε of training, all of the same images.
+    """attack -> whether each image survives it, ``[n]`` bool: in the threat, all of the same images.
 
     Where evaluations were of different images or norms, those that most attacks have in common.
     """
     entries = {
         name: entry
-        for name, entry in run.at_training_radius(which).items()
+        for name, entry in run.under_threat(which).items()
         if isinstance(entry.get("file"), str) and isinstance(entry.get("data"), str) and entry["data"]
     }
     attacked = [name for name in entries if name != "clean"]
@@ -60,8 +60,8 @@ def per_example(run: Run, which: str) -> dict[str, np.ndarray]:
     return _same_images({name: found for name in kept if (found := outcomes(run.path, entries[name])) is not None})
 
 
-def _kind(entry: Mapping[str, Any]) -> tuple[str, str, str, float]:
-    at = round(number(entry.get("epsilon")), 9)
+def _kind(entry: Mapping[str, Any]) -> tuple[str, str, str, str]:
+    at = f"{number(entry.get('epsilon')):.9f} {entry.get('threat', '')}"
     return entry["data"], str(entry.get("weights")), str(entry.get("norm")), at
 
 

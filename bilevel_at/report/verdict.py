@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence, Set
 
 from .groups import Group
-from .numbers import Spread, percent, points, radius
+from .numbers import Spread, percent, points
 from .ranking import CLEAN, comparable, on_all_images, strongest
 from .union import WorstCase
 
@@ -20,7 +20,7 @@ def about_unions(found: Sequence[tuple[Group, str, WorstCase]]) -> list[str]:
     lower = {}
     for group, which, union in found:
         parts = [s.mean for name in union.attacks if (s := group.accuracy(which, name)) is not None]
-        lower[f"{group.label}, {which.replace('_', ' ')}"] = min(parts) - union.spread.mean
+        lower[f"{group.label}, {which.replace('_', ' ')}"] = max(0.0, min(parts) - union.spread.mean)
     most = max(lower, key=lambda row: lower[row])
     kinds = sorted({", ".join(union.attacks) for _, _, union in found})
     return [
@@ -30,7 +30,7 @@ def about_unions(found: Sequence[tuple[Group, str, WorstCase]]) -> list[str]:
 
 
 def lead(groups: Sequence[Group], columns: Sequence[str]) -> str:
-    """Who keeps most under the strongest attack, and whether the seeds can tell."""
+    """Who keeps most under the strongest attack, and whether the seeds can tell. groups: of one threat."""
     attack = strongest(groups)
     if attack is None:
         return "No attack has been run on every training here, so there is no one number to compare."
@@ -46,7 +46,7 @@ def lead(groups: Sequence[Group], columns: Sequence[str]) -> str:
         return f"{group.label} keeps {spread}% {under}".rstrip(",") + f"{of}.{_granularity(group, attack)}"
     if not comparable(groups):
         each = ", ".join(f"{g.label} {s}%" for g, s in found)
-        return f"{start} accuracy is: {each}. These rows differ in ε, norm or images; no best is marked."
+        return f"{start} accuracy is: {each}. These rows are of different images; no best is marked."
     (first, high), (second, low), *_ = sorted(found, key=lambda pair: -pair[1].mean)
     if percent(high.mean) == percent(low.mean):
         return (
@@ -81,12 +81,16 @@ def _granularity(group: Group, attack: str) -> str:
     )
 
 
-def caption(groups: Sequence[Group], columns: Sequence[str], images: Set[str], marked: bool) -> str:
-    """What the table's numbers are. images: how many the rows were evaluated on."""
-    radii = {group.epsilon for group in groups if group.epsilon is not None}
-    at = f" at ε = {radius(next(iter(radii)))}" if len(radii) == 1 else ", each at the ε of its training"
+def caption(groups: Sequence[Group], columns: Sequence[str], images: Set[str], at: str, marked: bool) -> str:
+    """What the table's numbers are.
+
+    images: how many the rows were evaluated on.
+    at: the threat in words.
+    """
     seeds = "; mean ± sample standard deviation over seeds" if any(len(g.runs) > 1 for g in groups) else ""
     order = "" if len(columns) < 3 else " Attacks stand from the weakest to the strongest, by mean accuracy."
     bold = " ▲ and bold: the highest mean among rows of the same checkpoint." if marked else ""
     of = f" of {next(iter(images))} images" if len(images) == 1 else ""
-    return f"Test accuracy in %{of}{at}{seeds}.{order}{bold}"
+    trained = [f"{g.label}: {name}" for g in groups if (name := g.runs[0].feasible_set)]
+    apart = f" The set of training's own attacker differs from the threat ({'; '.join(trained)})." if trained else ""
+    return f"Test accuracy in %{of} {at}{seeds}.{order}{bold}{apart}"

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..errors import InputError
 from ..evaluate.radius import number_from_text
+from ..evaluate.threat import Threat
 from .directory import CHECKS, CONFIG, METRICS, RESULTS, RunDir
 from .evaluations import read_commands
 from .metrics import Collapse, catastrophic_overfitting, rank
@@ -56,8 +57,31 @@ class Run:
         return found if isinstance(found, dict) else {}
 
     @property
+    def threat(self) -> Threat:
+        """What the network is to withstand; of older runs, as far as their files say."""
+        recorded = Threat.read(self.part("constraint"))
+        if recorded is not None and (not recorded.is_ball or None not in (recorded.norm, recorded.epsilon)):
+            return recorded
+        return Threat(self._norm(), self._epsilon())
+
+    @property
+    def feasible_set(self) -> str | None:
+        """The set of training's own attacker, by name, where it is not the threat."""
+        name = self.config.get("feasible_set")
+        return name if isinstance(name, str) and name else None
+
+    @property
     def epsilon(self) -> float | None:
-        """The radius of the constraint in training, or what the evaluations took for it."""
+        """The radius of the threat."""
+        return self.threat.epsilon
+
+    @property
+    def norm(self) -> str | None:
+        """'linf' or 'l2', where the threat is such a ball and a file says so."""
+        return self.threat.norm
+
+    def _epsilon(self) -> float | None:
+        """The radius of the constraint, or what the evaluations took for it."""
         for part in ("constraint", "problem"):
             if not math.isnan(value := number(self.part(part).get("epsilon"))):
                 return value
@@ -69,12 +93,10 @@ class Run:
         ]
         return max((r for r in radii if not math.isnan(r)), default=None)
 
-    @property
-    def norm(self) -> str | None:
-        """'linf' or 'l2', where a file says so."""
+    def _norm(self) -> str | None:
         entries = [entry for which in self.results.values() for entry in which.values()]
-        said = [self.part("constraint").get("norm"), *(entry.get("norm") for entry in entries)]
-        return next((norm for norm in said if isinstance(norm, str)), None)
+        norms = [self.part("constraint").get("norm"), *(entry.get("norm") for entry in entries)]
+        return next((norm for norm in norms if isinstance(norm, str)), None)
 
     @property
     def best_epoch(self) -> int | None:
@@ -92,23 +114,28 @@ class Run:
         except (KeyError, TypeError):  # epochs that do not say enough
             return None
 
-    def at_training_radius(self, which: str) -> dict[str, Mapping[str, Any]]:
-        """The entries of a checkpoint in the ball of training, ``clean`` among them, by the attack's name.
+    def under_threat(self, which: str) -> dict[str, Mapping[str, Any]]:
+        """The entries of a checkpoint in the threat of the run, ``clean`` among them, by the attack's name.
 
-        Those in another norm, and those on a few images of what there is a result on more of, are left out.
+        Those in another set, and those on a few images of what there is a result on more of, are left out.
         """
-        found: dict[str, Mapping[str, Any]] = {}
+        threat = self.threat
+        entries: dict[str, Mapping[str, Any]] = {}
         for name, entry in self.results.get(which, {}).items():
             attack, at = attack_and_radius(name)
             if name.endswith("]") and "[n=" in name:
                 continue
-            if self.norm is not None and entry.get("norm") not in (None, self.norm):
+            if not threat.is_ball:
+                if name == "clean" or (entry.get("threat") == threat.name and entry.get("norm") is None):
+                    entries[name] = entry
+                continue
+            if entry.get("threat") or (threat.norm is not None and entry.get("norm") not in (None, threat.norm)):
                 continue
             if at is None:
-                found[name] = entry
-            elif self.epsilon is not None and abs(number(entry.get("epsilon")) - self.epsilon) < 1e-9:
-                found.setdefault(attack, entry)
-        return found
+                entries[name] = entry
+            elif threat.epsilon is not None and abs(number(entry.get("epsilon")) - threat.epsilon) < 1e-9:
+                entries.setdefault(attack, entry)
+        return entries
 
 
 def number(value: Any) -> float:

@@ -173,8 +173,15 @@ class _MeanLoss:
         self.generator.set_state(self.draws)
         upper, lower, model = self.problem.upper, self.problem.lower, self.model
         seen = upper.prepare(model, self.batch, self.generator)
-        solution = lower.solve(model, self.solution.batch, self.solution.anchor, self.generator)
+        solution = lower.solve(model, self._attacked(), self.solution.anchor, self.generator)
         return upper.loss_at(model, seen, solution, self.generator).mean().item()
+
+    def _attacked(self) -> Batch:
+        """The batch, aimed at the classes that ``solution`` has chosen where it chose any."""
+        target = self.solution.batch.more.get("target")
+        if target is None or "target" in self.batch.more or len(target) != len(self.batch):
+            return self.batch
+        return self.batch.replace(target=target)
 
     def central_difference(self, parameter: Tensor, unit: Tensor, eps: float) -> float:
         """(F(θ + eps·u) − F(θ − eps·u)) / 2 eps."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from .. import policy
 from ..batch import Batch
 from ..data import ImageSet, Loader
 from ..diagnose import gradient_alignment
@@ -112,7 +113,7 @@ class Trainer:
         torch.manual_seed(1_000_003 * self.seed + epoch)  # dropout and the like
         generator = torch.Generator(self.device).manual_seed(2_000_003 * self.seed + epoch)
         self.model.train()
-        self.problem.set_epoch(epoch, self.recipe.epochs)
+        policy.set_epoch((self.problem, self.solver), epoch, self.recipe.epochs)
         means = torch.zeros(3, dtype=torch.float64, device=self.device)
         looks = torch.zeros(3, dtype=torch.float64, device=self.device)
         step_number = epoch * self.steps_per_epoch
@@ -190,6 +191,7 @@ class Trainer:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "problem": self.problem.state_dict(),
+            "solver": policy.state_of(self.solver),
             "epochs": self.done,
         }
         if self.average is not None:
@@ -200,6 +202,7 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.problem.load_state_dict(state["problem"])
+        policy.load_state(self.solver, state["solver"])
         self.done = state["epochs"]
         if self.average is not None:
             self.average.module.load_state_dict(state["average"])

@@ -101,6 +101,22 @@ def test_full_kkt_on_an_l2_ball(method, s):
     check(s, FullKKT(method=method, tol=1e-12))
 
 
+@pytest.mark.parametrize("method", ["dense", "cg"])
+def test_full_kkt_where_every_sphere_is_active(method):
+    """Its multiplier is a large part of the Hessian, of which random examples are not sure."""
+    s = _some_setting()
+    lower = ba.Proximal(ba.minus(ba.cross_entropy), ba.L2Ball(0.1), lam=2.0, tol=1e-13)
+    s.problem = ba.BilevelProblem(ba.UpperProblem(), lower)
+    z = 0.2 * torch.randn(s.batch.x.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    solution = lower.solve(s.model, s.batch, z, differentiable=True)
+    mu = lower.constraint.active(solution.delta, s.batch.x, solution.gradient.detach()).curvature
+    assert (mu > 2).all()
+    solver = FullKKT(method=method, tol=1e-12)
+    step = solver.hypergradient(s.problem, s.model, s.batch, anchor=z)
+    assert step.implicit_norm > 1e-3 * step.direct_norm
+    assert hypergradcheck(s.problem, solver, s.model, s.batch, eps=EPS, rtol=RTOL, anchor=z)
+
+
 # 3. HessianFreeKKT on the Taylor-linearised problem, on every constraint.
 @pytest.mark.parametrize("constraint", [boxes, l2_balls, bst.polyhedra], ids=["box", "l2", "polyhedron"])
 @examples(0.5)

@@ -179,7 +179,10 @@ def test_state_is_by_path_and_only_of_those_that_have_one():
     [
         (lambda state: {}, "the state is of no policy; this problem keeps lower.anchor, lower.step"),
         (lambda state: {"lower.anchor": state["lower.anchor"]}, "the state is of lower.anchor; this problem keeps"),
-        (lambda state: {**state, "upper": {"a": 1}}, "the state is of lower.anchor, lower.step, upper; this"),
+        (
+            lambda state: {**state, "upper.nobody": {"a": 1}},
+            "the state is of lower.anchor, lower.step, upper.nobody; this",
+        ),
     ],
 )
 def test_the_state_of_other_policies_is_refused_and_nothing_loaded(change, message):

@@ -100,7 +100,7 @@ def test_rows_that_cannot_be_ranked_have_no_best():
     a = make("a")
     b = make("b", file="problems/b.py", problem={"epsilon": 0.1})
     c = make("c", file="problems/c.py", results={"best": {"pgd-50-10": entry(0.4, data="e" * 16)}})
-    for other, why in ((b, "ε = 0.1, 0.2"), (c, "different images")):
+    for other, why in ((b, "(ε = 0.1; ε = 0.2)"), (c, "different images")):
         text = made(a, other, out=f"out-{other.name}")
         assert "not to be ranked" in text.said and why in text.said
         assert not any("▲" in cell for cells in text.rows for cell in cells)

@@ -163,3 +163,24 @@ def test_the_last_good_epoch_is_the_one_before_the_fall():
     again = lines([0.40, 0.10, 0.38, 0.35, 0.02], [0.50, 0.45, 0.50, 0.55, 0.90])  # it recovers, and then is lost
     assert catastrophic_overfitting(again).last_good == 4
     assert [last_is_first_to_fall(again[:n]) for n in range(6)] == [False, False, True, False, False, True]
+
+
+class Lazy(ZeroIG):
+    """A solver that remembers, and reads a schedule."""
+
+    def __init__(self):
+        self.calls, self.weight = ba.Counter(), ba.Schedule(lambda epoch, epochs: epoch / epochs)
+
+
+def test_solvers_are_told_the_epoch_and_saved():
+    data, recipe = images(22), Recipe(epochs=2, batch_size=11)
+    made = []
+    for _ in range(2):
+        attack = attack_from_name("clean", 0.1)
+        made.append(Trainer(fgsm.problem(0.1), Lazy(), dense_network(), data, data, recipe, attack))
+    trainer, fresh = made
+    list(trainer.epochs())
+    assert trainer.solver.weight.value == 0.5
+    assert trainer.solver.calls.count == 2  # two batches in the last epoch
+    fresh.load_state_dict(trainer.state_dict())
+    assert fresh.solver.calls.count == 2
