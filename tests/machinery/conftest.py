@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+import base64
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from evaluating import cnn, mlp, trained
+from matplotlib.figure import Figure
 
 import bilevel_at as ba
 from bilevel_at import run as run_module
 from bilevel_at.data import named
+
+PIXEL = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNoAAAAggCBd81ytgAAAABJRU5ErkJggg==")
+
+
+@pytest.fixture(autouse=True)
+def _quick_figures(request, monkeypatch):
+    """Drawing takes four fifths of a small run: figures are one grey pixel, except in tests that ask for ``drawn``."""
+    if "drawn" not in request.fixturenames:
+        monkeypatch.setattr(Figure, "savefig", lambda self, path, **options: Path(path).write_bytes(PIXEL))
+
+
+@pytest.fixture
+def drawn():
+    """Figures are drawn."""
 
 
 @pytest.fixture

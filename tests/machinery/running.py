@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 SHORT = ["--epochs", "1", "--examples", "100", "--attacks", "clean", "pgd-2-1", "--select", "pgd-2-1"]
+SHORT += ["--test-examples", "60"]
 
 
 PROBLEMS = sorted(path.stem for path, _ in packaged_problems())

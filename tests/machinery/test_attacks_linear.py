@@ -7,6 +7,7 @@ import torch
 from evaluating import QUIET
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from marks import fast
 from torch import nn
 
 import bilevel_at as ba
@@ -39,10 +40,11 @@ UNTARGETED = ["fgsm", "pgd-50-1", "pgd-30-3-any", "apgd-ce", "fab", "beta-30"]
 
 
 TARGETED = ["beta-30", "beta-30-top2", "apgd-t", "fab-t", "autoattack", "autoattack-plus"]
+QUICK = [(2, "fgsm"), (2, "pgd-50-1"), (2, "apgd-ce"), (2, "fab"), (5, "beta-30"), (5, "beta-30-top2"), (5, "fab-t")]
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-@pytest.mark.parametrize(("classes", "name"), [(2, n) for n in UNTARGETED] + [(5, n) for n in TARGETED])
+@pytest.mark.parametrize(("classes", "name"), fast([(2, n) for n in UNTARGETED] + [(5, n) for n in TARGETED], QUICK))
 def test_a_linear_network_is_attacked_to_the_exact_accuracy(norm, classes, name):
     model, images, radius, stands = linear(classes, norm, n=40 if "auto" in name else 80)
     trace = attacked(model, images, attack_from_name(name, ball(norm, radius)))
@@ -57,6 +59,7 @@ def test_pgd_with_few_steps_on_a_linear_network():
         assert (found | ~stands).all() and (found != stands).sum() <= most
 
 
+@pytest.mark.slow
 def test_square_on_a_linear_network():
     """It breaks nothing that cannot be broken, and not all that can: it never changes the last row and column, say."""
     for norm in ("linf", "l2"):

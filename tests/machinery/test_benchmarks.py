@@ -14,6 +14,7 @@ import pytest
 
 import bilevel_at as ba
 
+pytestmark = pytest.mark.slow
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 
 

@@ -18,6 +18,7 @@ from data_files import (
     everything,
     write_imagenet,
 )
+from marks import fast
 from PIL import Image
 from torchvision import datasets, transforms
 
@@ -142,7 +143,7 @@ def test_imagenet_s_archives_are_unpacked_once(monkeypatch):
     assert load_data("imagenet")[0].sha256() == train.sha256()
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", fast([0, 2], [0]))
 @pytest.mark.parametrize("content", [b"", b"hello", "half"])
 def test_a_file_that_is_no_image_is_named(content, workers, photographs, tmp_path):
     shutil.copytree(photographs / "imagenet", "data")
@@ -238,6 +239,7 @@ def test_a_last_streamed_example_joins_the_batch_before(streamed):
     assert [len(batch) for batch in loader.epoch(0)] == [5, 6] and len(loader) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group", [False, True])
 def test_ctrl_c_while_workers_decode(photographs, group, interruptible):
     """SIGINT to the parent alone, or to all its processes as a terminal does: one KeyboardInterrupt, then silence."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from marks import fast
 from running import PROBLEMS, ROOT, SHORT, SOLVERS, run
 
 import bilevel_at as ba
@@ -24,7 +25,7 @@ def readme_block(containing):
     return next(b for b in blocks if containing in b)
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", fast(SOLVERS, ["full-kkt"]))
 def test_the_readme_s_custom_problem_runs(solver):
     Path("my_problem.py").write_text(readme_block("def problem("))
     run("my_problem.py", "--epsilon", "0.5", "--solver", solver, *SHORT, "--out", "out")

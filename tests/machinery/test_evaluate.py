@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from evaluating import EPS, FEW, QUIET, Fixed, accuracy, mlp
+from marks import fast
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -64,7 +65,10 @@ def test_the_mode_is_restored_whatever_happens(robust):
         assert all(module.training for module in model.modules())
 
 
-@pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode, contextlib.nullcontext])
+AROUND = [torch.no_grad, torch.inference_mode, contextlib.nullcontext]
+
+
+@pytest.mark.parametrize("around", fast(AROUND, [torch.inference_mode]))
 def test_under_no_grad_and_without_gradients_of_weights(robust, around):
     frozen = mlp()
     frozen.load_state_dict(robust.state_dict())

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("run_here")
 
 
 def test_results_say_what_they_are(capsys):
-    evaluate("run", "--attacks", "clean", "fgsm", "pgd-5-2", "beta-3", "--epsilon", EPS, "8/255", "--examples", 50)
+    evaluate("run", "--attacks", "clean", "fgsm", "pgd-5-2", "beta-3", "--epsilon", EPS, "8/255", "--examples", 30)
     shown = capsys.readouterr().out
     results = read("run/results.json")
     assert set(results) == {"best", "last"}
@@ -29,31 +29,31 @@ def test_results_say_what_they_are(capsys):
         assert set(entries) == names
         for name, entry in entries.items():
             attack, _, radius = name.partition("@")
-            assert (entry["attack"], entry["n"]) == (attack, 50) and entry["seconds"] >= 0
+            assert (entry["attack"], entry["n"]) == (attack, 30) and entry["seconds"] >= 0
             assert entry["norm"] == (None if attack == "clean" else "linf")
             assert entry["epsilon"] == (0 if attack == "clean" else 8 / 255 if radius else EPS)
             assert {"torch", "pyautoattack", "bilevel-at", "python"} <= set(entry["versions"])
             assert re.fullmatch("[0-9a-f]{16}", entry["data"]) and re.fullmatch("[0-9a-f]{16}", entry["weights"])
             file = arrays(Path("run", entry["file"]))
-            assert file["correct"].mean() == pytest.approx(entry["accuracy"]) and file["correct"].shape == (50,)
-            assert file["label"].shape == (50,) and (file["correct"] == (file["broken"] == -1)).all()
+            assert file["correct"].mean() == pytest.approx(entry["accuracy"]) and file["correct"].shape == (30,)
+            assert file["label"].shape == (30,) and (file["correct"] == (file["broken"] == -1)).all()
             assert bool(file["finished"]) and ((file["said"] == file["label"]) == file["correct"]).all()
             assert f"{which}  {name}  {entry['accuracy']:.1%}" in shown
         assert entries["pgd-5-2"]["accuracy"] <= entries["pgd-5-2@8/255"]["accuracy"] <= entries["clean"]["accuracy"]
     assert results["best"]["clean"]["data"] == results["last"]["clean"]["data"]
     checks = read("run/checks.json")
-    assert set(checks) == {"best", "last"} and checks["last"]["measured"]["n"] == 50
+    assert set(checks) == {"best", "last"} and checks["last"]["measured"]["n"] == 30
     assert all(set(w) == {"name", "message"} for entry in checks.values() for w in entry["warnings"])
 
 
 def test_what_is_there_is_not_computed_again():
-    evaluate("run", "--attacks", "clean", "pgd-5-2")
+    evaluate("run", "--attacks", "clean", "pgd-5-2", "--checks", 20)
     first, files = read("run/results.json"), {p: p.read_bytes() for p in Path("run").rglob("*.npz")}
-    evaluate("run", "--attacks", "clean", "pgd-5-2")
+    evaluate("run", "--attacks", "clean", "pgd-5-2", "--checks", 20)
     assert read("run/results.json") == first
     assert all(p.read_bytes() == content for p, content in files.items())
     assert len(read("run/evaluation/commands.json")) == 1
-    evaluate("run", "--attacks", "clean", "pgd-5-2", "--again", "--which", "last")
+    evaluate("run", "--attacks", "clean", "pgd-5-2", "--again", "--which", "last", "--checks", 20)
     again = read("run/results.json")
     assert again["best"] == first["best"] and again["last"] != first["last"]
     assert again["last"]["pgd-5-2"]["accuracy"] == first["last"]["pgd-5-2"]["accuracy"]
@@ -77,13 +77,13 @@ def test_transfer_from_another_run():
     flags = ["--epochs", "1", "--examples", "100", "--attacks", "clean", "--select", "pgd-2-1", "--out", "other"]
     assert run_module.run(["problems/standard.py", *flags]) == 0
     attacks = ["transfer:other", "transfer:other:fgsm", "transfer:run:fgsm", "pgd-50-1", "fgsm"]
-    evaluate("run", "--attacks", *attacks, "--which", "best", *QUICK, "--examples", 100)
+    evaluate("run", "--attacks", *attacks, "--which", "best", *QUICK, "--examples", 30)
     found = read("run/results.json")["best"]
     assert set(found) == set(attacks)
     assert found["transfer:other"]["accuracy"] >= found["pgd-50-1"]["accuracy"]
     assert found["transfer:run:fgsm"]["accuracy"] == found["fgsm"]["accuracy"]  # the network itself
     shutil.copy("run/last.pt", "other/best.pt")
-    evaluate("run", "--attacks", *attacks, "--which", "best", *QUICK, "--examples", 100)
+    evaluate("run", "--attacks", *attacks, "--which", "best", *QUICK, "--examples", 30)
     assert read("run/results.json")["best"]["transfer:other:fgsm"] != found["transfer:other:fgsm"]  # another surrogate
 
 
@@ -99,6 +99,10 @@ def test_help_and_list(capsys):
     assert end.value.code == 0
     shown = capsys.readouterr().out
     assert all(f"--{flag}" in shown for flag in ("attacks", "epsilon", "norm", "which", "examples", "again", "seed"))
+
+
+@pytest.mark.slow
+def test_a_mistake_ends_the_process_with_2():
     done = subprocess.run([*PYTHON, "run", "--epsilon", "-1"], capture_output=True, text=True)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
     assert done.stderr.startswith("bilevel_at.evaluate: epsilon is -1")

@@ -48,6 +48,7 @@ def unbroken(trained_run, tmp_path_factory):
         os.chdir(before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL], ids=["Ctrl-C", "killed"])
 def test_autoattack_goes_on(interruptible, unbroken, how):
     args = [*AUTOATTACK, "--checks", "0"]

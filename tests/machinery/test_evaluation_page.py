@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from marks import fast
 
 import bilevel_at as ba
 from bilevel_at import diagnose
@@ -46,7 +47,10 @@ def test_the_page_s_example_runs(capsys):
     assert re.search(r"^pgd-50-10 +\d+\.\d\d%  \(n = 6\)$", shown, re.M)
 
 
-@pytest.mark.parametrize(("problem", "model"), [("fastbat", "one_layer_cnn"), ("fgsm", "small_cnn")])
+NETWORKS = [("fastbat", "one_layer_cnn"), ("fgsm", "small_cnn")]
+
+
+@pytest.mark.parametrize(("problem", "model"), fast(NETWORKS, NETWORKS[:1]))
 def test_the_report_looks_into_the_network(problem, model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     short = ["--epochs", "2", "--examples", "100", "--attacks", "clean", "pgd-2-1", "--select", "pgd-2-1"]

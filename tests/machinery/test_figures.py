@@ -14,6 +14,8 @@ from bilevel_at import diagnose
 from bilevel_at.figures import diagnosis as drawn
 from bilevel_at.figures import landscape as pictured
 
+pytestmark = pytest.mark.usefixtures("drawn")
+
 
 def is_picture(path, least=10_000):
     data = path.read_bytes()

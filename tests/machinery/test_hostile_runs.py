@@ -19,6 +19,7 @@ import torch
 
 import bilevel_at as ba
 from bilevel_at import run as run_module
+from bilevel_at.commands import flags
 from bilevel_at.commands.evaluate import command as evaluate
 from bilevel_at.commands.report import command as report_command
 from bilevel_at.evaluate import evaluate as evaluate_in_python
@@ -97,6 +98,7 @@ def test_the_problem_file_of_a_run_is_not_run():
     assert not Path("own/evaluation/commands.json").exists()
 
 
+@pytest.mark.slow
 def test_the_commands_do_not_run_it_either():
     for module, rest in (("evaluate", QUICK), ("report", ["--no-measure"])):
         command = [sys.executable, "-m", f"bilevel_at.{module}", "own", *rest]
@@ -275,10 +277,12 @@ def test_no_text_of_a_run_reaches_the_page_as_markup(name):
     assert "alert(" in source or name == "checks.json"  # without warnings it has no text
 
 
-def test_messages_do_not_move_the_cursor():
+def test_messages_do_not_move_the_cursor(monkeypatch, capsys):
     """A file's text in an error is printed with its control characters written out."""
     Path("named/config.json").write_text(
         json.dumps({"model": "small_cnn", "options": {"data": "\x1b[2J\nx"}, "problem": {}})
     )
-    done = subprocess.run([sys.executable, "-m", "bilevel_at.evaluate", "named"], capture_output=True, text=True)
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and done.stderr.strip().isprintable()
+    monkeypatch.setattr(sys, "argv", ["evaluate", "named"])
+    assert flags.main(evaluate, "bilevel_at.evaluate") == 2
+    errors = capsys.readouterr().err
+    assert len(errors.splitlines()) == 1 and errors.strip().isprintable() and "\\x1b[2J\\nx" in errors

@@ -43,6 +43,7 @@ def test_a_mistake_is_one_line(word, hint):
         main.command([word])
 
 
+@pytest.mark.slow
 def test_the_console_script_is_declared_and_ends_as_the_commands_do(tmp_path):
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     module, function = re.search(r'(?m)^bilevel-at = "([\w.]+):(\w+)"$', project).groups()

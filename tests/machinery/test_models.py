@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from marks import fast
 from torch.utils.flop_counter import FlopCounterMode
 
 import bilevel_at as ba
@@ -44,7 +45,17 @@ PARAMETERS = {
 IMAGENET = {"imagenet_resnet18": 11_689_512, "imagenet_resnet34": 21_797_672, "imagenet_resnet50": 25_557_032}
 
 
-@pytest.mark.parametrize("name", MODELS)
+LARGE = {
+    "wide_resnet28_10",
+    "wide_resnet34_10",
+    "imagenet_resnet34",
+    "imagenet_resnet50",
+    "resnet50",
+    "preact_resnet50",
+}
+
+
+@pytest.mark.parametrize("name", fast(MODELS, set(MODELS) - LARGE))
 def test_parameter_counts(name):
     if name in IMAGENET:
         model = build_model(name, (3, 224, 224), 1000)
@@ -119,7 +130,7 @@ COSTS = {
 }
 
 
-@pytest.mark.parametrize("method", COSTS)
+@pytest.mark.parametrize("method", fast(COSTS, ["Fast-AT", "ATAS", "GradAlign", "Fast-BAT", "Free-AT, a replay"]))
 def test_a_step_costs_its_passes(method):
     """Floating-point operations of a PreActResNet-18 step, as a multiple of a standard training step."""
     torch.manual_seed(0)

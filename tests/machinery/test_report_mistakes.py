@@ -85,6 +85,7 @@ def test_where_it_goes_and_how_to_repeat_it(capsys):
     assert exit.value.code == 0 and "--out" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_command_ends_with_2_for_a_mistake():
     done = subprocess.run([sys.executable, "-m", "bilevel_at.report", "nowhere"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == "" and done.stderr.startswith("bilevel_at.report: there is no run")

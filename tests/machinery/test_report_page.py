@@ -35,7 +35,7 @@ def test_what_files_say_is_escaped():
         assert html.escape(NASTY) in source
 
 
-def test_a_section_is_a_list_of_parts(tmp_path):
+def test_a_section_is_a_list_of_parts(drawn, tmp_path):
     from bilevel_at.figures.style import plt, save
 
     save(plt.figure(figsize=(2, 1)), tmp_path / "f.png")
@@ -71,6 +71,7 @@ def real(tmp_path_factory):
     return runs, report(runs), report(runs[:1])
 
 
+@pytest.mark.slow
 def test_real_runs(real):
     runs, page, _ = real
     text = Text(page.read_text(encoding="utf-8"))
@@ -98,6 +99,7 @@ def chromium():
         browser.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", [1, 2], ids=["several", "one"])
 def test_page_in_a_browser(real, chromium, which):
     address = real[which].resolve().as_uri()
@@ -118,7 +120,7 @@ def test_page_in_a_browser(real, chromium, which):
             tab.close()
 
 
-def test_page_needs_nothing_else(real):
-    source = real[1].read_text(encoding="utf-8")
+def test_page_needs_nothing_else(drawn):
+    source = report([make("a"), make("b", seed=1)], "out").read_text(encoding="utf-8")
     assert "<script" not in source and not re.search(r"""(?:src|href)=["'](?!data:|\#)""", source)
     assert 'lang="en"' in source and 'name="viewport"' in source and "<title>" in source

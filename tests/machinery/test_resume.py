@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from marks import fast
 from running import SHORT, complaint, npz, run, same, weights
 
 from bilevel_at import run as run_module
@@ -43,7 +44,7 @@ def test_the_seed_decides_everything():
     assert same(weights("a"), weights("b")) and not same(weights("a"), weights("c"))
 
 
-@pytest.mark.parametrize("problem", ["fastbat", "atas", "asgd_bca", "free"])
+@pytest.mark.parametrize("problem", fast(["fastbat", "atas", "asgd_bca", "free"], ["fastbat", "atas"]))
 def test_a_resumed_run_is_the_unbroken_one(problem, monkeypatch):
     args = [f"problems/{problem}.py", "--epochs", "3", *SHORT[2:], "--ema", "0.9"]
     run(*args, "--out", "whole")
@@ -89,6 +90,7 @@ def test_runs_do_not_overwrite_each_other():
     assert "no run to resume in nowhere" in complaint("problems/fastat.py", *SHORT, "--out", "nowhere", "--resume")
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_a_real_process(interruptible):
     command = [sys.executable, "-m", "bilevel_at.run", "problems/fastbat.py", "--out", "out", "--epochs", "500"]
     process = interruptible(command)

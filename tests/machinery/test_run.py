@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from marks import fast
 from running import SHORT, complaint, npz, run, same, weights
 
 import bilevel_at as ba
@@ -18,7 +19,7 @@ from bilevel_at.train import Trainer
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
-def test_a_run_leaves_what_the_contract_says():
+def test_a_run_leaves_what_the_contract_says(drawn):
     run("problems/fastbat.py", *SHORT[2:], "--epochs", 2, "--epsilon", "8/255", "--out", "out")
     names = {
         "config.json",
@@ -46,10 +47,13 @@ def test_a_run_leaves_what_the_contract_says():
         assert model(torch.rand(3, 1, 8, 8)).shape == (3, 10)
 
 
+SMALL = ["--examples", 200, "--test-examples", 60]
+
+
 def test_what_is_shown_and_which_epoch_is_best(capsys):
-    run("problems/fastbat.py", "--epochs", 4, "--examples", 200, "--select", "pgd-2-1", "--out", "out")
+    run("problems/fastbat.py", "--epochs", 4, *SMALL, "--select", "pgd-2-1", "--out", "out")
     shown = capsys.readouterr().out
-    assert "180 training, 20 held-out, 360 test images" in " ".join(shown.split())
+    assert "180 training, 20 held-out, 60 test images" in " ".join(shown.split())
     for epoch in range(1, 5):
         assert re.search(rf"epoch {epoch}/4  loss [\d.]+  held-out clean [\d.]+%  pgd-2-1 [\d.]+%", shown)
     metrics = [json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines()]
@@ -63,7 +67,7 @@ def test_what_is_shown_and_which_epoch_is_best(capsys):
         from bilevel_at.data import load_data
         from bilevel_at.evaluate import attack_from_name, evaluate
 
-        test = load_data("digits")[1]
+        test = load_data("digits")[1].sample(60)
         again = evaluate(ba.load("out", which), test, [attack_from_name("pgd-50-10", 0.2)])
         assert again["pgd-50-10"].accuracy == results[which]["pgd-50-10"]["accuracy"]
 
@@ -112,7 +116,7 @@ def test_catastrophic_overfitting_is_said_and_the_weights_before_it_are_kept(mon
     assert set(results) == {"best", "last", "last_good"} and re.search(r"last good \(2\)", shown)
 
 
-@pytest.mark.parametrize("augment", ["none", "crop-flip"])
+@pytest.mark.parametrize("augment", fast(["none", "crop-flip"], ["crop-flip"]))
 def test_the_user_s_own_images(augment):
     run("problems/atas.py", "--data", npz(), "--epochs", 2, "--augment", augment, "--attacks", "clean", "--out", "out")
     config = json.loads(Path("out/config.json").read_text())
@@ -132,7 +136,7 @@ def test_the_user_s_own_images(augment):
 
 
 def test_fewer_test_examples():
-    run("problems/fastat.py", *SHORT, "--test-examples", 50, "--out", "out")
+    run("problems/fastat.py", *SHORT[:-2], "--test-examples", 50, "--out", "out")
     assert json.loads(Path("out/results.json").read_text())["last"]["clean"]["n"] == 50
 
 

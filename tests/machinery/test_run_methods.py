@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from marks import fast
 from running import PROBLEMS, SHORT, SOLVERS, complaint, npz, run
 
 import bilevel_at as ba
@@ -20,8 +21,11 @@ from bilevel_at.commands.plan import understand
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize("problem", PROBLEMS)
+PAIRS = [(problem, solver) for problem in PROBLEMS for solver in SOLVERS]
+QUICK = [("fastbat", "full-kkt"), ("free", "zero-ig"), ("smooth_beta", "hessian-free-kkt")]
+
+
+@pytest.mark.parametrize(("problem", "solver"), fast(PAIRS, QUICK))
 def test_every_problem_runs_with_every_solver(problem, solver):
     run(f"problems/{problem}.py", "--solver", solver, *SHORT, "--out", "out")
     config = json.loads(Path("out/config.json").read_text())
@@ -29,7 +33,7 @@ def test_every_problem_runs_with_every_solver(problem, solver):
     results = json.loads(Path("out/results.json").read_text())
     for which in ("best", "last"):
         assert set(results[which]) == {"clean", "pgd-2-1"}
-        assert results[which]["pgd-2-1"]["n"] == 360 and results[which]["pgd-2-1"]["epsilon"] == pytest.approx(0.2)
+        assert results[which]["pgd-2-1"]["n"] == 60 and results[which]["pgd-2-1"]["epsilon"] == pytest.approx(0.2)
         assert 0 <= results[which]["pgd-2-1"]["accuracy"] <= results[which]["clean"]["accuracy"] <= 1
 
 
@@ -99,7 +103,7 @@ def test_published_settings_beyond_cifar10():
     assert (free.options.epochs, free.options.replays) == (45, 4)
 
 
-@pytest.mark.parametrize("problem", PROBLEMS)
+@pytest.mark.parametrize("problem", fast(PROBLEMS, ["atas", "fastbat"]))
 def test_every_problem_trains_the_cifar_network(problem):
     """The acceptance command, on 20 made-up images of a quarter of CIFAR's size."""
     Path("data").mkdir()

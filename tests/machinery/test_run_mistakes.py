@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -28,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("elsewhere")
         (["--anchor", "middle"], "invalid choice 'middle' for argument '--anchor'"),
         (["0.1"], "'0.1' is one argument too many"),
         (["--solver", "newton"], "invalid choice 'newton' for argument '--solver'. Expected one of ("),
-        (["--damping", "-1"], "damping is -1.0; it must be a finite number, at least 0"),
+        (["--damping", "-1"], "damping is -1; it must be a finite number, at least 0"),
         (["--model", "resnet"], "model 'resnet' is not known; choose from small_cnn, one_layer_cnn, preact_resnet18"),
         (["--model", "file"], "defines no model(shape, classes)"),
         (["--data", "mnist"], "data 'mnist' is not known; choose from digits"),
@@ -99,22 +100,32 @@ def test_files_that_are_no_npz():
     assert "cut.npz" in complaint("problems/fastat.py", "--data", "cut.npz")
 
 
-def test_exit_statuses_of_the_process():
-    def status(*args):
-        done = subprocess.run([sys.executable, "-m", "bilevel_at.run", *args], capture_output=True, text=True)
-        return done.returncode, done.stdout, done.stderr
+def status(monkeypatch, capsys, *args):
+    """(exit status, output, errors) of ``python -m bilevel_at.run ...``, in this process."""
+    monkeypatch.setattr(sys, "argv", ["run", *args])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module("bilevel_at.run", run_name="__main__")
+    return end.value.code or 0, *capsys.readouterr()
 
-    code, _, said = status("problems/fastbat.py", "--epsilon", "-1")
-    assert code == 2 and "Traceback" not in said
-    assert (
-        said.splitlines()[-1] == "bilevel_at.run: epsilon is -1; it must be a finite number, at least 0 (such as 8/255)"
-    )
-    code, shown, _ = status("problems/fastbat.py", "--help")
+
+@pytest.mark.filterwarnings("ignore:'bilevel_at.run' found in sys.modules")
+def test_exit_statuses(monkeypatch, capsys):
+    code, _, errors = status(monkeypatch, capsys, "problems/fastbat.py", "--epsilon", "-1")
+    assert code == 2
+    assert errors == "bilevel_at.run: epsilon is -1; it must be a finite number, at least 0 (such as 8/255)\n"
+    code, shown, _ = status(monkeypatch, capsys, "problems/fastbat.py", "--help")
     assert code == 0 and "--epsilon NUMBER" in shown and "--curvature" not in shown
-    code, shown, _ = status("problems/fastbat.py", "--solver", "full-kkt", "--help")
+    code, shown, _ = status(monkeypatch, capsys, "problems/fastbat.py", "--solver", "full-kkt", "--help")
     assert code == 0 and "--curvature {lower,attack}" in shown
-    code, _, said = status("--epsilon", "1")
-    assert code == 2 and "the problem file comes first" in said
+    code, _, errors = status(monkeypatch, capsys, "--epsilon", "1")
+    assert code == 2 and "the problem file comes first" in errors
+
+
+@pytest.mark.slow
+def test_exit_status_of_a_process():
+    command = [sys.executable, "-m", "bilevel_at.run", "problems/fastbat.py", "--epsilon", "-1"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "Traceback" not in done.stderr
 
 
 def test_numbers():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from evaluating import EPS, FEW, mlp, trained
+from marks import fast
 
 import bilevel_at as ba
 from bilevel_at.data import Images
@@ -26,7 +27,8 @@ def attack_to_interrupt(name):
     return quick_autoattack() if name == "autoattack" else attack_from_name(name, EPS)
 
 
-INTERRUPTED = pytest.mark.parametrize(("name", "n"), [("pgd-5-3", 40), ("beta-5-2", 20), ("autoattack", 20)])
+NAMES = [("pgd-5-3", 40), ("beta-5-2", 20), ("autoattack", 20)]
+INTERRUPTED = pytest.mark.parametrize(("name", "n"), fast(NAMES, [("pgd-5-3", 40), ("autoattack", 20)]))
 
 
 @INTERRUPTED

@@ -73,6 +73,7 @@ def test_weights_twice_by_two_names_of_the_same_file():
     assert set(read("weights-evaluation/results.json")["model"]) == {"clean", "fgsm"}
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_contains_itself():
     recursive = {}
     recursive["model"] = recursive
