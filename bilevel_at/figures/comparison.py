@@ -133,7 +133,7 @@ def accuracy_by_radius(
             axes.axvline(trained, color=GREY, linewidth=0.9, zorder=0)
             right = trained > 0.7 * largest
             axes.annotate(
-                "ε of training",
+                "ε of the threat",
                 (trained, 101),
                 xytext=(-3 if right else 3, 0),
                 textcoords="offset points",
