@@ -46,9 +46,7 @@ def solver() -> ZeroIG:
 
 
 def recipe() -> dict[str, Recipe]:
-    cifar = replace(
-        CIFAR, model="resnet18", epochs=30, lr=0.1, peak_momentum=None, schedule="multistep", milestones=(24, 28)
-    )
+    cifar = replace(CIFAR, model="resnet18", epochs=30, lr=0.1, schedule="multistep", milestones=(24, 28))
     imagenet = replace(
         IMAGENET,
         model="imagenet_resnet18",

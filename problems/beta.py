@@ -64,7 +64,5 @@ def solver(name: SolverName = "zero-ig", step: float = 2 / 255) -> ZeroIG | Hess
 
 
 def recipe() -> dict[str, Recipe]:
-    cifar = replace(
-        CIFAR, model="resnet18", epochs=110, lr=0.1, peak_momentum=None, schedule="multistep", milestones=(100,)
-    )
+    cifar = replace(CIFAR, model="resnet18", epochs=110, lr=0.1, schedule="multistep", milestones=(100,))
     return {"digits": DIGITS.playing(step=0.05, steps=5), "cifar10": cifar}

@@ -122,7 +122,6 @@ def recipe() -> dict[str, Recipe]:
         epochs=120,
         lr=0.01,
         weight_decay=3.5e-3,
-        peak_momentum=None,
         schedule="multistep",
         milestones=(74, 89, 99),
     )

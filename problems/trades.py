@@ -79,7 +79,6 @@ def recipe() -> dict[str, Recipe]:
         epochs=76,
         lr=0.1,
         weight_decay=2e-4,
-        peak_momentum=None,
         schedule="multistep",
         milestones=(74,),
     )

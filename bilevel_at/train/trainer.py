@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from .. import policy
 from ..batch import Batch
@@ -24,7 +23,9 @@ from ..runs.metrics import Epoch
 from ..runs.recipe import Recipe
 from ..solution import Solution
 from ..solver import Solver
+from .averages import WeightAverage
 from .recorder import Recorder
+from .schedules import momentum_at, rate_at
 
 __all__ = ["Trainer"]
 
@@ -67,9 +68,7 @@ class Trainer:
             model.parameters(), lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay
         )
         self.recorder = Recorder(train.y, model)
-        self.average: AveragedModel | None = None
-        if recipe.ema:
-            self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema), use_buffers=True)
+        self.average = WeightAverage(model, recipe.ema) if recipe.ema else None
         self.done = 0
 
     @property
@@ -80,7 +79,7 @@ class Trainer:
     @property
     def evaluated(self) -> nn.Module:
         """The network that is evaluated and kept: the averaged one where the recipe averages."""
-        return self.model if self.average is None else self.average.module
+        return self.model if self.average is None else self.average.network
 
     def epochs(self) -> Iterator[Epoch]:
         """Train the epochs that are left, yielding each one's measurements."""
@@ -120,7 +119,7 @@ class Trainer:
         for number, group in enumerate(_groups(self.loader.epoch(epoch), self.recipe.accumulate)):
             examples = sum(len(batch) for batch in group)
             for _ in range(self.recipe.replays):
-                self._set_rate(step_number)
+                self._follow_schedules(step_number)
                 self.optimizer.zero_grad()
                 for place, batch in enumerate(group, number * self.recipe.accumulate):
                     with self._autocast():
@@ -136,7 +135,7 @@ class Trainer:
                         self._check(step.loss, epoch)
                 self.optimizer.step()
                 if self.average is not None:
-                    self.average.update_parameters(self.model)
+                    self.average.update(self.model)
                 step_number += 1
         self.recorder.close_epoch(self.evaluated)
         loss, ratio_mean, cosine_mean = (means / (len(self.loader.images) * self.recipe.replays)).tolist()
@@ -168,10 +167,10 @@ class Trainer:
                 f"the loss is {value} in epoch {epoch + 1}; a lower --lr (now {self.recipe.lr:g}){half} may help"
             )
 
-    def _set_rate(self, step: int) -> None:
+    def _follow_schedules(self, step: int) -> None:
         for group in self.optimizer.param_groups:
-            group["lr"] = self.recipe.lr_at(step, self.steps_per_epoch)
-            group["momentum"] = self.recipe.momentum_at(step, self.steps_per_epoch)
+            group["lr"] = rate_at(self.recipe, step, self.steps_per_epoch)
+            group["momentum"] = momentum_at(self.recipe, step, self.steps_per_epoch)
 
     def _look(self, solution: Solution) -> Tensor:
         """(correct on x + δ*, the sum of ‖δ*‖_∞, rows): what training saw, before the step is taken."""
@@ -196,7 +195,7 @@ class Trainer:
             "epochs": self.done,
         }
         if self.average is not None:
-            state |= {"average": self.average.module.state_dict(), "averaged": self.average.n_averaged}
+            state |= self.average.state_dict()
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -206,8 +205,7 @@ class Trainer:
         policy.load_state(self.solver, state["solver"])
         self.done = state["epochs"]
         if self.average is not None:
-            self.average.module.load_state_dict(state["average"])
-            self.average.n_averaged.copy_(state["averaged"])
+            self.average.load_state_dict(state)
 
 
 def _groups(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:

@@ -18,6 +18,7 @@ from bilevel_at.runs.metrics import catastrophic_overfitting, last_is_first_to_f
 from bilevel_at.runs.recipe import Recipe
 from bilevel_at.solvers import ZeroIG
 from bilevel_at.train import Trainer
+from bilevel_at.train.schedules import momentum_at
 
 
 def images(n=22, side=3, classes=3, seed=0):
@@ -186,29 +187,11 @@ def test_solvers_are_told_the_epoch_and_saved():
     assert fresh.solver.calls.count == 2
 
 
-def test_momentum_cycles_opposite_to_the_rate_as_cyclic_lr_does():
-    """PyTorch's CyclicLR over two halves of as many steps, whose first rate is 0 where ours is one step on."""
-    recipe, half = Recipe(epochs=2, lr=0.2, momentum=0.9, peak_momentum=0.8), 10
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1, momentum=0.9)
-    schedule = torch.optim.lr_scheduler.CyclicLR(
-        optimizer, 0.0, 0.2, step_size_up=half, base_momentum=0.8, max_momentum=0.9
-    )
-    for step in range(2 * half - 1):
-        optimizer.step()
-        schedule.step()
-        group = optimizer.param_groups[0]
-        # 19 steps of ours stand between the zeros of a cycle of 20.
-        assert replace(recipe, epochs=1).lr_at(step, 2 * half - 1) == pytest.approx(group["lr"])
-        assert replace(recipe, epochs=1).momentum_at(step, 2 * half - 1) == pytest.approx(group["momentum"])
-    assert replace(recipe, schedule="constant").momentum_at(3, 10) == 0.9
-    assert replace(recipe, peak_momentum=None).momentum_at(3, 10) == 0.9
-
-
 def test_the_trainer_moves_the_momentum():
     data, momenta = images(22), []
     recipe = Recipe(epochs=1, batch_size=11, momentum=0.9, peak_momentum=0.3)
     trainer = Trainer(fgsm.problem(0.1), ZeroIG(), dense_network(), data, data, recipe, attack_from_name("clean", 0.1))
     trainer.optimizer.register_step_pre_hook(lambda o, *_: momenta.append(o.param_groups[0]["momentum"]))
     list(trainer.epochs())
-    assert momenta == [recipe.momentum_at(step, 2) for step in range(2)]
+    assert momenta == [momentum_at(recipe, step, 2) for step in range(2)]
     assert momenta[0] < 0.9

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import ast
 import functools
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -177,13 +180,13 @@ def test_evaluation_is_pure(name):
 
 
 def loaded(name):
-    """Everything that importing the file imports, packages on the way included, but for the face of the library."""
+    """Everything that importing the file imports at once, packages on the way included."""
     seen, todo = set(), [name]
     while todo:
         module = todo.pop()
-        parents = [module.rsplit(".", i)[0] for i in range(1, module.count("."))]
+        parents = [module.rsplit(".", i)[0] for i in range(1, module.count(".") + 1)]
         for one in [module, *parents]:
-            if one in seen or one == "bilevel_at":
+            if one in seen:
                 continue
             seen.add(one)
             if one in modules():
@@ -191,12 +194,25 @@ def loaded(name):
     return seen
 
 
-@pytest.mark.parametrize("name", ["bilevel_at.runs.recipe", "bilevel_at.train"])
-def test_recipes_are_light(name):
+@pytest.mark.parametrize("name", ["bilevel_at", "bilevel_at.runs.recipe", "bilevel_at.train", "bilevel_at.solvers"])
+def test_the_language_and_recipes_are_light(name):
     """A problem file imports its recipe: that must not cost what training or evaluating needs."""
     heavy = {"torchvision", "sklearn", "scipy", "matplotlib", "tyro", "rich", "pyautoattack"}
     assert not top(loaded(name)) & heavy
-    assert "torch" in top(loaded(name))  # data/, which says what an augmentation is
+    assert "torch" in top(loaded(name))
+
+
+def test_importing_the_library_loads_little_more_than_torch():
+    """In a fresh process: this library's own files, and none of the packages that its machinery needs."""
+    code = """
+import sys, torch
+before = set(sys.modules)
+import bilevel_at
+print(*{name.split(".")[0] for name in set(sys.modules) - before} - {"bilevel_at"})
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and done.stdout.split() == [], done
 
 
 RUN_FILES = {f"{which}.pt" for which in ("best", "last", "last_good")} | {
