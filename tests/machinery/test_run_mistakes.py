@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("elsewhere")
         (["--anchor", "middle"], "invalid choice 'middle' for argument '--anchor'"),
         (["0.1"], "'0.1' is one argument too many"),
         (["--solver", "newton"], "invalid choice 'newton' for argument '--solver'. Expected one of ("),
-        (["--damping", "-1"], "damping is -1.0; it must be a finite number, at least 0"),
+        (["--damping", "-1"], "damping is -1; it must be a finite number, at least 0"),
         (["--model", "resnet"], "model 'resnet' is not known; choose from small_cnn, one_layer_cnn, preact_resnet18"),
         (["--model", "file"], "defines no model(shape, classes)"),
         (["--data", "mnist"], "data 'mnist' is not known; choose from digits"),
