@@ -39,7 +39,7 @@ def model(shape, classes):
         ("def problem(epochs: int = 3): pass", "--epochs would mean two things"),
         (
             "import bilevel_at as ba\ndef problem(): return ba.BilevelProblem(ba.UpperProblem(), ba.LowerProblem())",
-            "own.py: LowerProblem has no constraint; pass BilevelProblem(upper, lower, threat=...)",
+            "LowerProblem has no constraint; pass BilevelProblem(upper, lower, threat=...)",
         ),
         (
             "from bilevel_at.problems.fastat import problem\ndef recipe(): return 3",
