@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from ..data.loader import Augment
-from ..errors import InputError
+from ..errors import InputError, whole_number
 
 __all__ = ["CIFAR", "DEFAULTS", "DIGITS", "IMAGENET", "Recipe", "Schedule", "recipe_for"]
 
@@ -54,8 +54,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "accumulate", "replays"):
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
+            whole_number(f"--{name.replace('_', '-')}", getattr(self, name), 1)
         if self.replays > 1 and self.accumulate > 1:
             raise InputError(f"--replays is {self.replays} and --accumulate {self.accumulate}; one of them must be 1")
         if not 0 < self.lr < float("inf"):

@@ -55,12 +55,12 @@ def test_pgd_is_that_of_torchattacks(convolutional, norm):
 @pytest.mark.slow
 def test_random_restarts_of_pgd_against_torchattacks(convolutional):
     theirs = torch.ones(len(TEST), dtype=torch.bool)
-    for _ in range(5):  # one restart more or less moves this by one to two percent
+    for _ in range(10):
         moved = reference("PGD", convolutional, TEST.x, TEST.y, eps=EPS, alpha=EPS / 4, steps=40)
         with torch.no_grad():
             theirs &= convolutional(moved).argmax(1) == TEST.y
-    ours = evaluate(convolutional, TEST, ["pgd-40-5"], EPS, **QUIET)["pgd-40-5"].accuracy
-    assert ours == pytest.approx(theirs.float().mean().item(), abs=0.02)
+    ours = evaluate(convolutional, TEST, ["pgd-40-10"], EPS, **QUIET)["pgd-40-10"].accuracy
+    assert ours == pytest.approx(theirs.float().mean().item(), abs=0.01)
 
 
 def beta_by_the_book(model, batch, constraint, steps, radius, seed):

@@ -75,7 +75,7 @@ def test_the_trainer_replays_each_batch(replays):
 
 
 def test_replays_are_at_least_one_and_do_not_go_with_accumulation():
-    with pytest.raises(ba.InputError, match="--replays is 0; it must be at least 1"):
+    with pytest.raises(ba.InputError, match="--replays is 0; it must be a whole number, at least 1"):
         Recipe(replays=0)
     with pytest.raises(ba.InputError, match="--replays is 2 and --accumulate 3; one of them must be 1"):
         Recipe(replays=2, accumulate=3)
