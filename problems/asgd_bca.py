@@ -45,6 +45,7 @@ class NeverLonger(ba.Adaptive):
 
     def observe(self, step: ba.Hypergradient) -> None:
         batch, gradient = step.solution.batch, step.solution.attack_gradient
+        assert gradient is not None  # a linearised attacker always says
         v, largest = self.square(batch, gradient), self._largest(batch, gradient)
         self.memory.write(batch, v)
         self.largest.write(batch, largest)

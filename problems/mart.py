@@ -27,6 +27,7 @@ from torch.nn import functional as F
 
 import bilevel_at as ba
 from bilevel_at.errors import at_least
+from bilevel_at.losses import check_classes
 from bilevel_at.modes import Mode
 from bilevel_at.runs.recipe import CIFAR, DIGITS, Recipe
 from bilevel_at.solvers import ZeroIG
@@ -66,9 +67,10 @@ class Misclassification(ba.UpperProblem):
     def loss_at(
         self, model: nn.Module, batch: ba.Batch, solution: ba.Solution, generator: torch.Generator | None = None
     ) -> Tensor:
-        zero, y = torch.zeros_like(batch.x), batch.y
+        zero = torch.zeros_like(batch.x)
         clean = ba.logits(model, batch, zero) if self.weight and self.clean_first else None
         moved = ba.logits(model, batch, solution.delta)
+        y = check_classes(moved, batch)
         boosted = boosted_cross_entropy(moved, y) if self.exact else published_boosted_cross_entropy(moved, y)
         if self.weight == 0:
             return boosted

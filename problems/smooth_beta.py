@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import bilevel_at as ba
 from bilevel_at.errors import positive
+from bilevel_at.losses import check_classes
 from bilevel_at.modes import Mode
 from bilevel_at.problems import beta
 from bilevel_at.problems.beta import solver  # noqa: F401  (the same choice)
@@ -38,11 +39,12 @@ class SmoothMargin(ba.UpperProblem):
         each = len(delta) // len(batch)
         wide = batch.repeat(each)
         out = ba.logits(model, wide, delta)
-        targets = other_classes(batch.y, each + 1).flatten()
-        own = out.gather(1, wide.y[:, None]).squeeze(1)
+        y = check_classes(out, wide)
+        targets = other_classes(y[::each], each + 1).flatten()
+        own = out.gather(1, y[:, None]).squeeze(1)
         margin = out.gather(1, targets[:, None]).squeeze(1) - own
         weights = torch.softmax(self.temperature * margin.reshape(-1, each), 1)
-        losses = nn.functional.cross_entropy(out, wide.y, reduction="none").reshape(-1, each)
+        losses = nn.functional.cross_entropy(out, y, reduction="none").reshape(-1, each)
         return (weights * losses).sum(1)
 
 

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 import bilevel_at as ba
 from bilevel_at.errors import at_least
+from bilevel_at.losses import check_classes
 from bilevel_at.modes import Mode
 from bilevel_at.runs.recipe import CIFAR, DIGITS, Recipe
 from bilevel_at.solvers import ZeroIG
@@ -37,7 +38,7 @@ class Tradeoff(ba.UpperProblem):
         self, model: nn.Module, batch: ba.Batch, solution: ba.Solution, generator: torch.Generator | None = None
     ) -> Tensor:
         clean = ba.logits(model, batch, torch.zeros_like(batch.x))
-        losses = F.cross_entropy(clean, batch.y, reduction="none")
+        losses = F.cross_entropy(clean, check_classes(clean, batch), reduction="none")
         if self.weight == 0:
             return losses
         log_clean, log_moved = F.log_softmax(clean, 1), F.log_softmax(ba.logits(model, batch, solution.delta), 1)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bilevel_at.batch import Batch, per_sample
+from bilevel_at.batch import Batch, CropFlip, per_sample
 from bilevel_at.constraints import ActiveSet
 from bilevel_at.errors import ConvergenceError, CurvatureError, InputError, name_samples
 from bilevel_at.problem import CurvedPart
@@ -33,7 +32,7 @@ def dense_hessian(part: CurvedPart, solution: Solution) -> Tensor:
     def one(flat: Tensor, rows: dict[str, Tensor], corner: dict[str, Tensor], z: Tensor) -> Tensor:
         single_row: dict[str, Any] = {name: value[None] for name, value in rows.items()}
         if view is not None:
-            single_row["view"] = replace(view, **{name: value[None] for name, value in corner.items()})
+            single_row["view"] = CropFlip(corner["top"][None], corner["left"][None], corner["flip"][None], view.padding)
         single = Batch(**single_row)
         return part(single, flat.reshape(1, *shape), z[None]).sum()
 
