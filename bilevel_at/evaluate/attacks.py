@@ -88,9 +88,9 @@ class Attack:
             if len(standing) == 0:
                 break
             part = batch[standing]
-            attacked[standing] = found = stage(model, part, generator)
+            attacked[standing] = moved = stage(model, part, generator)
             with torch.no_grad():
-                standing = standing[model(found).argmax(1) == part.y]
+                standing = standing[model(moved).argmax(1) == part.y]
         return attacked
 
 

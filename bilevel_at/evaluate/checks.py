@@ -167,7 +167,7 @@ def _attacked(
     fgsm = run(attack_from_name("fgsm", space), "FGSM")
     pgd = run(attack_from_name("pgd-20-3", space), "PGD")
     unbounded = run(attack_from_name("pgd-50-1-any", ball(norm, far)), "PGD at any distance")
-    found = {
+    measured = {
         "far": far,
         "fgsm": _share(fgsm.correct),
         "pgd": _share(pgd.correct),
@@ -175,13 +175,13 @@ def _attacked(
         "single-step": _share(pgd.correct & ~fgsm.correct),
     }
     if isinstance(space, LinfBall):
-        found["shorter"] = _share(fgsm.correct & _shorter_steps(model, images, epsilon, batch_size))
-        lost = found["fgsm"] - found["pgd"]
-        found["catastrophic-overfitting"] = lost if found["pgd"] < 0.5 * found["fgsm"] else 0.0
+        measured["shorter"] = _share(fgsm.correct & _shorter_steps(model, images, epsilon, batch_size))
+        lost = measured["fgsm"] - measured["pgd"]
+        measured["catastrophic-overfitting"] = lost if measured["pgd"] < 0.5 * measured["fgsm"] else 0.0
     if images[slice(0, 1)].pixels().ndim == 4:
         square = Attack("square", space, [Component("square", norm, epsilon, seed=seed, queries=QUERIES)])
-        found["black-box"] = _share(pgd.correct & ~run(square, f"square attack, {QUERIES} queries").correct)
-    return found
+        measured["black-box"] = _share(pgd.correct & ~run(square, f"square attack, {QUERIES} queries").correct)
+    return measured
 
 
 def compare_traces(traces: Mapping[str, Trace], attacks: Mapping[str, Attack]) -> dict[str, float]:
@@ -276,7 +276,7 @@ def _shorter_steps(model: nn.Module, images: ImageSet, epsilon: float, batch_siz
 @contextlib.contextmanager
 def _buffers_kept(model: nn.Module) -> Iterator[None]:
     """Running statistics are afterwards what they were, whether they are written into or assigned anew."""
-    kept = [
+    saved = [
         (module, name, b, b.clone())
         for module in model.modules()
         for name, b in module._buffers.items()
@@ -285,6 +285,6 @@ def _buffers_kept(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for module, name, buffer, value in kept:
+        for module, name, buffer, value in saved:
             module._buffers[name] = buffer
             buffer.copy_(value)

@@ -85,5 +85,5 @@ class Component:
         finally:
             logger.setLevel(level)
             sys.settrace(tracer)
-        found: Tensor = attacked.detach()
-        return found
+        result: Tensor = attacked.detach()
+        return result

@@ -69,11 +69,11 @@ class Trace:
     @classmethod
     def from_arrays(cls, arrays: Any, device: torch.device | str = "cpu") -> Trace:
         """Raises :class:`KeyError` or :class:`ValueError` for arrays that are not of a trace."""
-        broken, said = (torch.from_numpy(arrays[name]).to(device) for name in ("broken", "said"))
+        broken, answers = (torch.from_numpy(arrays[name]).to(device) for name in ("broken", "said"))
         stage, batch, outside = (int(v) for v in arrays["position"])
-        if broken.shape != said.shape or broken.dtype != torch.int16 or said.dtype != torch.int64:
+        if broken.shape != answers.shape or broken.dtype != torch.int16 or answers.dtype != torch.int64:
             raise ValueError("arrays of other shapes or types")
-        return cls(broken, said, stage, batch, float(arrays["seconds"]), outside)
+        return cls(broken, answers, stage, batch, float(arrays["seconds"]), outside)
 
 
 @dataclass

@@ -121,10 +121,10 @@ class Watched:
         self.aimed, self.any_class = Best(), Best()
 
     def __call__(self, model: nn.Module, batch: Batch, delta: Tensor) -> Tensor:
-        found = margins(model, batch, delta)
-        aimed = found.gather(1, batch.more["target"][:, None]).squeeze(1)
+        every_margin = margins(model, batch, delta)
+        aimed = every_margin.gather(1, batch.more["target"][:, None]).squeeze(1)
         self.aimed.consider(aimed.detach(), delta.detach())
-        self.any_class.consider(found.detach().amax(1), delta.detach())
+        self.any_class.consider(every_margin.detach().amax(1), delta.detach())
         return -aimed
 
     def of_each(self, examples: int) -> Tensor:
@@ -231,12 +231,12 @@ class OnSurrogate:
         surrogate = self.surrogate.to(batch.x.device)
         try:
             with torch.no_grad(), attack_mode(surrogate, "eval"):
-                found: Any = tuple(surrogate(batch.x[:1]).shape)
+                output: Any = tuple(surrogate(batch.x[:1]).shape)
         except RuntimeError:
-            found = "an error"
-        if found != (1, classes):
+            output = "an error"
+        if output != (1, classes):
             shape = list(batch.x.shape[1:])
-            raise InputError(f"{self.source} gives {found} for an image of {shape}; a transfer needs (1, {classes})")
+            raise InputError(f"{self.source} gives {output} for an image of {shape}; a transfer needs (1, {classes})")
 
     @property
     def name(self) -> str:

@@ -19,10 +19,10 @@ FORMAT = 2
 
 def weights(state: dict[str, Any]) -> dict[str, Tensor]:
     """The weights to evaluate in a checkpoint: their moving average where there is one. KeyError where it has none."""
-    kept = (state["average"] if "average" in state else state["model"]) if isinstance(state, dict) else None
-    if not isinstance(kept, dict):
+    tensors = (state["average"] if "average" in state else state["model"]) if isinstance(state, dict) else None
+    if not isinstance(tensors, dict):
         raise KeyError("model")
-    return kept
+    return tensors
 
 
 def checked(file: Path, content: Any) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def load_tensors(file: Path, device: torch.device | str = "cpu") -> Any:
     try:
         return torch.load(file, map_location=device, weights_only=True)
     except pickle.UnpicklingError:
-        said = "it is damaged, or holds something else, which is not unpickled because that can run code"
+        reason = "it is damaged, or holds something else, which is not unpickled because that can run code"
     except Exception as error:  # damaged files fail in many ways, all of them inside torch.load
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    raise InputError(f"{file} is not a checkpoint of tensors that can be loaded: {said[:160]}")
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    raise InputError(f"{file} is not a checkpoint of tensors that can be loaded: {reason[:160]}")

@@ -155,7 +155,7 @@ class RunDir:
             raise InputError(f"{file} is not a file of JSON lines: {error}") from None
         if epochs is not None:
             lines = lines[:epochs]
-            kept = "".join(json.dumps(line) + "\n" for line in lines)
-            if kept != text:
-                self._replace(METRICS, lambda path: path.write_text(kept))
+            shortened = "".join(json.dumps(line) + "\n" for line in lines)
+            if shortened != text:
+                self._replace(METRICS, lambda path: path.write_text(shortened))
         return lines

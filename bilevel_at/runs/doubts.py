@@ -67,14 +67,14 @@ def record_checks(
 def _object(run: RunDir) -> dict[str, Any]:
     """What the file says; nothing where it is not there or damaged: it is made anew."""
     try:
-        found = run.read_json(CHECKS) if (run.path / CHECKS).exists() else {}
-        for entry in found.values():
+        content = run.read_json(CHECKS) if (run.path / CHECKS).exists() else {}
+        for entry in content.values():
             findings(_part(entry, "network")), findings(_part(entry, "compared"))
     except (AttributeError, InputError, KeyError, TypeError, ValueError):
         return {}
-    return dict(found)
+    return dict(content)
 
 
 def _part(entry: Mapping[str, Any], name: str) -> dict[str, Any]:
-    found = entry.get(name)
-    return found if isinstance(found, dict) else {}
+    part = entry.get(name)
+    return part if isinstance(part, dict) else {}

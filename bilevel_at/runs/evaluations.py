@@ -37,10 +37,10 @@ COMMANDS = "commands.json"
 SAVE_EVERY = 2.0  # seconds
 
 
-def score_from(found: Any) -> Score | None:
+def score_from(entry: Any) -> Score | None:
     """An entry of ``results.json``, which may say more or, if older, less; None where it is not one."""
     try:
-        known = {f.name: found[f.name] for f in dataclasses.fields(Score) if f.name in found}
+        known = {f.name: entry[f.name] for f in dataclasses.fields(Score) if f.name in entry}
         score = Score(**known)
         return score if isinstance(score.accuracy, (int, float)) and isinstance(score.n, int) else None
     except (AttributeError, KeyError, TypeError):
@@ -90,8 +90,8 @@ class Store:
 
     def results(self) -> dict[str, Any]:
         """All of ``results.json``, an empty one where there is none or something else."""
-        found = self.run.read_json(RESULTS) if (self.run.path / RESULTS).exists() else {}
-        results: dict[str, Any] = found if isinstance(found, dict) else {}
+        content = self.run.read_json(RESULTS) if (self.run.path / RESULTS).exists() else {}
+        results: dict[str, Any] = content if isinstance(content, dict) else {}
         if not isinstance(results.get(self.which), dict):
             results[self.which] = {}
         return results
@@ -146,8 +146,8 @@ class Store:
         )
         results = self.results()
         # What is there of other weights is of a network that this checkpoint no longer is.
-        kept = {k: v for k, v in results[self.which].items() if self._current(v)}
-        results[self.which] = {**kept, name: score.asdict()}
+        current = {k: v for k, v in results[self.which].items() if self._current(v)}
+        results[self.which] = {**current, name: score.asdict()}
         self.run.write_json(RESULTS, results)
         return name, score
 
@@ -181,12 +181,12 @@ class Store:
     def _identity(self, attack: Attack) -> str:
         surrogates = [fingerprint(stage.surrogate) for stage in attack.stages[:1] if isinstance(stage, OnSurrogate)]
         # What the stages do, without the addresses of objects that say no more of themselves.
-        said = re.sub(r" at 0x[0-9a-f]+", "", repr(list(attack.stages)))
+        description = re.sub(r" at 0x[0-9a-f]+", "", repr(list(attack.stages)))
         threat = attack.threat
         constraint = repr(attack.constraint) if threat is None or threat.is_ball else repr(threat)
         stated = {
             "attack": attack.name,
-            "settings": hashlib.sha256(said.encode()).hexdigest()[:16],
+            "settings": hashlib.sha256(description.encode()).hexdigest()[:16],
             "constraint": hashlib.sha256(constraint.encode()).hexdigest()[:16],
             "epsilon": attack.epsilon,
             "stages": [stage.name for stage in attack.stages],
@@ -287,9 +287,9 @@ def read_commands(run: Path) -> list[list[str]]:
     file = folder.path / COMMANDS
     if not file.is_file():
         return []
-    found = folder.read_json(COMMANDS)
-    if not isinstance(found, list) or not all(
-        isinstance(command, list) and all(isinstance(word, str) for word in command) for command in found
+    commands = folder.read_json(COMMANDS)
+    if not isinstance(commands, list) or not all(
+        isinstance(command, list) and all(isinstance(word, str) for word in command) for command in commands
     ):
         raise InputError(f"{file} is not a list of commands, each a list of words")
-    return found
+    return commands

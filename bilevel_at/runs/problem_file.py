@@ -47,10 +47,10 @@ class ProblemFile:
         self.model = self._function("model") if hasattr(self.module, "model") else None
 
     def _function(self, name: str) -> Callable[..., Any]:
-        found = getattr(self.module, name)
-        if not inspect.isfunction(found):
-            raise InputError(f"{self.path}: {name} is {found!r}; it must be a function")
-        return found
+        function = getattr(self.module, name)
+        if not inspect.isfunction(function):
+            raise InputError(f"{self.path}: {name} is {function!r}; it must be a function")
+        return function
 
     @staticmethod
     def _find(path: str) -> Path:
@@ -92,8 +92,8 @@ class ProblemFile:
             frames = traceback.extract_tb(error.__traceback__)
             lines = [frame.lineno for frame in frames if Path(frame.filename).resolve() == self.path.resolve()]
             where = f"{self.path}, line {lines[-1]}" if lines else str(self.path)
-            said = " ".join(str(error).split())
-            raise InputError(f"{where}: {what}{type(error).__name__}: {said[:300]}") from error
+            message = " ".join(str(error).split())
+            raise InputError(f"{where}: {what}{type(error).__name__}: {message[:300]}") from error
 
     def recipe(self, data: str) -> Recipe:
         """The file's recipe for this data set, else the default one, with only what ``problem`` takes."""
@@ -108,11 +108,11 @@ class ProblemFile:
             return own
         # What this data set asks of a problem is asked only where the problem has such an argument; where the file says
         # nothing at all, only of arguments without a default.
-        found = recipe_for(data, stated)
-        recipe = found or recipe_for(data, DEFAULTS) or Recipe()
+        published = recipe_for(data, stated)
+        recipe = published or recipe_for(data, DEFAULTS) or Recipe()
         takes = inspect.signature(self.problem).parameters
         asked = {
-            k: v for k, v in recipe.problem.items() if k in takes and (found or takes[k].default is takes[k].empty)
+            k: v for k, v in recipe.problem.items() if k in takes and (published or takes[k].default is takes[k].empty)
         }
         return dataclasses.replace(recipe, problem=asked)
 

@@ -53,8 +53,8 @@ class Run:
 
     def part(self, name: str) -> Mapping[str, Any]:
         """A section of the configuration, empty where there is none."""
-        found = self.config.get(name)
-        return found if isinstance(found, dict) else {}
+        section = self.config.get(name)
+        return section if isinstance(section, dict) else {}
 
     @property
     def threat(self) -> Threat:
@@ -197,23 +197,23 @@ def read_all(paths: Sequence[str | Path], problem_files: Sequence[str] = ()) -> 
 def _object(folder: Path, name: str) -> dict[str, Any]:
     if not (folder / name).is_file():
         return {}
-    found = RunDir(folder).read_json(name)
-    if not isinstance(found, dict):
-        raise InputError(f"{folder / name} holds {type(found).__name__}; it must be a JSON object")
-    return found
+    content = RunDir(folder).read_json(name)
+    if not isinstance(content, dict):
+        raise InputError(f"{folder / name} holds {type(content).__name__}; it must be a JSON object")
+    return content
 
 
 def _sections(folder: Path, name: str) -> dict[str, dict[str, Any]]:
-    found = _object(folder, name)
-    for which, section in found.items():
+    sections = _object(folder, name)
+    for which, section in sections.items():
         if not isinstance(section, dict):
             raise InputError(f"{folder / name}: {which!r} is {type(section).__name__}; it must be a JSON object")
-    return found
+    return sections
 
 
 def _results(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
-    found = _sections(folder, RESULTS)
-    for which, entries in found.items():
+    results = _sections(folder, RESULTS)
+    for which, entries in results.items():
         for name, entry in entries.items():
             accuracy = number(entry.get("accuracy")) if isinstance(entry, dict) else math.nan
             if not 0 <= accuracy <= 1:
@@ -221,7 +221,7 @@ def _results(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
                     f"{folder / RESULTS}: {which!r}, {name!r} has no accuracy between 0 and 1; "
                     "bilevel_at.evaluate writes one"
                 )
-    return {w: found[w] for w in sorted(found, key=lambda w: (WHICH.index(w) if w in WHICH else len(WHICH), w))}
+    return {w: results[w] for w in sorted(results, key=lambda w: (WHICH.index(w) if w in WHICH else len(WHICH), w))}
 
 
 def _metrics(folder: Path) -> list[dict[str, Any]]:
