@@ -91,7 +91,7 @@ class NamedFiles:
             config: its ``config.json``.
 
         Raises:
-            InputError: if no named file has the recorded SHA-256, or the file makes another threat than the recorded one.
+            InputError: if no named file has the recorded SHA-256, or the file makes another threat than recorded.
         """
         recorded = Threat.read(config.get("constraint"))
         if recorded is None:

@@ -25,15 +25,15 @@ class Recipe:
         accumulate: batches whose gradients make one step.
         replays: updates of θ made on each batch before the next one (Free-AT's m).
         lr: peak learning rate.
-        schedule: "linear" goes 0 → lr over the first half of all steps and back to 0; "multistep" divides by 10 after each
-            epoch of the milestones; "constant" stays.
+        schedule: "linear" goes 0 → lr over the first half of all steps and back to 0; "multistep" divides by 10 after
+            each epoch of the milestones; "constant" stays.
         milestones: epochs after which "multistep" divides the rate by 10.
         momentum: of SGD.
         peak_momentum: with schedule "linear", the momentum at the peak of the rate; momentum changes linearly from
             ``momentum`` to it and back, as the rate rises and falls. None, or any other schedule: constant momentum.
         weight_decay: of SGD.
         augment: none; crop-flip, a random crop (padding 4) and flip; or resized-crop-flip, for streamed images.
-        ema: decay of an exponential moving average of the weights, which is then evaluated and saved instead; 0 for none.
+        ema: decay of an exponential moving average of the weights, which is evaluated and saved instead; 0 for none.
         problem: arguments of ``problem(...)``.
 
     Raises:
