@@ -1,4 +1,4 @@
-"""Robust accuracy. An attack is a lower problem: evaluation solves it, and looks whether the prediction moved."""
+"""Robust accuracy. An attack is a lower problem; evaluation solves it and counts unchanged correct predictions."""
 
 from __future__ import annotations
 

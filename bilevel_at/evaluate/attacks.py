@@ -1,4 +1,4 @@
-"""Attacks, and the names the field gives them: ``clean fgsm pgd-50-10 beta-30 apgd-t square autoattack``."""
+"""Attacks, by their usual names: ``clean fgsm pgd-50-10 beta-30 apgd-t square autoattack``."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ ATTACKS = {
     "autoattack": "apgd-ce, apgd-t, fab-t, square, each on what is left; and autoattack-plus, autoattack-rand",
     "transfer:RUN": "PGD-50-10 against the network of another run; transfer:RUN:ATTACK for another attack",
 }
-"""Every attack by name, a line on each."""
+"""A description of every attack, by name."""
 
 Surrogates = Mapping[str, nn.Module] | Callable[[str], nn.Module]
-"""Networks by the names that ``transfer:NAME`` has them under, or a function from such a name to its network."""
+"""Networks by the name in ``transfer:NAME``, or a function from such a name to its network."""
 ELEMENTWISE = (
     torch.optim.Adadelta,
     torch.optim.Adagrad,
@@ -54,9 +54,12 @@ ELEMENTWISE = (
 
 @dataclass(frozen=True, eq=False)
 class Attack:
-    """Stages in order, each on the examples that the ones before it left standing; none of them is no attack.
+    """A sequence of stages. Each stage attacks the examples that are still classified correctly after earlier stages.
 
-    constraint: C(x), which everything the stages return is held to; None is no attack.
+    Args:
+        name: the name in results.
+        constraint: C(x); perturbations outside it do not count. None for no attack.
+        stages: the stages in order; empty for no attack.
     """
 
     name: str
@@ -65,7 +68,7 @@ class Attack:
 
     @property
     def epsilon(self) -> float:
-        """The radius of the constraint, for the record: 0 without one, NaN where it has none."""
+        """The radius of the constraint: 0 without a constraint, NaN if the constraint has no radius."""
         if self.constraint is None:
             return 0.0
         radius = getattr(self.constraint, "radius", None)
@@ -73,46 +76,65 @@ class Attack:
 
     @property
     def threat(self) -> Threat | None:
-        """What the constraint is, for the record; None without one."""
+        """The record of the constraint; None without a constraint."""
         return None if self.constraint is None else Threat.of(self.constraint)
 
     @classmethod
     def solving(cls, name: str, lower: LowerProblem, restarts: int = 1) -> Attack:
-        """The attack that a lower problem of your own is: solved ``restarts`` times, the worst of them counted."""
+        """An attack that solves a lower problem.
+
+        Args:
+            name: the name in results.
+            lower: the lower problem.
+            restarts: how often it is solved; an example is broken if any solution breaks it.
+        """
         return cls(name, lower.constraint, [Descent(lower, restart) for restart in range(restarts)])
 
     def perturb(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> Tensor:
-        """x + δ ``[B, ...]``, the worst of all stages; an example that nothing breaks shows the last one's."""
+        """Attack a batch with all stages.
+
+        Args:
+            model: the network, in the mode it is attacked in.
+            batch: the examples.
+            generator: of all random draws.
+
+        Returns:
+            x + δ ``[B, ...]``: of the stage that breaks an example, or of the last stage if none does.
+        """
         attacked, standing = batch.x.clone(), torch.arange(len(batch), device=batch.x.device)
         for stage in self.stages:
             if len(standing) == 0:
                 break
             part = batch[standing]
-            attacked[standing] = found = stage(model, part, generator)
+            attacked[standing] = moved = stage(model, part, generator)
             with torch.no_grad():
-                standing = standing[model(found).argmax(1) == part.y]
+                standing = standing[model(moved).argmax(1) == part.y]
         return attacked
 
 
 def attack_from_name(
     name: str, constraint: Constraint | float, seed: int = 0, surrogates: Surrogates | None = None
 ) -> Attack:
-    """The attack of that name inside ``constraint``; a number ε stands for ``LinfBall(ε)``.
+    """Make an attack from its name. Attacks see the model in eval mode.
 
-    The names are those of :data:`ATTACKS`. FGSM and PGD take steepest steps, the sign of the gradient in ℓ∞ and its
-    direction elsewhere (``Constraint.steepest``), PGD of a quarter of the radius. BETA (Robey et al., 2023,
-    Algorithm 1) takes K steps for each class in all, of RMSprop or, outside ℓ∞, along the gradient, at rates that fall
-    from ε/2 to 0, and every one of them counts; from ten on, in ℓ∞, they are five short descents and a longer one from
-    the best (:class:`Margins`). A set of your own needs ``project`` alone: without ``reach`` or ``radius`` it is
-    measured once for each batch (:func:`~bilevel_at.evaluate.threat.measured_reach`), without ``steepest`` steps go
-    along the gradient, and without ``sample`` they start from a projected normal draw.
+    FGSM and PGD take steepest-ascent steps: the sign of the gradient in ℓ∞, its direction elsewhere
+    (``Constraint.steepest``). PGD's step is a quarter of the radius. BETA (Robey et al., 2023, Algorithm 1) takes K
+    steps in total for each class, of RMSprop or, outside ℓ∞, along the gradient. Its rates fall from ε/2 to 0; every
+    step counts. With ten steps or more in ℓ∞, they are divided into five short descents and a longer one from the best
+    result (:class:`Margins`).
 
-    seed: of AutoAttack and its parts, which take their own.
-    surrogates: the networks that ``transfer:NAME`` attacks go through, by name, or a function that gives them.
+    A user-defined constraint needs only ``project``. Without ``reach`` or ``radius``, its size is measured once per
+    batch (:func:`~bilevel_at.evaluate.threat.measured_reach`); without ``steepest``, steps go along the gradient;
+    without ``sample``, attacks start from a projected normal draw.
 
-    Attacks see the model in eval mode.
+    Args:
+        name: one of :data:`ATTACKS`.
+        constraint: C(x); a number ε stands for ``LinfBall(ε)``.
+        seed: of AutoAttack and its parts, which draw from their own generator.
+        surrogates: the networks of ``transfer:NAME`` attacks by name, or a function from a name to its network.
 
-    Raises :class:`InputError` for an unknown name, and where AutoAttack does not know the constraint.
+    Raises:
+        InputError: for an unknown name, and if AutoAttack does not support the constraint.
     """
     if not isinstance(constraint, Constraint):
         constraint = LinfBall(constraint)
@@ -145,7 +167,7 @@ def _stages(name: str, constraint: Constraint, seed: int, surrogates: Surrogates
 
 
 def _of_reach(name: str, constraint: Constraint, reach: float) -> list[Stage]:
-    """The stages of this library's own attacks, with steps for a set of that size."""
+    """The stages of this library's own attacks, with steps for a constraint of that size."""
     direction = getattr(constraint, "steepest", "normalized")
     start: Anchor | str = "uniform" if can_sample(constraint) else Gaussian(reach / 2 or 1.0)
     if name == "fgsm":
@@ -157,7 +179,7 @@ def _of_reach(name: str, constraint: Constraint, reach: float) -> list[Stage]:
     if match := re.fullmatch(r"beta-([1-9]\d*)(?:-([1-9]\d*))?(?:-top([1-9]\d*))?(?:-([a-z]+))?", name):
         steps, restarts, top = int(match[1]), int(match[2] or 1), match[3] and int(match[3])
         groups = [None] if not top else [(0, top), (top, None)]
-        starts = 5 if steps >= 10 and direction == "sign" else 1  # a ball without corners needs no luck
+        starts = 5 if steps >= 10 and direction == "sign" else 1  # several starts only help in a ball with corners
         usual = torch.optim.RMSprop if direction == "sign" else NormalizedSteps
         by = _optimizer(match[4], name) if match[4] else usual
         return [
@@ -183,7 +205,7 @@ def _optimizer(name: str, attack: str) -> type[torch.optim.Optimizer]:
 def _transferred(name: str, constraint: Constraint, seed: int, surrogates: Surrogates | None) -> list[Stage]:
     source, attack = name.removeprefix("transfer:"), "pgd-50-10"
     head, colon, tail = source.rpartition(":")
-    if colon and not {"/", "\\"} & set(tail):  # what comes after the last colon is an attack, unless it is a path
+    if colon and not {"/", "\\"} & set(tail):  # the part after the last colon is an attack, unless it is a path
         source, attack = head, tail
     if attack.startswith(("transfer", "clean")):
         raise InputError(f"attack {name!r} transfers {attack!r}; it takes an attack that looks at a network")

@@ -1,8 +1,8 @@
-"""Reasons to doubt a robust accuracy, measured on a few examples, each said in one sentence.
+"""Checks for unreliable robust accuracies, measured on a few examples, with a warning of one sentence for each.
 
-What masks gradients makes attacks fail, not networks robust (Athalye et al., 2018; Carlini et al., 2019, "On evaluating
-adversarial robustness", section 5); a network that has overfitted to single steps looks robust to them alone (Wong et
-al., 2020, section 5.4).
+Masked gradients make attacks fail without making networks robust (Athalye et al., 2018; Carlini et al., 2019, "On
+evaluating adversarial robustness", section 5); after catastrophic overfitting, a network is robust to single-step
+attacks only (Wong et al., 2020, section 5.4).
 """
 
 from __future__ import annotations
@@ -29,15 +29,18 @@ from .threat import ball, norm_of
 
 __all__ = ["LIMITS", "check", "compare_traces"]
 
-QUERIES = 500  # of the square attack: an honest network's weak spots have all been found by gradients before
+QUERIES = 500  # of the square attack: without gradient masking, PGD breaks these images before it
 
 
 @dataclass(frozen=True)
 class Limit:
-    """What a share of images may reach before it is said, and how it is said, with the figures of the measurement.
+    """The threshold of a warning, and its text.
 
-    images: how many it takes at least, or all where there are fewer: one image of a few is chance. of: where the
-    measurement says how many there were.
+    Args:
+        most: the largest share of images without a warning.
+        says: the text, a format string of the measurements.
+        images: the smallest number of images for a warning (or all, if there are fewer): fewer may be chance.
+        of: the name of the measurement that is the number of images.
     """
 
     most: float
@@ -100,7 +103,7 @@ LIMITS = {
         "after catastrophic overfitting ({shorter:.0%} stand at the full step and fall to a part of it)",
     ),
 }
-"""By name: the share above which it is said, and the sentence."""
+"""The threshold and the text of each warning, by name."""
 
 
 @torch.inference_mode(False)
@@ -114,11 +117,24 @@ def check(
     left_in_train_mode: bool = False,
     progress: Callable[[str], None] = lambda what: None,
 ) -> tuple[dict[str, float], list[Finding]]:
-    """(what was measured, what of it is a reason for doubt), on all of ``images``: a hundred are enough.
+    """Check a network for gradient masking and other reasons to doubt its robust accuracy.
 
-    constraint: a ball around images in [0, 1]; without one, or at radius 0, only what needs no attack is measured.
-    left_in_train_mode: how the caller found the model. About 600 passes over the images, 500 of them by the square
-    attack. Raises what attacks raise.
+    This takes about 600 passes over the images, 500 of them in the square attack.
+
+    Args:
+        model: the network.
+        images: the images to measure on; a hundred are enough.
+        constraint: a ball around images in [0, 1]. Without one, or at radius 0, only checks without attacks are made.
+        seed: of the attacks.
+        batch_size: images in a batch.
+        left_in_train_mode: whether the caller's model was in train mode.
+        progress: called with the name of each check before it starts.
+
+    Returns:
+        The measurements by name, and the warnings.
+
+    Raises:
+        InputError: if an attack raises it.
     """
     progress("gradients")
     measured: dict[str, float] = {"n": len(images)}
@@ -139,7 +155,7 @@ def check(
 
 
 def findings(measured: Mapping[str, float]) -> list[Finding]:
-    """The sentences for what is beyond its limit."""
+    """The warnings for measurements beyond their threshold."""
     return [
         Finding(name, limit.says.format_map(measured))
         for name, limit in LIMITS.items()
@@ -156,7 +172,7 @@ def _attacked(
     batch_size: int,
     progress: Callable[[str], None],
 ) -> dict[str, float]:
-    """What takes attacks: shares of all images, and accuracies."""
+    """The measurements that need attacks: shares of all images, and accuracies."""
 
     def run(attack: Attack, what: str) -> Trace:
         progress(what)
@@ -167,7 +183,7 @@ def _attacked(
     fgsm = run(attack_from_name("fgsm", space), "FGSM")
     pgd = run(attack_from_name("pgd-20-3", space), "PGD")
     unbounded = run(attack_from_name("pgd-50-1-any", ball(norm, far)), "PGD at any distance")
-    found = {
+    measured = {
         "far": far,
         "fgsm": _share(fgsm.correct),
         "pgd": _share(pgd.correct),
@@ -175,21 +191,27 @@ def _attacked(
         "single-step": _share(pgd.correct & ~fgsm.correct),
     }
     if isinstance(space, LinfBall):
-        found["shorter"] = _share(fgsm.correct & _shorter_steps(model, images, epsilon, batch_size))
-        lost = found["fgsm"] - found["pgd"]
-        found["catastrophic-overfitting"] = lost if found["pgd"] < 0.5 * found["fgsm"] else 0.0
+        measured["shorter"] = _share(fgsm.correct & _shorter_steps(model, images, epsilon, batch_size))
+        lost = measured["fgsm"] - measured["pgd"]
+        measured["catastrophic-overfitting"] = lost if measured["pgd"] < 0.5 * measured["fgsm"] else 0.0
     if images[slice(0, 1)].pixels().ndim == 4:
         square = Attack("square", space, [Component("square", norm, epsilon, seed=seed, queries=QUERIES)])
-        found["black-box"] = _share(pgd.correct & ~run(square, f"square attack, {QUERIES} queries").correct)
-    return found
+        measured["black-box"] = _share(pgd.correct & ~run(square, f"square attack, {QUERIES} queries").correct)
+    return measured
 
 
 def compare_traces(traces: Mapping[str, Trace], attacks: Mapping[str, Attack]) -> dict[str, float]:
-    """The same comparison among whole evaluations of the same images at one radius, for :func:`findings`.
+    """Compare complete evaluations of the same images at one radius, for :func:`findings`.
 
-    attacks: the attack of each trace. ``square-after-all``: the share that AutoAttack's square broke after its parts
-    with a gradient. ``black-box-after-all``: that square alone or transfers broke and no attack with a gradient did, of
-    those that take enough steps to be compared with: 20 of PGD, 10 of BETA, AutoAttack's parts.
+    Args:
+        traces: the traces by name.
+        attacks: the attack of each trace.
+
+    Returns:
+        ``square-after-all``, the share of images that AutoAttack's square breaks after the parts with a gradient;
+        ``black-box-after-all``, the share that the square attack or transfers break and no gradient attack does.
+        Gradient attacks count from 20 steps of PGD or 10 of BETA, and so do AutoAttack's parts. ``images``: the number
+        of images. Empty if there is nothing to compare.
     """
     measured: dict[str, float] = {}
     black, white = [], []
@@ -225,7 +247,7 @@ def _batches(images: ImageSet, batch_size: int) -> Iterator[Batch]:
 
 
 def _differs(model: nn.Module, images: ImageSet, batch_size: int, other: Mode) -> float:
-    """The share of images whose logits in mode ``other`` are not those of a pass in eval mode."""
+    """The share of images whose logits in mode ``other`` differ from those in eval mode."""
     differs = []
     for batch in _batches(images, batch_size):
         with torch.no_grad():
@@ -234,7 +256,7 @@ def _differs(model: nn.Module, images: ImageSet, batch_size: int, other: Mode) -
             with _buffers_kept(model), attack_mode(model, other), torch.random.fork_rng():
                 try:
                     second = model(batch.x)
-                except ValueError:  # batch statistics of one image, which do not exist
+                except ValueError:  # batch statistics do not exist for a single image
                     second = torch.full_like(first, torch.nan)
         scale = first.abs().amax(1).clamp(min=1e-6)
         same = (first - second).abs().amax(1) / scale <= 1e-3  # rounding may differ from pass to pass
@@ -260,7 +282,7 @@ def _vanishing(model: nn.Module, images: ImageSet, batch_size: int) -> float:
 
 
 def _shorter_steps(model: nn.Module, images: ImageSet, epsilon: float, batch_size: int) -> Tensor:
-    """Which images a fraction of the FGSM step breaks, ``[N]`` bool (Kim et al., 2021, call them distorted)."""
+    """``[N]`` bool: images broken by a fraction of the FGSM step ("distorted" in Kim et al., 2021)."""
     broken = []
     for batch in _batches(images, batch_size):
         fell = torch.zeros(len(batch), dtype=torch.bool, device=batch.x.device)
@@ -275,8 +297,8 @@ def _shorter_steps(model: nn.Module, images: ImageSet, epsilon: float, batch_siz
 
 @contextlib.contextmanager
 def _buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Running statistics are afterwards what they were, whether they are written into or assigned anew."""
-    kept = [
+    """Restore all buffers on exit, whether they are changed in place or replaced."""
+    saved = [
         (module, name, b, b.clone())
         for module in model.modules()
         for name, b in module._buffers.items()
@@ -285,6 +307,6 @@ def _buffers_kept(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for module, name, buffer, value in kept:
+        for module, name, buffer, value in saved:
             module._buffers[name] = buffer
             buffer.copy_(value)

@@ -2,8 +2,8 @@
 
 Each part is a stage of its own, run with the settings it has in the version of AutoAttack it belongs to, on the images
 that the parts before it left standing: in that order, with the same batches and the same seed, this is what
-``pyautoattack.AutoAttack.run_standard_evaluation`` does. It can be interrupted between any two batches, because what is
-kept is this library's own record; the file that pyautoattack 0.2.0 writes cannot be read back by it.
+``pyautoattack.AutoAttack.run_standard_evaluation`` does. It can be interrupted between any two batches, because the
+state is saved by this library; pyautoattack 0.2.0 cannot read back the file that it writes.
 """
 
 from __future__ import annotations
@@ -26,14 +26,20 @@ VERSIONS = {
     "autoattack-plus": ("plus", ("apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t")),
     "autoattack-rand": ("rand", ("apgd-ce", "apgd-dlr")),
 }
-_LEAST_CLASSES = {"apgd-dlr": 3, "apgd-t": 4}  # which their losses compare
+_LEAST_CLASSES = {"apgd-dlr": 3, "apgd-t": 4}  # the number of classes that the losses compare
 
 
 @dataclass(frozen=True)
 class Component:
     """One part of AutoAttack: ``part`` of ``version``, in the ``norm`` ball of radius ``epsilon`` around [0, 1] images.
 
-    seed: what every batch starts from, as in pyautoattack. queries: of square alone, 5,000 if not given.
+    Args:
+        part: the name of the part, one of :data:`COMPONENTS`.
+        norm: "linf" or "l2".
+        epsilon: the radius.
+        version: of AutoAttack, which determines the settings.
+        seed: the seed of every batch, as in pyautoattack.
+        queries: of the square attack, 5,000 if None.
     """
 
     part: str
@@ -51,7 +57,15 @@ class Component:
         return 1
 
     def check(self, batch: Batch, classes: int) -> None:
-        """Raise :class:`InputError` where the network has too few classes for the part's loss, or square no images."""
+        """Check that the network and the batch suit this part.
+
+        Args:
+            batch: the first batch.
+            classes: of the network.
+
+        Raises:
+            InputError: if the network has too few classes for the loss, or inputs of the square attack are not images.
+        """
         if classes < _LEAST_CLASSES.get(self.part, 2):
             raise InputError(
                 f"attack {self.part} needs a network of at least {_LEAST_CLASSES.get(self.part, 2)} classes, and this "
@@ -75,15 +89,15 @@ class Component:
             targeted.n_target_classes = min(targeted.n_target_classes, classes - 1)
         if self.queries is not None:
             attack.square.n_queries, attack.square.resc_schedule = self.queries, True
-        tracer = sys.gettrace()  # it switches debuggers off
+        tracer = sys.gettrace()  # pyautoattack unsets the trace function of debuggers
         devices = [batch.x.device] if batch.x.is_cuda else []
         logger, level = attack.logger, attack.logger.level
-        logger.setLevel(logging.ERROR)  # its remarks on masking are this package's checks, which measure more
+        logger.setLevel(logging.ERROR)  # its warnings on masking: this package has checks of its own
         try:
             with torch.random.fork_rng(devices):
                 attacked, _ = attack.run_standard_evaluation(batch.x, batch.y, batch_size=len(batch))
         finally:
             logger.setLevel(level)
             sys.settrace(tracer)
-        found: Tensor = attacked.detach()
-        return found
+        result: Tensor = attacked.detach()
+        return result

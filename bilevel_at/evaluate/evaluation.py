@@ -1,4 +1,4 @@
-"""``evaluate(model, data, attacks=[...])``: accuracies of any network, and what throws doubt on them."""
+"""``evaluate(model, data, attacks=[...])``: accuracies of any network, and warnings about them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["EvaluationWarning", "as_images", "attacks_at", "evaluate"]
 
 
 class EvaluationWarning(UserWarning):
-    """A robust accuracy that may not mean what it says."""
+    """A robust accuracy may be unreliable."""
 
 
 def attacks_at(
@@ -34,9 +34,16 @@ def attacks_at(
     seed: int = 0,
     surrogates: Surrogates | None = None,
 ) -> list[Attack]:
-    """Every attack in every one of the sets; attacks that are made already, and ``clean``, once.
+    """Every attack in every constraint; :class:`Attack` objects and ``clean`` once.
 
-    surrogates: the networks of ``transfer:NAME``, by name.
+    Args:
+        names: names and :class:`Attack` objects; a string of names is split at spaces.
+        spaces: the constraints.
+        seed: of AutoAttack and its parts.
+        surrogates: the networks of ``transfer:NAME``, by name.
+
+    Raises:
+        InputError: if there is no attack, a name is unknown, or a named attack has no constraint.
     """
     made: list[Attack] = []
     names = names.split() if isinstance(names, str) else names
@@ -55,7 +62,15 @@ def attacks_at(
 
 
 def as_images(data: Any, model: nn.Module) -> ImageSet:
-    """An :class:`ImageSet`, ``(x, y)`` or a DataLoader of such pairs as images on the model's device."""
+    """Convert data to an :class:`ImageSet` on the model's device.
+
+    Args:
+        data: an :class:`ImageSet`, ``(x, y)``, or a DataLoader of such pairs.
+        model: the network; its output for one image gives the number of classes.
+
+    Raises:
+        InputError: if the data are empty or of another type, or the network gives no logits.
+    """
     tensors = [*model.parameters(), *model.buffers()]
     device = tensors[0].device if tensors else torch.device("cpu")
     if isinstance(data, ImageSet):
@@ -63,7 +78,7 @@ def as_images(data: Any, model: nn.Module) -> ImageSet:
             raise InputError("data is empty; it needs at least one image")
         return data if data.device == device else data.to(device)
     if isinstance(data, DataLoader):
-        with torch.random.fork_rng():  # a loader draws a seed, even where it does not shuffle
+        with torch.random.fork_rng():  # a DataLoader draws a seed even if it does not shuffle
             pairs = [(x, y) for x, y, *_ in data]
         data = tuple(torch.cat(part) for part in zip(*pairs, strict=True))
     if not (isinstance(data, (tuple, list)) and len(data) == 2 and all(isinstance(part, Tensor) for part in data)):
@@ -96,18 +111,30 @@ def evaluate(
     surrogates: Surrogates | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """The accuracy of any network on ``data`` under each attack, and the reasons to doubt it.
+    """Evaluate the accuracy of any network under each attack, and check whether the results can be trusted.
 
-    model: from inputs in [0, 1] to logits; it is seen in eval mode and left as it was. data: an
-    :class:`~bilevel_at.data.ImageSet`, ``(x, y)`` with ``x [N, ...]`` and ``y [N]`` int64, or a DataLoader of them.
-    attacks: names (:data:`ATTACKS`) or :class:`Attack` objects. epsilon: the radius of the ``norm`` ball ("linf" or
-    "l2", cut to [0, 1]), or several, whose results are then named ``pgd-50-10@4/255``; constraint: any other set.
-    checks: how many examples the checks of :func:`check` look at; 0 for none. What they find is in ``.warnings``, and
-    issued as :class:`EvaluationWarning`.
-    surrogates: the networks that attacks ``transfer:NAME`` go through, by name, or a function that gives them, as
-    ``ba.load`` does for the paths of runs.
+    Args:
+        model: maps inputs in [0, 1] to logits. It is evaluated in eval mode; its mode is restored.
+        data: an :class:`~bilevel_at.data.ImageSet`, ``(x, y)`` with ``x [N, ...]`` and ``y [N]`` int64, or a DataLoader
+            of such pairs.
+        attacks: names (:data:`ATTACKS`) or :class:`Attack` objects.
+        epsilon: the radius of the ``norm`` ball, intersected with [0, 1]; or several radii, whose results are named
+            ``pgd-50-10@4/255``.
+        norm: "linf" or "l2".
+        constraint: any other set, instead of a ball or besides.
+        seed: of all random draws.
+        batch_size: images in a batch.
+        checks: the number of examples for :func:`check`; 0 for no checks. Their warnings are in ``.warnings`` and
+            issued as :class:`EvaluationWarning`.
+        surrogates: the networks of ``transfer:NAME`` attacks by name, or a function from a name to its network, such as
+            ``ba.load`` for paths of runs.
+        progress: called after each batch with the result's name, the stage, batches done, batches to do, the trace.
 
-    Raises :class:`InputError` for an unknown attack, and where inputs are not in [0, 1]: ε would mean something else.
+    Returns:
+        The scores by name, with traces, warnings and measurements.
+
+    Raises:
+        InputError: for an unknown attack, and if inputs are not in [0, 1], where ε would have another scale.
     """
     if checks < 0:
         raise InputError(f"checks is {checks}; it must be at least 0")
@@ -121,7 +148,7 @@ def evaluate(
     for space in spaces:
         if norm_of(space) is None:
             check_set(space, images[slice(0, SEEN)].pixels())
-    # In several sets every result says which one it is of.
+    # With several constraints, the name of every result has its own.
     usual = Threat(norm, -1.0) if len(spaces) > 1 else Threat.of(spaces[0]) if spaces else None
     result, by_name = Evaluation(), {}
     for attack in made:
@@ -154,12 +181,12 @@ def _radii(epsilon: Any) -> list[Any]:
     if epsilon is None:
         return []
     if isinstance(epsilon, (str, bool)):
-        return [epsilon]  # which a ball refuses
+        return [epsilon]  # rejected by the ball
     return list(np.atleast_1d(np.asarray(epsilon, dtype=float)).tolist())
 
 
 def _is_in(attack: Attack, space: Constraint) -> bool:
-    """Whether an attack is of that threat, or none at all."""
+    """Whether an attack has that threat, or perturbs nothing."""
     return attack.threat is None or attack.epsilon == 0 or attack.threat.key == Threat.of(space).key
 
 

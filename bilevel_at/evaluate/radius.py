@@ -1,4 +1,4 @@
-"""Radii as the field writes and reads them: ``8/255``, or ``0.2``."""
+"""Conversion of radii from and to text: ``8/255``, or ``0.2``."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ __all__ = ["in_255ths", "number_from_text", "radius_text"]
 
 
 def in_255ths(epsilon: float) -> int | None:
-    """k where ε is k/255 and not a number of at most three decimals (0.2 is 51/255, but nobody writes it so)."""
+    """k where ε is k/255 and not a number of at most three decimals (0.2 is 51/255, but is written 0.2)."""
     k = round(255 * epsilon)
     return k if k and abs(255 * epsilon - k) < 1e-4 and abs(round(epsilon, 3) - epsilon) > 1e-6 else None
 
 
 def radius_text(epsilon: float) -> str:
-    """A radius as the field writes it: ``8/255``, or ``0.2``."""
+    """A radius as text: ``8/255``, or ``0.2``."""
     k = in_255ths(epsilon)
     return f"{epsilon:.4g}" if k is None else f"{k}/255"
 

@@ -1,4 +1,4 @@
-"""What an evaluation found: an accuracy and all it was measured with, and every example's fate."""
+"""Results of evaluations: accuracies with their settings, and the outcome of every example."""
 
 from __future__ import annotations
 
@@ -19,17 +19,30 @@ from .threat import Threat
 __all__ = ["Evaluation", "Finding", "Progress", "Score", "result_name"]
 
 Progress = Callable[[str, str, int, int, Trace], None]
-"""Told (the attack's name, its stage, batches done, batches to do, the trace) after every batch."""
+"""Called with (the result's name, the stage, batches done, batches to do, the trace) after every batch."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """An accuracy, and what it was measured with: an entry of ``results.json``.
+    """An accuracy with its settings, an entry of ``results.json``.
 
-    threat: the name of the set, where that is no ball.
-    seconds: all of it, over interruptions. data, weights: fingerprints of the images and of the network, the first 16
-    digits of a SHA-256. file: the record of each example, where there is one. outside: attacked images that left C(x)
-    and were not counted. date, device, versions: of the evaluation.
+    Args:
+        accuracy: the share of images classified correctly.
+        n: the number of images.
+        epsilon: the radius; NaN for a set without one.
+        seconds: the total time, summed over interruptions.
+        data: the fingerprint of the images, the first 16 digits of a SHA-256.
+        attack: the name of the attack.
+        norm: "linf", "l2", or None.
+        seed: of the attack.
+        batch_size: images in a batch.
+        weights: the fingerprint of the network, the first 16 digits of a SHA-256.
+        outside: the number of attacked images outside C(x), which are not counted as broken.
+        file: the path of the record of each example, if there is one.
+        date: of the evaluation.
+        device: of the evaluation.
+        versions: of the packages.
+        threat: the name of the set, if it is not a ball.
     """
 
     accuracy: float
@@ -51,7 +64,7 @@ class Score:
 
     @classmethod
     def of(cls, trace: Trace, attack: Attack, **known: Any) -> Score:
-        """The score that a finished trace amounts to."""
+        """The score of a finished trace."""
         accuracy, threat = trace.correct.float().mean().item(), attack.threat
         return cls(
             accuracy,
@@ -66,14 +79,14 @@ class Score:
         )
 
     def asdict(self) -> dict[str, Any]:
-        """For JSON, which knows no NaN; ``threat`` only where there is one to name."""
+        """A dictionary for JSON: None in place of NaN, and ``threat`` only if it is not empty."""
         plain = {**asdict(self), "epsilon": None if math.isnan(self.epsilon) else self.epsilon}
         return {name: value for name, value in plain.items() if name != "threat" or value}
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A reason to doubt a robust accuracy: a name, and a sentence with what was measured."""
+    """A warning about a robust accuracy: a name, and a sentence with the measurements."""
 
     name: str
     message: str
@@ -83,7 +96,7 @@ class Finding:
 
 
 def result_name(attack: Attack, usual: Threat | None) -> str:
-    """The attack's name, with what is not usual.
+    """The attack's name, followed by norm and radius where they differ from the usual threat.
 
     ``pgd-50-10``, ``pgd-50-10@4/255``, ``pgd-50-10-l2@0.5``, ``pgd-50-10@Diamond(size=0.3)``.
     """
@@ -98,7 +111,7 @@ def result_name(attack: Attack, usual: Threat | None) -> str:
 
 @dataclass
 class Evaluation(Mapping[str, Score]):
-    """Scores by name, as a mapping; beside them, every example's trace, and what throws doubt on them.
+    """A mapping from names to scores, with the traces of all examples, and warnings.
 
     result["pgd-50-10"].accuracy
     result.correct("pgd-50-10")                     # [n] bool
@@ -121,13 +134,17 @@ class Evaluation(Mapping[str, Score]):
         return len(self.scores)
 
     def correct(self, name: str) -> Tensor:
-        """``[n]`` bool: which examples stand under that attack. Raises :class:`InputError` for one not made."""
+        """``[n]`` bool: the examples classified correctly under an attack.
+
+        Raises:
+            InputError: if the attack was not made.
+        """
         if name not in self.traces:
             raise InputError(f"no attack {name!r} was made; there are {', '.join(self.traces)}")
         return self.traces[name].correct
 
     def worst_case(self, *names: str) -> float:
-        """Accuracy under the union of the attacks, of all of them where none is named."""
+        """Accuracy under the union of the named attacks, or of all attacks if none is named."""
         chosen: Sequence[str] = names or tuple(self.traces)
         return torch.stack([self.correct(name) for name in chosen]).all(0).float().mean().item()
 

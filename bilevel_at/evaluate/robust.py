@@ -1,4 +1,4 @@
-"""Which predictions survive an attack, example by example, in a record that an interruption does not lose."""
+"""The outcome of an attack for each example, in a record from which an interrupted attack resumes."""
 
 from __future__ import annotations
 
@@ -23,17 +23,21 @@ from .stages import OnSurrogate, Stage
 __all__ = ["Trace", "attack_examples", "attacked", "robust_correct"]
 
 STANDING = -1
-CLOSE_ENOUGH = 1e-5  # what rounding may add to a perturbation, on images in [0, 1]
+CLOSE_ENOUGH = 1e-5  # tolerance for rounding of a perturbation, on images in [0, 1]
 
 
 @dataclass
 class Trace:
-    """What an attack has done so far to each of ``n`` examples.
+    """The state of an attack on ``n`` examples.
 
-    broken: ``[n]`` int16, the stage that broke it: 0 where it was misclassified before any, −1 while it stands.
-    said: ``[n]`` int64, the network's answer: to the image that broke it, or to the clean one.
-    stage, batch: what comes next. seconds: spent on it. outside: attacked images that changed the answer but left C(x),
-        which do not count.
+    Args:
+        broken: ``[n]`` int16, the stage that broke the example; 0 if the clean image is misclassified, −1 if it is not
+            broken.
+        said: ``[n]`` int64, the predicted class of the image that broke the example, or else of the clean image.
+        stage: the stage of the next batch.
+        batch: the next batch of the stage.
+        seconds: the time so far.
+        outside: the number of misclassified images outside C(x), which do not count as broken.
     """
 
     broken: Tensor
@@ -50,15 +54,15 @@ class Trace:
 
     @property
     def correct(self) -> Tensor:
-        """``[n]`` bool: classified correctly, under everything tried so far."""
+        """``[n]`` bool: classified correctly under all stages so far."""
         return self.broken == STANDING
 
     def rows(self) -> Tensor:
-        """The examples of the current stage, those it has broken already among them."""
+        """The indices of the examples of the current stage, including those that it has broken."""
         return ((self.broken == STANDING) | (self.broken >= self.stage)).nonzero().flatten()
 
     def arrays(self) -> dict[str, Any]:
-        """Plain arrays, for a file; :meth:`from_arrays` reads them."""
+        """The trace as plain arrays for a file, the inverse of :meth:`from_arrays`."""
         return {
             "broken": self.broken.cpu().numpy(),
             "said": self.said.cpu().numpy(),
@@ -68,12 +72,21 @@ class Trace:
 
     @classmethod
     def from_arrays(cls, arrays: Any, device: torch.device | str = "cpu") -> Trace:
-        """Raises :class:`KeyError` or :class:`ValueError` for arrays that are not of a trace."""
-        broken, said = (torch.from_numpy(arrays[name]).to(device) for name in ("broken", "said"))
+        """Make a trace from the arrays of :meth:`arrays`.
+
+        Args:
+            arrays: the arrays by name.
+            device: of the trace.
+
+        Raises:
+            KeyError: if an array is missing.
+            ValueError: if shapes or types are wrong.
+        """
+        broken, answers = (torch.from_numpy(arrays[name]).to(device) for name in ("broken", "said"))
         stage, batch, outside = (int(v) for v in arrays["position"])
-        if broken.shape != said.shape or broken.dtype != torch.int16 or said.dtype != torch.int64:
+        if broken.shape != answers.shape or broken.dtype != torch.int16 or answers.dtype != torch.int64:
             raise ValueError("arrays of other shapes or types")
-        return cls(broken, said, stage, batch, float(arrays["seconds"]), outside)
+        return cls(broken, answers, stage, batch, float(arrays["seconds"]), outside)
 
 
 @dataclass
@@ -98,12 +111,25 @@ def attack_examples(
     batch_size: int = 250,
     trace: Trace | None = None,
 ) -> Iterator[tuple[Trace, str, int, int]]:
-    """Attack every example with one stage after the other, those already broken excepted; a yield after each batch.
+    """Attack the examples stage by stage, each stage on the examples that earlier stages have not broken.
 
-    Yields (the trace, which goes on growing; the stage's name; batches done in it; batches it has). Draws depend on
-    ``(seed, stage, batch)`` alone: handing back a kept ``trace`` gives what an unbroken run would have given. The model
-    is seen in eval mode and left as it was. Raises :class:`InputError` where a value in ``images`` is not in [0, 1],
-    where ``batch_size`` is not positive, and where the network does not give a row of logits per image.
+    Random draws depend on ``(seed, stage, batch)`` only: an attack resumed from a saved ``trace`` gives the same result
+    as an uninterrupted one. The model is evaluated in eval mode; its mode is restored.
+
+    Args:
+        model: the network.
+        images: the examples.
+        attack: the attack.
+        seed: of all random draws.
+        batch_size: images in a batch.
+        trace: the state to resume from; it is updated in place.
+
+    Yields:
+        After each batch: the trace, the stage's name, the batches done in the stage, the batches of the stage.
+
+    Raises:
+        InputError: if values of ``images`` are not in [0, 1], ``batch_size`` is not positive, or the network does not
+            give a row of logits per image.
     """
     if batch_size < 1:
         raise InputError(f"batch_size is {batch_size}; it must be at least 1")
@@ -118,7 +144,7 @@ def attack_examples(
             rows = parts[trace.batch]
             generator = torch.Generator(images.device)
             generator.manual_seed(((1_000_003 * seed + trace.stage) * 1_000_003 + trace.batch) % 2**63)
-            # Inside, because callers do as they like between two batches.
+            # Set for each batch, because callers may change the modes between batches.
             with attack_mode(model, "eval"), torch.inference_mode(False):
                 batch = Batch(images[rows].pixels(), images.y[rows])
                 moved = stage(model, batch, generator)
@@ -134,11 +160,11 @@ def attack_examples(
             if attack.constraint is not None and trace.stage > 0:
                 delta = moved - batch.x
                 distance = (delta - attack.constraint.project(delta, batch.x)).flatten(1).abs().amax(1)
-                inside = distance <= CLOSE_ENOUGH  # which NaN is not
+                inside = distance <= CLOSE_ENOUGH  # False for NaN
                 trace.outside += int((wrong & ~inside).sum())
                 wrong &= inside
             fell = rows[wrong]
-            # Together, so that an interruption finds a trace that is whole.
+            # In one statement, so that an interruption leaves a consistent trace.
             trace.broken[fell], trace.said[fell] = trace.stage, answer[wrong]
             if trace.stage == 0:
                 trace.said[rows] = answer
@@ -149,7 +175,7 @@ def attack_examples(
 
 
 def _look(batch: Batch, out: Any) -> None:
-    """What every later line takes for granted, looked at with the clean images."""
+    """Check the logits and the clean images before any attack."""
     shape = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
     if not isinstance(out, Tensor) or out.ndim != 2 or len(out) != len(batch):
         raise InputError(f"the model's output is {shape}; logits are a tensor of shape [{len(batch)}, classes]")
@@ -168,8 +194,21 @@ def attacked(model: nn.Module, images: ImageSet, attack: Attack, *, seed: int = 
 def robust_correct(
     model: nn.Module, images: ImageSet, attack: Attack, *, seed: int = 0, batch_size: int = 512
 ) -> Tensor:
-    """Whether each example is still classified correctly under every stage of the attack, ``[N]`` bool.
+    """Whether each example is classified correctly under every stage of the attack.
 
-    Examples already broken are not attacked again. The model is seen in eval mode and left as it was.
+    The model is evaluated in eval mode; its mode is restored.
+
+    Args:
+        model: the network.
+        images: the examples.
+        attack: the attack; its stages skip examples that are broken already.
+        seed: of all random draws.
+        batch_size: images in a batch.
+
+    Returns:
+        ``[N]`` bool.
+
+    Raises:
+        InputError: as :func:`attack_examples`.
     """
     return attacked(model, images, attack, seed=seed, batch_size=batch_size).correct

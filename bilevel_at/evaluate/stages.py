@@ -1,4 +1,4 @@
-"""The parts that this library's own attacks are made of: each solves a lower problem for images still standing."""
+"""The stages of this library's own attacks. Each solves a lower problem for the images that are not broken yet."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class Stage(Protocol):
 
     @property
     def name(self) -> str:
-        """What the record calls it."""
+        """The stage's name in records."""
 
     def rows(self, classes: int) -> int:
-        """How many copies of an example it sends through the network at once."""
+        """The number of copies of an example in one forward pass."""
 
     def __call__(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> Tensor:
         """Attacked images ``[B, ...]`` in x + C(x); the network is in eval mode."""
@@ -40,10 +40,17 @@ class Stage(Protocol):
 
 @dataclass(frozen=True)
 class Descent:
-    """One draw of a lower problem, solved ``steps`` times, each time from the last solution: PGD, for a linearised one.
+    """A lower problem solved ``steps`` times, each time from the last solution. For a linearised one, this is PGD.
 
-    any_step: an example is broken where any of the solutions breaks it, and is then left alone; otherwise the last one
-        counts. Raises :class:`ConvergenceError` where the lower problem does.
+    Args:
+        lower: the lower problem.
+        restart: the number of the restart, for the name.
+        steps: how often it is solved.
+        any_step: whether an example is broken if any of the solutions breaks it, and then not attacked further;
+            otherwise only the last solution counts.
+
+    Raises:
+        ConvergenceError: if the lower problem raises it.
     """
 
     lower: LowerProblem
@@ -76,7 +83,7 @@ class Descent:
 
 
 class NormalizedSteps(torch.optim.Optimizer):
-    """η_i ← η_i − lr · ∇_i / ‖∇_i‖₂, each row by itself: to a ball what elementwise optimisers are to a box."""
+    """η_i ← η_i − lr · ∇_i / ‖∇_i‖₂, row by row: the ℓ2 counterpart of elementwise optimisers."""
 
     def __init__(self, params: Iterable[Tensor], lr: float) -> None:
         super().__init__(params, {"lr": lr})
@@ -96,7 +103,7 @@ class NormalizedSteps(torch.optim.Optimizer):
 
 
 class Best:
-    """Of all the perturbations it was shown, each row's of the largest value."""
+    """The perturbation of the largest value so far, for each row."""
 
     value: Tensor
     delta: Tensor
@@ -111,24 +118,24 @@ class Best:
 
 
 class Watched:
-    """An attack loss, −M_t for the targets t, that keeps the best perturbation it has seen of each row.
+    """An attack loss, −M_t for the targets t, that records the best perturbation of each row.
 
-    aimed: by the target's margin. any_class: by the widest margin, max_j M_j: a step towards one class may cross into
-    another, and a later one come back, and either breaks the example.
+    ``aimed`` is the best by the target's margin; ``any_class`` is the best by the largest margin, max_j M_j, because a
+    step towards one class may reach another, which breaks the example too.
     """
 
     def __init__(self) -> None:
         self.aimed, self.any_class = Best(), Best()
 
     def __call__(self, model: nn.Module, batch: Batch, delta: Tensor) -> Tensor:
-        found = margins(model, batch, delta)
-        aimed = found.gather(1, batch.more["target"][:, None]).squeeze(1)
+        every_margin = margins(model, batch, delta)
+        aimed = every_margin.gather(1, batch.more["target"][:, None]).squeeze(1)
         self.aimed.consider(aimed.detach(), delta.detach())
-        self.any_class.consider(found.detach().amax(1), delta.detach())
+        self.any_class.consider(every_margin.detach().amax(1), delta.detach())
         return -aimed
 
     def of_each(self, examples: int) -> Tensor:
-        """The perturbation of the widest margin among each example's rows, ``[examples, ...]``."""
+        """The perturbation of the largest margin among each example's rows, ``[examples, ...]``."""
         rows = self.any_class.value.reshape(examples, -1)
         best = rows.argmax(1) + torch.arange(examples, device=rows.device) * rows.shape[1]
         return self.any_class.delta[best]
@@ -138,11 +145,17 @@ class Watched:
 class Margins:
     """BETA's lower level (Robey et al., 2023, Algorithm 1) on all classes, or on some of the ranks by clean margin.
 
-    steps: the optimizer's, for each class, in all; each counts, not only the last. rate: the first, falling to 0
-    linearly. starts: several share two thirds of the steps, and the best goes on with the rest from a quarter of the
-    rate: what a single start misses is mostly a matter of luck (docs/evaluation.md). ranks: the first and the last + 1,
-    from 0; (N, None) is all but the N nearest. optimizer: any elementwise one of torch's, or
-    :class:`NormalizedSteps`, without which nothing gets far in an ℓ2 ball.
+    Args:
+        constraint: C(x).
+        steps: the total number of optimizer steps for each class; every step counts, not only the last.
+        rate: the initial learning rate, which falls to 0 linearly.
+        restart: the number of the restart, for the name.
+        ranks: the first rank and the last + 1, from 0; (N, None) is all but the N nearest classes; None is all.
+        starts: the number of starts. Several share two thirds of the steps; the best one continues with the rest, from
+            a quarter of the rate. A single start misses some examples by chance (docs/evaluation.md).
+        optimizer: any elementwise one of torch's, or :class:`NormalizedSteps`, which is needed for progress in an ℓ2
+            ball.
+        start: the anchor of each start.
     """
 
     constraint: Constraint
@@ -194,7 +207,7 @@ class Margins:
 
 @dataclass(frozen=True)
 class Scaled:
-    """A stage in a set that does not state its size, which is measured anew for each batch.
+    """A stage in a constraint of unknown size, which is measured for each batch.
 
     constraint: the set.
     direction: of the steps, which says in what norm it is measured.
@@ -220,23 +233,31 @@ class Scaled:
 
 @dataclass(frozen=True)
 class OnSurrogate:
-    """A stage against another network, whose images are then shown to the one that is evaluated."""
+    """A stage against a surrogate network; its images are then classified by the evaluated network."""
 
     stage: Stage
     surrogate: nn.Module = field(repr=False)
     source: str = "the surrogate"
 
     def check(self, batch: Batch, classes: int) -> None:
-        """Raise :class:`InputError` where the surrogate does not take such images, or knows other classes."""
+        """Check that the surrogate suits the images.
+
+        Args:
+            batch: the first batch.
+            classes: of the evaluated network.
+
+        Raises:
+            InputError: if the surrogate does not accept the images, or has another number of classes.
+        """
         surrogate = self.surrogate.to(batch.x.device)
         try:
             with torch.no_grad(), attack_mode(surrogate, "eval"):
-                found: Any = tuple(surrogate(batch.x[:1]).shape)
+                output: Any = tuple(surrogate(batch.x[:1]).shape)
         except RuntimeError:
-            found = "an error"
-        if found != (1, classes):
+            output = "an error"
+        if output != (1, classes):
             shape = list(batch.x.shape[1:])
-            raise InputError(f"{self.source} gives {found} for an image of {shape}; a transfer needs (1, {classes})")
+            raise InputError(f"{self.source} gives {output} for an image of {shape}; a transfer needs (1, {classes})")
 
     @property
     def name(self) -> str:

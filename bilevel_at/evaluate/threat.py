@@ -1,4 +1,4 @@
-"""What a network is to withstand: the set that attacks stay in, its name, and its size."""
+"""The threat model: the constraint of attacks, its name, and its size."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _SIGNS = {"linf": "ℓ∞", "l2": "ℓ2"}
 LONGEST = 120  # letters of a set's name
 SEEN = 8  # examples at which a set is measured
 FAR = 10.0  # the scale of the normal draws that are projected: inputs are in [0, 1]
-SAME_POINT = 1e-5  # what a second projection may move, the rounding that evaluation allows
+SAME_POINT = 1e-5  # tolerance for a second projection, as in evaluation
 
 
 def ball(norm: Norm, epsilon: float) -> LinfBall | L2Ball:
@@ -56,7 +56,7 @@ def set_name(constraint: Constraint) -> str:
 
 
 def _settings(constraint: Constraint) -> dict[str, Any]:
-    """What a set was made with: a dataclass's printed fields, or any other object's public attributes."""
+    """The settings of a constraint: the printed fields of a dataclass, or the public attributes of any other object."""
     if dataclasses.is_dataclass(constraint):
         return {f.name: getattr(constraint, f.name, None) for f in dataclasses.fields(constraint) if f.repr}
     return {name: value for name, value in vars(constraint).items() if not name.startswith("_")}
@@ -69,7 +69,7 @@ def _short(value: Any) -> str:
 
 
 def _content(value: Any) -> bytes:
-    """What a fingerprint is made of: the numbers of a tensor, not only their shape."""
+    """The bytes to hash for a fingerprint, including the values of tensors."""
     if isinstance(value, Tensor):
         return repr((value.dtype, value.shape)).encode() + value.detach().cpu().contiguous().numpy().tobytes()
     if isinstance(value, Mapping):
@@ -81,7 +81,7 @@ def _content(value: Any) -> bytes:
 
 @dataclass(frozen=True)
 class Threat:
-    """What a network is to withstand, as files record it and pages show it.
+    """The record of a threat model, for files and pages.
 
     norm: linf or l2 for a ball around images in [0, 1], None for any other set.
     epsilon: the radius, None for a set without one.
@@ -107,7 +107,7 @@ class Threat:
 
     @classmethod
     def read(cls, record: Any) -> Threat | None:
-        """The threat that a file's record describes, in older files by norm and epsilon alone; None where none does."""
+        """The threat of a file's record, which has only norm and epsilon in older files; None if there is none."""
         if not isinstance(record, Mapping):
             return None
         texts = [record.get(name) for name in ("norm", "name", "settings")]
@@ -118,17 +118,17 @@ class Threat:
         return cls(norm or None, size, name, settings) if norm or name or known else None
 
     def asdict(self) -> dict[str, Any]:
-        """For JSON; the fingerprint only where there is one."""
+        """A dictionary for JSON; ``settings`` only if not empty."""
         return {name: value for name, value in dataclasses.asdict(self).items() if name != "settings" or value}
 
     @property
     def is_ball(self) -> bool:
-        """Whether norm and radius say all of it; records that name nothing are of balls."""
+        """Whether norm and radius define the set; a record without a name is of a ball."""
         return self.norm is not None or not self.name
 
     @property
     def key(self) -> tuple[str, float | None, str]:
-        """What two threats have in common that are the same set."""
+        """A key that is equal for two threats if they are the same set."""
         if self.is_ball:
             return self.norm or "linf", None if self.epsilon is None else round(self.epsilon, 9), ""
         return "", None, f"{self.name} {self.settings}"
@@ -142,7 +142,7 @@ class Threat:
 
     @property
     def at(self) -> str:
-        """After an attack or accuracy: ``at ε = 8/255 in ℓ∞``, ``in Diamond(size=0.3)``."""
+        """The threat in words after an attack or accuracy: ``at ε = 8/255 in ℓ∞``, ``in Diamond(size=0.3)``."""
         if not self.is_ball:
             return f"in {self.name}"
         size = "an ε that is not on record" if self.epsilon is None else f"ε = {radius_text(self.epsilon)}"
@@ -163,7 +163,7 @@ def _projected(constraint: Constraint, x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def measured_reach(constraint: Constraint, x: Tensor, direction: str) -> float:
-    """How far a set without a stated size reaches, in the norm that steps are measured in.
+    """Measure the size of a constraint without ``radius`` or ``reach``, in the norm of the steps.
 
     The median over the first eight examples of the length of a large random perturbation, projected: ‖·‖_∞ for the
     direction "sign", ‖·‖₂ otherwise. 1 where the set is a point, from which no step leads away.
@@ -175,7 +175,7 @@ def measured_reach(constraint: Constraint, x: Tensor, direction: str) -> float:
 
 @torch.no_grad()
 def check_set(constraint: Constraint, x: Tensor) -> None:
-    """See that ``project`` gives perturbations of x, and leaves a point of the set where it is.
+    """Check that ``project`` gives perturbations of x, and does not move points of the set.
 
     Attacked images outside the set do not count as broken: a projection that is not exact would make a network look
     robust. Raises :class:`InputError`.

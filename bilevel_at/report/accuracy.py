@@ -85,7 +85,7 @@ def _best(
     rows: Sequence[tuple[Group, str]], columns: Sequence[str], unions: dict[tuple[str, str], WorstCase | None]
 ) -> set[tuple[str, str, str]]:
     """(group, checkpoint, attack) of a column's highest mean among rows of one checkpoint; '' is the worst of all."""
-    found: set[tuple[str, str, str]] = set()
+    best: set[tuple[str, str, str]] = set()
     for which in dict.fromkeys(w for _, w in rows):
         same = [g for g, w in rows if w == which]
         for name in (*columns, ""):
@@ -98,5 +98,5 @@ def _best(
             if not name and len({u.attacks for g in same if (u := unions[g.label, which])}) > 1:
                 continue  # the worst of more attacks is lower
             if len(values) > 1:
-                found |= {(label, which, name) for label, mean in values.items() if mean == max(values.values())}
-    return found
+                best |= {(label, which, name) for label, mean in values.items() if mean == max(values.values())}
+    return best

@@ -71,12 +71,12 @@ def report(
 
     Raises :class:`InputError` where a run cannot be read, is given twice, or ``out`` not written.
     """
-    found = read_all(runs, problem_file)
-    NamedFiles(problem_file).check_used(run.config for run in found)
+    records = read_all(runs, problem_file)
+    NamedFiles(problem_file).check_used(run.config for run in records)
     folder = default_out(runs) if out is None else Path(out)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--out {folder} is a file; it must be a directory, or not exist")
-    groups = group(found)
+    groups = group(records)
     try:
         (folder / "figures").mkdir(parents=True, exist_ok=True)
         with warnings.catch_warnings():
@@ -87,7 +87,7 @@ def report(
             sections = [s for make in makers if (s := _make(make, groups, folder / "figures", progress))]
         partial, file = folder / ".index.html.partial", folder / "index.html"
         partial.unlink(missing_ok=True)  # a link there would lead the page to another file
-        partial.write_text(page(_title(groups), _lead(groups), _facts(found), sections), encoding="utf-8")
+        partial.write_text(page(_title(groups), _lead(groups), _facts(records), sections), encoding="utf-8")
         os.replace(partial, file)
     except OSError as error:
         raise InputError(f"{folder} cannot be written: {error.strerror or error}") from None
@@ -132,7 +132,7 @@ def _facts(runs: Sequence[Run]) -> list[tuple[str, str]]:
         "torch": [str(run.part("versions").get("torch") or "") for run in runs],
         "report by": [f"bilevel-at {__version__}"],
     }
-    return [(name, said) for name, values in facts.items() if (said := ", ".join(filter(None, dict.fromkeys(values))))]
+    return [(name, text) for name, values in facts.items() if (text := ", ".join(filter(None, dict.fromkeys(values))))]
 
 
 def _dates(runs: Sequence[Run]) -> str:

@@ -33,8 +33,8 @@ def concerns(groups: Sequence[Group], folder: Path) -> Section | None:
     checked = [(run, which) for run in runs for which in run.checks if _measures(run.checks[which])]
     no_attack = [f"{names[run.path]} {which}".strip() for run, which in checked if not _attacks(run.checks[which])]
     if no_attack:
-        said = f"The checks of {', '.join(no_attack)} had no radius to attack in; only gradients were looked at."
-        mild.append(("Half checked.", said))
+        sentence = f"The checks of {', '.join(no_attack)} had no radius to attack in; only gradients were looked at."
+        mild.append(("Half checked.", sentence))
     if checked and not any(_warnings(run, "") for run in runs):
         of = ", ".join(dict.fromkeys(which.replace("_", " ") for _, which in checked))
         parts.append(
@@ -42,8 +42,8 @@ def concerns(groups: Sequence[Group], folder: Path) -> Section | None:
         )
     if mild:
         parts.append(Notes(mild))
-    if measured := [(run, which, found) for run, which in checked if (found := run.checks[which].get("measured"))]:
-        lines = "\n".join(_measured(names[run.path], which, found) for run, which, found in measured)
+    if measured := [(run, which, values) for run, which in checked if (values := run.checks[which].get("measured"))]:
+        lines = "\n".join(_measured(names[run.path], which, values) for run, which, values in measured)
         parts.append(Details("What the checks measured", [Code(lines)]))
     return (
         Section("Warnings" if grave else "Warnings: none" if not mild else "Before you read on", parts)
@@ -54,61 +54,61 @@ def concerns(groups: Sequence[Group], folder: Path) -> Section | None:
 
 def _measures(section: Mapping[str, Any]) -> bool:
     """Whether the network was measured, and not only attacks compared."""
-    found = section.get("network", section.get("measured"))
-    return isinstance(found, dict) and bool(found)
+    network = section.get("network", section.get("measured"))
+    return isinstance(network, dict) and bool(network)
 
 
 def _attacks(section: Mapping[str, Any]) -> bool:
-    found = section.get("network")
-    return not isinstance(found, dict) or "pgd" in found
+    network = section.get("network")
+    return not isinstance(network, dict) or "pgd" in network
 
 
 def _who(name: str = "", which: str = "") -> str:
-    said = ", ".join(part for part in (name, f"{which.replace('_', ' ')} checkpoint" if which else "") if part)
-    return f"{said[:1].upper() * (not name) or said[:1]}{said[1:]}:" if said else ""
+    heading = ", ".join(part for part in (name, f"{which.replace('_', ' ')} checkpoint" if which else "") if part)
+    return f"{heading[:1].upper() * (not name) or heading[:1]}{heading[1:]}:" if heading else ""
 
 
 def _warnings(run: Run, name: str) -> list[tuple[str, str]]:
-    found = []
+    notes = []
     for which, section in run.checks.items():
         warnings = section.get("warnings")
         for warning in warnings if isinstance(warnings, list) else []:
             if isinstance(warning, dict) and warning.get("message"):
-                found.append((_who(name, which), str(warning["message"])))
-    return found
+                notes.append((_who(name, which), str(warning["message"])))
+    return notes
 
 
 def _incomparable(groups: Sequence[Group]) -> list[str]:
     if len(groups) < 2 or comparable(groups):
         return []
     runs = all_runs(groups)
-    said = []
+    reasons = []
     threats = [rivals[0].threat for _, rivals in by_threat(groups)]
     if len(threats) > 1:
         names = "; ".join(sorted(map(str, threats)))
-        said.append(f"the networks are to withstand different threats ({names}), each with a table of its own")
+        reasons.append(f"the networks are to withstand different threats ({names}), each with a table of its own")
     entries = [e for run in runs for which in run.results for e in run.under_threat(which).values()]
     if len({(e.get("data"), e.get("n")) for e in entries}) > 1:
-        said.append("they were evaluated on different images")
-    return [f"Trainings are not to be ranked against each other: {', and '.join(said)}."] if said else []
+        reasons.append("they were evaluated on different images")
+    return [f"Trainings are not to be ranked against each other: {', and '.join(reasons)}."] if reasons else []
 
 
 def _missing(run: Run, name: str) -> list[tuple[str, str]]:
-    said = []
+    sentences = []
     planned, done = number(run.part("options").get("epochs")), len(run.metrics)
     if done and done < planned:
-        said.append(f"{done} of {planned:.0f} epochs are done; the numbers are of an unfinished run.")
+        sentences.append(f"{done} of {planned:.0f} epochs are done; the numbers are of an unfinished run.")
     if not run.results:
-        said.append("no evaluation is on record; bilevel_at.evaluate makes one.")
-    return [(_who(name), sentence) for sentence in said]
+        sentences.append("no evaluation is on record; bilevel_at.evaluate makes one.")
+    return [(_who(name), sentence) for sentence in sentences]
 
 
-def _measured(name: str, which: str, found: Any, most: int = 200) -> str:
+def _measured(name: str, which: str, values: Any, most: int = 200) -> str:
     begin = " ".join(part for part in (name, which.replace("_", " ")) if part)
-    if not isinstance(found, Mapping):
-        return f"{begin}: {str(found)[:most]}"
-    width = max((len(str(key)) for key in found), default=0)
-    return "\n".join([begin, *(f"  {str(key):<{width}}  {_value(value)[:most]}" for key, value in found.items())])
+    if not isinstance(values, Mapping):
+        return f"{begin}: {str(values)[:most]}"
+    width = max((len(str(key)) for key in values), default=0)
+    return "\n".join([begin, *(f"  {str(key):<{width}}  {_value(value)[:most]}" for key, value in values.items())])
 
 
 def _value(value: Any) -> str:

@@ -20,7 +20,7 @@ __all__ = ["cost", "device", "epoch_seconds", "robust_gap"]
 
 def cost(groups: Sequence[Group], folder: Path) -> Section | None:
     """Best against last epoch, seconds per epoch, memory and parameters; bars where there are several groups."""
-    timed = {group.label: found for group in groups if (found := _times(group))}
+    timed = {group.label: per_epoch for group in groups if (per_epoch := _times(group))}
     if not timed and not any(run.metrics for run in all_runs(groups)):
         return None
     devices = {machine(run) for run in all_runs(groups)}
@@ -119,13 +119,13 @@ def robust_gap(group: Group, attack: str | None) -> tuple[Spread, str] | None:
         differences = [b["accuracy"] - last["accuracy"] for b, last in pairs if b is not None and last is not None]
         if differences:
             return Spread(tuple(differences)), attack
-    found = []
+    drops = []
     for run in group.runs:
         values = [v for line in run.metrics if not math.isnan(v := number(line.get("robust")))]
         if values and len(values) == len(run.metrics):
-            found.append(max(values) - values[-1])
+            drops.append(max(values) - values[-1])
     names = {str(line.get("attack")) for run in group.runs for line in run.metrics if line.get("attack")}
-    return (Spread(tuple(found)), f"{span(names)}, held-out") if found else None
+    return (Spread(tuple(drops)), f"{span(names)}, held-out") if drops else None
 
 
 def attacked(group: Group) -> bool:
@@ -149,7 +149,7 @@ def _times(group: Group) -> list[float]:
 
 
 def _sentence(groups: Sequence[Group], attack: str | None) -> str:
-    gaps = {group.label: found for group in groups if attacked(group) and (found := robust_gap(group, attack))}
+    gaps = {group.label: drop for group in groups if attacked(group) and (drop := robust_gap(group, attack))}
     if not gaps:
         return "There are no two epochs of adversarial training to compare."
     label, (spread, name) = max(gaps.items(), key=lambda item: item[1][0].mean)

@@ -81,15 +81,15 @@ def loss_around_images(groups: Sequence[Group], folder: Path, images: Sequence[i
         flat = isinstance(subject.space, LinfBall)
         reach = 2 * epsilon if flat else 2 * epsilon / math.sqrt(math.prod(few.shape))
         points = 41 if math.prod(few.shape) <= 1_000 else 21
-        found = loss_landscape(subject.model, few.pixels(), few.y, reach, points=points)
+        landscape = loss_landscape(subject.model, few.pixels(), few.y, reach, points=points)
         path = folder / f"landscape-{place}.png"
-        draw_landscapes(found, path, epsilon if flat else None, len(few))
+        draw_landscapes(landscape, path, epsilon if flat else None, len(few))
         middle = points // 2
-        forward = (found.sign_offsets >= 0) & (found.sign_offsets <= reach / 2 * (1 + 1e-6))
-        along = found.margin[:, forward, middle] > 0  # b = 0, from x on
+        forward = (landscape.sign_offsets >= 0) & (landscape.sign_offsets <= reach / 2 * (1 + 1e-6))
+        along = landscape.margin[:, forward, middle] > 0  # b = 0, from x on
         wrong = along[:, 0]
         crossed, right = int((along.any(1) & ~wrong).sum()), int((~wrong).sum())
-        losses = [found.loss[:, i, middle].mean().item() for i in (middle, middle + middle // 2)]
+        losses = [landscape.loss[:, i, middle].mean().item() for i in (middle, middle + middle // 2)]
         parts.append(
             Figure(
                 path,
@@ -123,11 +123,11 @@ def perturbations(groups: Sequence[Group], folder: Path) -> Section | None:
     for place, subject in enumerate(looked_at):
         few = subject.images.sample(SEEN)
         attack, generator = attack_from_name(ATTACK, subject.space), torch.Generator(few.device).manual_seed(0)
-        x, found = few.pixels(), []
+        x, deltas = few.pixels(), []
         for part, label in zip(x.split(AT_ONCE), few.y.split(AT_ONCE), strict=True):
             moved = attack.perturb(subject.model, Batch(part, label), generator)
-            found.append(subject.space.project(moved - part, part))
-        sizes = perturbation_sizes(torch.cat(found), subject.space, x)
+            deltas.append(subject.space.project(moved - part, part))
+        sizes = perturbation_sizes(torch.cat(deltas), subject.space, x)
         path = folder / f"perturbations-{place}.png"
         figures.perturbations(sizes, path, f"{ATTACK} on {len(few)} test images, {subject.said}")
         parts.append(
@@ -153,7 +153,7 @@ def _held(sizes: Perturbations, epsilon: float) -> str:
     )
 
 
-def _random_step(model: torch.nn.Module, images: object, epsilon: float, said: str, folder: Path) -> Figure:
+def _random_step(model: torch.nn.Module, images: object, epsilon: float, subject: str, folder: Path) -> Figure:
     norms = [random_step_norm(model, images, epsilon, draws=2, bounds=b) for b in (None, (0.0, 1.0))]  # type: ignore[arg-type]
     path = folder / "random-step.png"
     figures.random_step(norms, path)
@@ -161,7 +161,7 @@ def _random_step(model: torch.nn.Module, images: object, epsilon: float, said: s
     measured, bound = norms[0].mean[place].item(), norms[0].bound()[place].item()
     return Figure(
         path,
-        f"{said}: at the step 1.25 ε an FGSM perturbation from a random start is {measured:.3g} long, "
+        f"{subject}: at the step 1.25 ε an FGSM perturbation from a random start is {measured:.3g} long, "
         f"{100 * (measured / bound - 1):+.1f}% from what GradAlign's Lemma 1 gives for signs that do not depend on the "
         "start; without a random start it is as long as the dashed line.",
         "Length of FGSM-RS perturbations against the step, and Lemma 1",

@@ -56,7 +56,7 @@ class Group:
     def images(self, which: str, attack: str | None = None) -> set[int]:
         """On how many images the attack, or any, was evaluated in the threat."""
         entries = [run.under_threat(which) for run in self.runs]
-        sizes = [e.get("n") for found in entries for name, e in found.items() if attack in (None, name)]
+        sizes = [e.get("n") for results in entries for name, e in results.items() if attack in (None, name)]
         return {n for n in sizes if isinstance(n, int)}
 
     def seeds(self) -> str:
@@ -104,9 +104,9 @@ def _key(run: Run) -> str:
     options = run.part("options")
     if "seed" not in options:
         return f"no seed: {run.path.resolve()}"
-    kept = {name: value for name, value in options.items() if name not in PASSED_OVER}
+    settings = {name: value for name, value in options.items() if name not in PASSED_OVER}
     file = run.config.get("file_sha256", run.config.get("file"))
-    parts = [file, run.config.get("data_sha256"), run.config.get("problem"), run.config.get("solver"), kept]
+    parts = [file, run.config.get("data_sha256"), run.config.get("problem"), run.config.get("solver"), settings]
     if not run.threat.is_ball:
         parts.append(run.threat.key)
     return json.dumps(parts, sort_keys=True)
@@ -119,8 +119,10 @@ def _labels(parts: list[list[Run]]) -> list[str]:
     for base, own in zip(bases, settings, strict=True):
         rivals = [s for b, s in zip(bases, settings, strict=True) if b == base]
         differs = [name for name in own if all(name in r for r in rivals) and any(r[name] != own[name] for r in rivals)]
-        said = [own[name] if name == "solver" else f"{name.replace('_', ' ')} {_short(own[name])}" for name in differs]
-        labels.append(", ".join([base, *said[:3]]))
+        differences = [
+            own[name] if name == "solver" else f"{name.replace('_', ' ')} {_short(own[name])}" for name in differs
+        ]
+        labels.append(", ".join([base, *differences[:3]]))
     return [
         label if labels.count(label) == 1 else f"{label} ({part[0].name})"
         for label, part in zip(labels, parts, strict=True)

@@ -63,25 +63,25 @@ class Subjects(NamedTuple):
 
 def subjects(groups: Sequence[Group]) -> Subjects:
     """The first groups that have a checkpoint, a ball, and their images; of several seeds the first."""
-    found, missing = _looked_at(groups)
+    measured, missing = _looked_at(groups)
     beyond = [g.label for g in groups if any(r.metrics for r in g.runs)]
-    beyond = [label for label in beyond if label not in {s.group.label for s in found} | set(missing)]
-    said = [f"Not measured: {label}: {why}." for label, why in missing.items()]
+    beyond = [label for label in beyond if label not in {s.group.label for s in measured} | set(missing)]
+    left_out = [f"Not measured: {label}: {why}." for label, why in missing.items()]
     if beyond:
-        said.append(f"Not measured: {', '.join(beyond)}; the first {MOST} trainings with a ball are.")
-    if any(len(subject.group.runs) > 1 for subject in found):
-        said.append("Of several seeds, the first is shown.")
-    return Subjects(found, said, bool(missing))
+        left_out.append(f"Not measured: {', '.join(beyond)}; the first {MOST} trainings with a ball are.")
+    if any(len(subject.group.runs) > 1 for subject in measured):
+        left_out.append("Of several seeds, the first is shown.")
+    return Subjects(measured, left_out, bool(missing))
 
 
 def _looked_at(groups: Sequence[Group]) -> tuple[list[Subject], dict[str, str]]:
-    found: list[Subject] = []
+    measured: list[Subject] = []
     missing: dict[str, str] = {}
     for group in groups:
         run, which = group.runs[0], group.main if group.main in ("best", "last", "last_good") else "best"
         if run.metrics and not run.threat.is_ball:
             missing[group.label] = f"these measurements are of balls, and the threat is {run.threat.name}"
-        if len(found) == MOST or not run.metrics or run.norm is None or not run.epsilon:
+        if len(measured) == MOST or not run.metrics or run.norm is None or not run.epsilon:
             continue
         if which in run.checkpoints:
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -89,10 +89,10 @@ def _looked_at(groups: Sequence[Group]) -> tuple[list[Subject], dict[str, str]]:
             try:
                 model = NamedFiles(run.problem_files).load(run.path, which).to(device)  # type: ignore[arg-type]  # one of three
                 images = _images(str(options.get("data")), str(options.get("data_dir") or "data")).to(device)
-                found.append(Subject(group, run, which, model, images, ball(run.norm, run.epsilon)))
+                measured.append(Subject(group, run, which, model, images, ball(run.norm, run.epsilon)))
             except InputError as error:
                 missing[group.label] = str(error)
-    return found, missing
+    return measured, missing
 
 
 @functools.lru_cache(maxsize=4)

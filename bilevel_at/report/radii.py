@@ -20,12 +20,12 @@ Curve = list[tuple[float, float]]
 
 def radii(groups: Sequence[Group], folder: Path) -> Section | None:
     """A line for each group under each attack that was run at two radii or more."""
-    found = by_radius(groups)
-    if not found:
+    curves = by_radius(groups)
+    if not curves:
         return None
-    most = max(len(curve) for panel in found.values() for curve in panel.values())
-    kept = sorted(found, key=lambda a: -max(len(c) for c in found[a].values()))[:MOST_PANELS]
-    panels = {attack: found[attack] for attack in found if attack in kept}
+    most = max(len(curve) for panel in curves.values() for curve in panel.values())
+    shown = sorted(curves, key=lambda a: -max(len(c) for c in curves[a].values()))[:MOST_PANELS]
+    panels = {attack: curves[attack] for attack in curves if attack in shown}
     threats = {group.threat.key: group.threat for group in groups}
     epsilon = next(iter(threats.values())).epsilon if len(threats) == 1 else None
     every = [e for panel in panels.values() for curve in panel.values() for e, _ in curve if e > 0]
@@ -34,13 +34,13 @@ def radii(groups: Sequence[Group], folder: Path) -> Section | None:
         epsilon = None  # the ε of the threat is of another norm
     ticks = all(in_255ths(e) is not None for e in every)
     comparison.accuracy_by_radius(panels, path, epsilon, ticks, [group.label for group in groups])
-    said = [_caption(attack, panel, epsilon) for attack, panel in panels.items()]
-    said += (
+    sentences = [_caption(attack, panel, epsilon) for attack, panel in panels.items()]
+    sentences += (
         ["Lines are means over seeds."]
         if any(len(g.runs) > 1 and g.label in p for g in groups for p in panels.values())
         else []
     )
-    return Section("Accuracy against ε", [Figure(path, " ".join(said), f"Accuracy at up to {most} radii")])
+    return Section("Accuracy against ε", [Figure(path, " ".join(sentences), f"Accuracy at up to {most} radii")])
 
 
 def by_radius(groups: Sequence[Group]) -> dict[str, dict[str, Curve]]:
@@ -80,17 +80,17 @@ def _caption(attack: str, panel: Mapping[str, Curve], trained: float | None) -> 
     largest = max(e for curve in panel.values() for e, _ in curve)
     ends = {label: a for label, curve in panel.items() if not math.isnan(a := at(curve, largest))}
     highest = max(ends, key=lambda label: ends[label])
-    said = []
+    sentences = []
     if trained is not None:
         here = ", ".join(f"{k} {percent(a)}%" for k, c in panel.items() if not math.isnan(a := at(c, trained)))
-        said.append(f"{here} at ε = {radius(trained)}" if here else "")
+        sentences.append(f"{here} at ε = {radius(trained)}" if here else "")
     end = f"{percent(ends[highest])}% at ε = {radius(largest)}, the largest radius"
     if ends[highest] <= 0.01:
-        said.append(
+        sentences.append(
             f"{'no training keeps more than' if len(ends) > 1 else 'it keeps'} {end}: nothing hinders the attack there"
         )
     else:
-        said.append(
+        sentences.append(
             f"{highest} still has {end}; only larger radii tell whether it falls to 0, as it must if nothing hinders it"
         )
-    return f"Under {attack}: " + "; ".join(s for s in said if s) + "."
+    return f"Under {attack}: " + "; ".join(s for s in sentences if s) + "."

@@ -14,15 +14,15 @@ CLEAN = "clean"
 
 def table_columns(groups: Sequence[Group]) -> list[str]:
     """``clean``, then the attacks in the threat by their mean accuracy over the rows, the strongest last."""
-    found: dict[str, list[float]] = {}
+    accuracies: dict[str, list[float]] = {}
     for group in groups:
         for which in group.checkpoints:
             for name in dict.fromkeys(n for run in group.runs for n in run.under_threat(which)):
                 spread = group.accuracy(which, name)
                 if spread is not None:
-                    found.setdefault(name, []).append(spread.mean)
-    attacks = sorted((name for name in found if name != CLEAN), key=lambda name: -fmean(found[name]))
-    return [CLEAN, *attacks] if CLEAN in found else attacks
+                    accuracies.setdefault(name, []).append(spread.mean)
+    attacks = sorted((name for name in accuracies if name != CLEAN), key=lambda name: -fmean(accuracies[name]))
+    return [CLEAN, *attacks] if CLEAN in accuracies else attacks
 
 
 def strongest(groups: Sequence[Group]) -> str | None:

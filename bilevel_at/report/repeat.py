@@ -40,21 +40,23 @@ def _shell(command: object) -> str | None:
 
 
 def _table(runs: Sequence[Run], name: str, key: str) -> list[list[Cell]]:
-    found: dict[tuple[str, str], int] = {}
+    counts: dict[tuple[str, str], int] = {}
     for run in runs:
         if isinstance(run.config.get(key), str):
             what = str(run.config.get(name) or run.part("options").get(name, ""))
-            found[what, run.config[key]] = found.get((what, run.config[key]), 0) + 1
-    return [[Cell(what), Cell(digest, code=True), Cell(str(count))] for (what, digest), count in found.items()]
+            counts[what, run.config[key]] = counts.get((what, run.config[key]), 0) + 1
+    return [[Cell(what), Cell(digest, code=True), Cell(str(count))] for (what, digest), count in counts.items()]
 
 
 def _made_with(runs: Sequence[Run]) -> list[list[Cell]]:
     """Versions and machines, each different one with the number of its runs."""
-    found: dict[str, dict[str, int]] = {}
+    counts: dict[str, dict[str, int]] = {}
     for run in runs:
         for name, value in {**run.part("versions"), **run.part("machine")}.items():
-            counts = found.setdefault(name, {})
-            counts[str(value)] = counts.get(str(value), 0) + 1
+            runs_by_value = counts.setdefault(name, {})
+            runs_by_value[str(value)] = runs_by_value.get(str(value), 0) + 1
     return [
-        [Cell(name), Cell(value), Cell(str(count))] for name, counts in found.items() for value, count in counts.items()
+        [Cell(name), Cell(value), Cell(str(count))]
+        for name, runs_by_value in counts.items()
+        for value, count in runs_by_value.items()
     ]

@@ -60,26 +60,28 @@ def _figure(groups: Sequence[Group], path: Path, order: Sequence[str]) -> Figure
 
 def _of_one(label: str, run: Run) -> str:
     loss, robust, train, alignment = (one_curve(run.metrics, k) for k in ("loss", "robust", "train", "alignment"))
-    said = []
+    sentences = []
     if loss:
         first, last = min(loss), max(loss)
-        said.append(f"the loss goes from {loss[first]:.3g} in epoch {first} to {loss[last]:.3g} in epoch {last}")
+        sentences.append(f"the loss goes from {loss[first]:.3g} in epoch {first} to {loss[last]:.3g} in epoch {last}")
     if robust:
         attack = next((str(line["attack"]) for line in run.metrics if line.get("attack")), "attack")
         best, last = max(robust, key=lambda e: (robust[e], e)), max(robust)
         after = "its last" if best == last else f"with {percent(robust[last])}% after the last, {last}"
-        said.append(f"held-out accuracy under {attack} is highest in epoch {best} ({percent(robust[best])}%), {after}")
+        sentences.append(
+            f"held-out accuracy under {attack} is highest in epoch {best} ({percent(robust[best])}%), {after}"
+        )
         if last in train:
-            said.append(
+            sentences.append(
                 f"on training examples as they were attacked it ends {_above(train[last] - robust[last])} held-out ones"
             )
     if alignment:
         low = min(alignment, key=lambda e: alignment[e])
-        said.append(
+        sentences.append(
             f"input gradients at an image and at a random point near it have cosine {alignment[max(alignment)]:.2f} at "
             f"the end, at least {alignment[low]:.2f} (epoch {low}); towards 0 one step no longer finds the worst case"
         )
-    return f"{label}: " + "; ".join(said) + "."
+    return f"{label}: " + "; ".join(sentences) + "."
 
 
 def _above(difference: float) -> str:
@@ -88,15 +90,15 @@ def _above(difference: float) -> str:
 
 def _of_several(curves: Mapping[str, Sequence[Sequence[Mapping[str, object]]]], attack: str | None) -> str:
     """``attack``: the one of the held-out accuracies; None where they differ, and then nobody is the most robust."""
-    said = ["Thick: mean over seeds; thin: each seed."] if any(len(runs) > 1 for runs in curves.values()) else []
+    sentences = ["Thick: mean over seeds; thin: each seed."] if any(len(runs) > 1 for runs in curves.values()) else []
     robust = {label: c for label, runs in curves.items() if (c := mean_curve(runs, "robust"))}
     ends = {label: c[max(c)] for label, c in robust.items()}
     if attack is None:
-        said.append("Held-out accuracies are under different attacks, each that which chose its best epoch.")
+        sentences.append("Held-out accuracies are under different attacks, each that which chose its best epoch.")
     elif len(ends) > 1:
         high, low = max(ends, key=lambda k: ends[k]), min(ends, key=lambda k: ends[k])
         level = percent(ends[high]) == percent(ends[low])
-        said.append(
+        sentences.append(
             f"After the last epoch all keep {percent(ends[high])}% of held-out images under {attack}."
             if level
             else f"After its last epoch {high} is the most robust on held-out images ({percent(ends[high])}% under "
@@ -109,12 +111,12 @@ def _of_several(curves: Mapping[str, Sequence[Sequence[Mapping[str, object]]]], 
             gaps[label] = train[max(common)] - robust[label][max(common)]
     wide = max(gaps, key=lambda k: gaps[k], default="")
     if wide and gaps[wide] > 0:
-        said.append(
+        sentences.append(
             f"{wide} ends {percent(gaps[wide])} points higher on training examples, as it attacks them, than on "
             f"held-out images under {attack or 'attack'}" + (", the widest gap here." if len(gaps) > 1 else ".")
         )
     alignment = {label: min(c.values()) for label, runs in curves.items() if (c := mean_curve(runs, "alignment"))}
     if alignment:
         low = min(alignment, key=lambda k: alignment[k])
-        said.append(f"The lowest gradient alignment of any epoch is {alignment[low]:.2f}, in {low}.")
-    return " ".join(said)
+        sentences.append(f"The lowest gradient alignment of any epoch is {alignment[low]:.2f}, in {low}.")
+    return " ".join(sentences)

@@ -32,11 +32,11 @@ def worst_case(group: Group, which: str) -> WorstCase | None:
     From ``evaluation/WHICH/*.npz``; None where a run has not the examples' results of two attacks or more on the same
     images. Raises :class:`InputError` for a damaged file.
     """
-    each = [per_example(run, which) for run in group.runs]
-    common = [name for name in each[0] if all(name in found for found in each)]
+    survivors = [per_example(run, which) for run in group.runs]
+    common = [name for name in survivors[0] if all(name in outcome for outcome in survivors)]
     if len({*common} - {"clean"}) < 2:
         return None
-    standing = [np.logical_and.reduce([found[name] for name in common]) for found in each]
+    standing = [np.logical_and.reduce([outcome[name] for name in common]) for outcome in survivors]
     attacks = tuple(name for name in common if name != "clean")
     return WorstCase(Spread(tuple(float(s.mean()) for s in standing)), attacks, len(standing[0]))
 
@@ -56,8 +56,8 @@ def per_example(run: Run, which: str) -> dict[str, np.ndarray]:
     if not kinds:
         return {}
     kind = kinds.most_common(1)[0][0]
-    kept = [n for n in entries if _kind(entries[n]) == kind or (n == "clean" and _kind(entries[n])[:2] == kind[:2])]
-    return _same_images({name: found for name in kept if (found := outcomes(run.path, entries[name])) is not None})
+    names = [n for n in entries if _kind(entries[n]) == kind or (n == "clean" and _kind(entries[n])[:2] == kind[:2])]
+    return _same_images({name: arrays for name in names if (arrays := outcomes(run.path, entries[name])) is not None})
 
 
 def _kind(entry: Mapping[str, Any]) -> tuple[str, str, str, str]:
@@ -65,8 +65,8 @@ def _kind(entry: Mapping[str, Any]) -> tuple[str, str, str, str]:
     return entry["data"], str(entry.get("weights")), str(entry.get("norm")), at
 
 
-def _same_images(found: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, np.ndarray]:
-    labels: Sequence[np.ndarray] = [label for label, _ in found.values()]
+def _same_images(evaluations: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, np.ndarray]:
+    labels: Sequence[np.ndarray] = [label for label, _ in evaluations.values()]
     if any(not np.array_equal(labels[0], label) for label in labels):
         return {}  # the fingerprints agree and the labels do not: not for us to say which is right
-    return {name: correct for name, (_, correct) in found.items()}
+    return {name: correct for name, (_, correct) in evaluations.items()}

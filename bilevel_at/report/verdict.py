@@ -13,16 +13,16 @@ from .union import WorstCase
 __all__ = ["about_unions", "caption", "lead"]
 
 
-def about_unions(found: Sequence[tuple[Group, str, WorstCase]]) -> list[str]:
+def about_unions(unions: Sequence[tuple[Group, str, WorstCase]]) -> list[str]:
     """What was put together, and how much lower than its strongest part it is."""
-    if not found:
+    if not unions:
         return []
     lower = {}
-    for group, which, union in found:
+    for group, which, union in unions:
         parts = [s.mean for name in union.attacks if (s := group.accuracy(which, name)) is not None]
         lower[f"{group.label}, {which.replace('_', ' ')}"] = max(0.0, min(parts) - union.spread.mean)
     most = max(lower, key=lambda row: lower[row])
-    kinds = sorted({", ".join(union.attacks) for _, _, union in found})
+    kinds = sorted({", ".join(union.attacks) for _, _, union in unions})
     return [
         f"Worst case of all: an image counts while none of the row's attacks has broken it ({'; or '.join(kinds)}). "
         f"It is at most {percent(lower[most])} points below the strongest of them alone ({most})."
@@ -38,16 +38,16 @@ def lead(groups: Sequence[Group], columns: Sequence[str]) -> str:
     which_of = f"the strongest of {len(attacks)} attacks here" if attack == attacks[-1] and len(attacks) > 1 else ""
     under = f"under {attack}" + (f", {which_of}," if which_of else "")
     start = under[0].upper() + under[1:]
-    found = [(g, s) for g in groups if g.main is not None and (s := g.accuracy(g.main, attack)) is not None]
-    if len(found) == 1:
-        group, spread = found[0]
+    scores = [(g, s) for g in groups if g.main is not None and (s := g.accuracy(g.main, attack)) is not None]
+    if len(scores) == 1:
+        group, spread = scores[0]
         clean = group.accuracy(group.main or "", CLEAN)
         of = f", of {clean}% without an attack" if clean else ""
         return f"{group.label} keeps {spread}% {under}".rstrip(",") + f"{of}.{_granularity(group, attack)}"
     if not comparable(groups):
-        each = ", ".join(f"{g.label} {s}%" for g, s in found)
+        each = ", ".join(f"{g.label} {s}%" for g, s in scores)
         return f"{start} accuracy is: {each}. These rows are of different images; no best is marked."
-    (first, high), (second, low), *_ = sorted(found, key=lambda pair: -pair[1].mean)
+    (first, high), (second, low), *_ = sorted(scores, key=lambda pair: -pair[1].mean)
     if percent(high.mean) == percent(low.mean):
         return (
             f"{start} {first.label} and {second.label} are level, at {high}% and {low}%.{_granularity(first, attack)}"
@@ -60,14 +60,14 @@ def lead(groups: Sequence[Group], columns: Sequence[str]) -> str:
 
 def _apart(high: Spread, low: Spread) -> str:
     difference = high.mean - low.mean
-    said = f", {points(difference).lstrip('+')} points less"
+    sentence = f", {points(difference).lstrip('+')} points less"
     spreads = [s.std for s in (high, low) if s.std is not None]
     if not spreads:
-        return said + ", each from a single seed, which says nothing of the spread over seeds"
+        return sentence + ", each from a single seed, which says nothing of the spread over seeds"
     larger = max(spreads)
     if difference < larger:
-        return said + f", which is within one standard deviation over seeds ({percent(larger)})"
-    return said + (f", or {difference / larger:.1f} standard deviations over seeds" if larger else "")
+        return sentence + f", which is within one standard deviation over seeds ({percent(larger)})"
+    return sentence + (f", or {difference / larger:.1f} standard deviations over seeds" if larger else "")
 
 
 def _granularity(group: Group, attack: str) -> str:

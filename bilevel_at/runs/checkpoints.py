@@ -1,4 +1,4 @@
-"""Checkpoints: tensors and plain values, of which nothing is ever unpickled that could run code."""
+"""Checkpoints: tensors and plain values, loaded without unpickling anything that could run code."""
 
 from __future__ import annotations
 
@@ -14,19 +14,31 @@ from ..errors import InputError
 __all__ = ["FORMAT", "checked", "load_tensors", "weights"]
 
 FORMAT = 2
-"""What a checkpoint holds: 1 had no number, and what problems remember was laid out in another way."""
+"""The version of the checkpoint format. Version 1 had no number, and stored the state of policies differently."""
 
 
 def weights(state: dict[str, Any]) -> dict[str, Tensor]:
-    """The weights to evaluate in a checkpoint: their moving average where there is one. KeyError where it has none."""
-    kept = (state["average"] if "average" in state else state["model"]) if isinstance(state, dict) else None
-    if not isinstance(kept, dict):
+    """The weights to evaluate in a checkpoint: their moving average if it has one.
+
+    Raises:
+        KeyError: if the checkpoint has no weights.
+    """
+    tensors = (state["average"] if "average" in state else state["model"]) if isinstance(state, dict) else None
+    if not isinstance(tensors, dict):
         raise KeyError("model")
-    return kept
+    return tensors
 
 
 def checked(file: Path, content: Any) -> dict[str, Any]:
-    """The content of a checkpoint; :class:`InputError` where it is of another format, older or newer."""
+    """The content of a checkpoint, after a check of its format version.
+
+    Args:
+        file: the path, for messages.
+        content: the loaded object.
+
+    Raises:
+        InputError: if the content is not a checkpoint, or has an older or newer format.
+    """
     number = content.get("format", 1) if isinstance(content, dict) else None
     if not isinstance(number, int) or isinstance(number, bool):
         raise InputError(f"{file} is not a checkpoint of bilevel_at.run")
@@ -40,11 +52,19 @@ def checked(file: Path, content: Any) -> dict[str, Any]:
 
 
 def load_tensors(file: Path, device: torch.device | str = "cpu") -> Any:
-    """What ``torch.save`` wrote, if that is tensors and plain values; otherwise :class:`InputError`: nothing runs."""
+    """Load a file of ``torch.save`` that contains only tensors and plain values. No code from the file is run.
+
+    Args:
+        file: the path.
+        device: where tensors are loaded to.
+
+    Raises:
+        InputError: if the file is damaged or contains anything else.
+    """
     try:
         return torch.load(file, map_location=device, weights_only=True)
     except pickle.UnpicklingError:
-        said = "it is damaged, or holds something else, which is not unpickled because that can run code"
+        reason = "it is damaged, or holds something else, which is not unpickled because that can run code"
     except Exception as error:  # damaged files fail in many ways, all of them inside torch.load
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    raise InputError(f"{file} is not a checkpoint of tensors that can be loaded: {said[:160]}")
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    raise InputError(f"{file} is not a checkpoint of tensors that can be loaded: {reason[:160]}")

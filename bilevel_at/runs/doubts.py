@@ -1,4 +1,4 @@
-"""``checks.json``: what was measured of each network, and the reasons for doubt that follow from it."""
+"""``checks.json``: the measurements of each network, and the warnings that follow from them."""
 
 from __future__ import annotations
 
@@ -28,11 +28,23 @@ def record_checks(
     again: bool = False,
     progress: Callable[[str], None] = lambda what: None,
 ) -> list[Finding]:
-    """Measure what is not known yet of the store's network, on ``examples`` images, and compare the store's traces.
+    """Check the store's network for gradient masking, and write the result to ``checks.json``.
 
-    What is known of the same weights is kept: comparisons of earlier commands, and, with ``examples=0``, measurements.
-    space: where the attacks of the checks move; in other sets than balls only what needs no attack is measured.
-    key: the entry's name, the checkpoint's if not given.
+    Stored comparisons are reused if weights and images are the same; stored measurements if, besides, every setting is
+    the same or ``examples`` is 0.
+
+    Args:
+        run: the directory.
+        store: the network's results; the traces in it are compared with each other.
+        images: the images from which the sample is drawn.
+        space: the constraint of the checks' attacks; if it is not a ball, checks that need an attack are skipped.
+        examples: the number of images to measure on; 0 measures nothing new.
+        key: the name of the entry; the checkpoint's name by default.
+        again: measure again, even if the measurements are on record.
+        progress: called with the name of each check before it starts.
+
+    Returns:
+        The warnings.
     """
     key = store.which if key is None else key
     known = _object(run)
@@ -65,16 +77,16 @@ def record_checks(
 
 
 def _object(run: RunDir) -> dict[str, Any]:
-    """What the file says; nothing where it is not there or damaged: it is made anew."""
+    """The content of ``checks.json``; empty if the file is missing or damaged, and then it is written again."""
     try:
-        found = run.read_json(CHECKS) if (run.path / CHECKS).exists() else {}
-        for entry in found.values():
+        content = run.read_json(CHECKS) if (run.path / CHECKS).exists() else {}
+        for entry in content.values():
             findings(_part(entry, "network")), findings(_part(entry, "compared"))
     except (AttributeError, InputError, KeyError, TypeError, ValueError):
         return {}
-    return dict(found)
+    return dict(content)
 
 
 def _part(entry: Mapping[str, Any], name: str) -> dict[str, Any]:
-    found = entry.get(name)
-    return found if isinstance(found, dict) else {}
+    part = entry.get(name)
+    return part if isinstance(part, dict) else {}

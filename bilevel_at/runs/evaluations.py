@@ -1,6 +1,6 @@
-"""Results in a run directory: ``results.json``, and a file for every attack that says what became of each example.
+"""Results in a run directory: ``results.json``, and a file with the outcome of each example for every attack.
 
-The file is the record of a finished attack and the state of one that was stopped: the same evaluation goes on from it.
+The file is also the state of an interrupted attack: the same evaluation resumes from it.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ COMMANDS = "commands.json"
 SAVE_EVERY = 2.0  # seconds
 
 
-def score_from(found: Any) -> Score | None:
-    """An entry of ``results.json``, which may say more or, if older, less; None where it is not one."""
+def score_from(entry: Any) -> Score | None:
+    """An entry of ``results.json`` as a score; None if it is not one. Unknown keys are ignored."""
     try:
-        known = {f.name: found[f.name] for f in dataclasses.fields(Score) if f.name in found}
+        known = {f.name: entry[f.name] for f in dataclasses.fields(Score) if f.name in entry}
         score = Score(**known)
         return score if isinstance(score.accuracy, (int, float)) and isinstance(score.n, int) else None
     except (AttributeError, KeyError, TypeError):
@@ -48,7 +48,7 @@ def score_from(found: Any) -> Score | None:
 
 
 def file_name(name: str) -> str:
-    """A result's name as that of a file: 8/255 has a slash."""
+    """The file name for a result: characters such as the slash of 8/255 are replaced."""
     plain = re.sub(r"[^\w.@+=\[\]-]", "_", name)
     if plain != name.replace("/", "_"):
         plain += "-" + hashlib.sha256(name.encode()).hexdigest()[:6]
@@ -62,10 +62,18 @@ class Store:
         for attack in attacks:
             score = store.score(attack)
 
-    usual: the threat whose results need no ``@radius`` in their names, nor ``-l2``; a radius is that of an ℓ∞ ball.
-    None: no result needs it.
+    A result on fewer images than an existing one is stored beside it, as ``pgd-50-10[n=100]``.
 
-    A result on fewer images than one that is there is named ``pgd-50-10[n=100]`` and stands beside it.
+    Args:
+        run: the directory.
+        which: the checkpoint's name: "best", "last", "last_good" or "model".
+        model: the network.
+        images: the images to evaluate on.
+        usual: the threat whose results have neither ``@radius`` nor ``-l2`` in their names; a number is the radius of
+            an ℓ∞ ball. With None, no result has them.
+        seed: of the attacks.
+        batch_size: images in a batch.
+        data: a fingerprint of the images; computed if None.
     """
 
     def __init__(
@@ -89,9 +97,9 @@ class Store:
         self.attacks: dict[str, Attack] = {}
 
     def results(self) -> dict[str, Any]:
-        """All of ``results.json``, an empty one where there is none or something else."""
-        found = self.run.read_json(RESULTS) if (self.run.path / RESULTS).exists() else {}
-        results: dict[str, Any] = found if isinstance(found, dict) else {}
+        """The content of ``results.json``, with an entry for this checkpoint, which may be empty."""
+        content = self.run.read_json(RESULTS) if (self.run.path / RESULTS).exists() else {}
+        results: dict[str, Any] = content if isinstance(content, dict) else {}
         if not isinstance(results.get(self.which), dict):
             results[self.which] = {}
         return results
@@ -102,9 +110,17 @@ class Store:
         progress: Callable[[str, str, int, int, Trace], None] = lambda *_: None,
         again: bool = False,
     ) -> tuple[str, Score]:
-        """(its name, the score): what is there already, or computed, from where an interruption left it.
+        """The score of an attack: the stored one if it is current; otherwise it is computed.
 
-        ``again`` computes it anew.
+        An interrupted evaluation is resumed.
+
+        Args:
+            attack: the attack.
+            progress: called after each batch with the result's name, the stage, batches done, batches to do, the trace.
+            again: ignore stored results and compute the score again.
+
+        Returns:
+            The name of the result and the score.
         """
         name, entry = self._place(attack)
         identity = self._identity(attack)
@@ -125,9 +141,9 @@ class Store:
                 if time.monotonic() - saved > SAVE_EVERY:
                     self._write(path, identity, attack, trace)
                     saved = time.monotonic()
-        except InputError:  # nothing was begun
+        except InputError:  # raised before the first batch
             raise
-        except BaseException:  # an interruption leaves what is done
+        except BaseException:  # save the finished batches
             self._write(path, identity, attack, trace)
             raise
         self._write(path, identity, attack, trace)
@@ -145,14 +161,14 @@ class Store:
             versions=versions("pyautoattack", "numpy"),
         )
         results = self.results()
-        # What is there of other weights is of a network that this checkpoint no longer is.
-        kept = {k: v for k, v in results[self.which].items() if self._current(v)}
-        results[self.which] = {**kept, name: score.asdict()}
+        # Results for other weights are stale: the checkpoint has been replaced since.
+        current = {k: v for k, v in results[self.which].items() if self._current(v)}
+        results[self.which] = {**current, name: score.asdict()}
         self.run.write_json(RESULTS, results)
         return name, score
 
     def _place(self, attack: Attack) -> tuple[str, Score | None]:
-        """The name that the result has or will have, and the entry of that name."""
+        """The name of the attack's result, and the stored entry of that name, if any."""
         known = self.results()[self.which]
         name = result_name(attack, self.usual)
         entry = score_from(known.get(name))
@@ -162,7 +178,7 @@ class Store:
         return name, entry
 
     def is_in(self, name: str, threat: Threat) -> bool:
-        """Whether one of the attacks made is of that threat, or none at all."""
+        """Whether an attack of this store has that threat, or perturbs nothing."""
         own = self.attacks[name].threat
         return own is None or own.epsilon == 0 or own.key == threat.key
 
@@ -180,13 +196,13 @@ class Store:
 
     def _identity(self, attack: Attack) -> str:
         surrogates = [fingerprint(stage.surrogate) for stage in attack.stages[:1] if isinstance(stage, OnSurrogate)]
-        # What the stages do, without the addresses of objects that say no more of themselves.
-        said = re.sub(r" at 0x[0-9a-f]+", "", repr(list(attack.stages)))
+        # The stages' settings, without the memory addresses in default reprs.
+        description = re.sub(r" at 0x[0-9a-f]+", "", repr(list(attack.stages)))
         threat = attack.threat
         constraint = repr(attack.constraint) if threat is None or threat.is_ball else repr(threat)
         stated = {
             "attack": attack.name,
-            "settings": hashlib.sha256(said.encode()).hexdigest()[:16],
+            "settings": hashlib.sha256(description.encode()).hexdigest()[:16],
             "constraint": hashlib.sha256(constraint.encode()).hexdigest()[:16],
             "epsilon": attack.epsilon,
             "stages": [stage.name for stage in attack.stages],
@@ -202,7 +218,7 @@ class Store:
         return self.run.path / FOLDER / self.which / file_name(name)
 
     def _read(self, path: Path, identity: str, attack: Attack) -> Trace | None:
-        """The trace in the file; None where there is none, or it is of another evaluation, or damaged."""
+        """The trace in the file; None if the file is missing, damaged, or from another evaluation."""
         try:
             with np.load(path, allow_pickle=False) as archive:
                 arrays = {name: archive[name] for name in archive.files}
@@ -220,7 +236,7 @@ class Store:
             raise InputError(f"{path.parent} leads out of {self.run}; a run's files are its own")
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.partial")
-        partial.unlink(missing_ok=True)  # a link there would lead what is written to another file
+        partial.unlink(missing_ok=True)  # do not write through a symbolic link
         with open(partial, "wb") as file:
             np.savez(file, **self._arrays(identity, attack, trace))
         partial.replace(path)
@@ -237,9 +253,17 @@ class Store:
 
 
 def outcomes(run: Path, entry: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray] | None:
-    """(labels, correct) of an entry of ``results.json``, from its file; None where that is not in the run's directory.
+    """The outcome of each example, from the file of an entry of ``results.json``.
 
-    run: the directory. Raises :class:`InputError` for a damaged file.
+    Args:
+        run: the directory.
+        entry: the entry.
+
+    Returns:
+        Labels and ``correct``; None if the file is not in the run's directory, or belongs to another evaluation.
+
+    Raises:
+        InputError: if the file is damaged.
     """
     file = run / entry["file"]
     if not file.is_file() or run.resolve() not in file.resolve().parents:
@@ -260,7 +284,7 @@ def outcomes(run: Path, entry: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarra
 
 
 def _is_of(arrays: Any, entry: Mapping[str, Any]) -> bool:
-    """Whether a file is the finished record of an entry, and not what a later, unfinished evaluation has left."""
+    """Whether a file is the finished record of an entry, and not of a later, unfinished evaluation."""
     try:
         identity = json.loads(str(arrays["identity"]))
         settings = [identity[name] == entry[name] for name in ("attack", "data", "weights", "seed", "batch_size")]
@@ -270,7 +294,7 @@ def _is_of(arrays: Any, entry: Mapping[str, Any]) -> bool:
 
 
 def remember_command(run: RunDir, words: list[str]) -> None:
-    """Add a command to those that made what is there, once."""
+    """Add a command to the list of those that made the stored evaluations, unless it is in the list."""
     folder = RunDir(run.path / FOLDER)
     try:
         known: Any = folder.read_json(COMMANDS) if (folder.path / COMMANDS).exists() else []
@@ -282,14 +306,18 @@ def remember_command(run: RunDir, words: list[str]) -> None:
 
 
 def read_commands(run: Path) -> list[list[str]]:
-    """The commands that made a run's evaluations; :class:`InputError` for a damaged file."""
+    """The commands that made a run's evaluations.
+
+    Raises:
+        InputError: if the file is damaged.
+    """
     folder = RunDir(run / FOLDER)
     file = folder.path / COMMANDS
     if not file.is_file():
         return []
-    found = folder.read_json(COMMANDS)
-    if not isinstance(found, list) or not all(
-        isinstance(command, list) and all(isinstance(word, str) for word in command) for command in found
+    commands = folder.read_json(COMMANDS)
+    if not isinstance(commands, list) or not all(
+        isinstance(command, list) and all(isinstance(word, str) for word in command) for command in commands
     ):
         raise InputError(f"{file} is not a list of commands, each a list of words")
-    return found
+    return commands

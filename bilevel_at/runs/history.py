@@ -1,4 +1,4 @@
-"""``history.npz``: what training has recorded of every example in every epoch, and of the first filters."""
+"""``history.npz``: measurements of each training example in each epoch, and the first layer's filters."""
 
 from __future__ import annotations
 
@@ -20,11 +20,17 @@ FILE = "history.npz"
 
 @dataclass(frozen=True)
 class History:
-    """What a run kept of each training example in each epoch, ``history.npz``.
+    """Measurements of each training example in each epoch, from ``history.npz``.
 
-    gradient_norm: ‖∇_δ ℓ_atk(θ, z_i)‖₂, ``[epochs, N]``, NaN where unknown. step: the step 1/λ it was attacked with,
-    ``[epochs, N]``, NaN where unknown. label: ``[N]`` int64. filters: the first convolution's weights before training
-    and after each epoch, ``[epochs + 1, O, I, kh, kw]``, or None.
+    Args:
+        gradient_norm: ‖∇_δ ℓ_atk(θ, z_i)‖₂, ``[epochs, N]``, NaN where unknown.
+        step: the step 1/λ of the attack, ``[epochs, N]``, NaN where unknown.
+        label: ``[N]`` int64.
+        filters: the first convolution's weights before training and after each epoch, ``[epochs + 1, O, I, kh, kw]``,
+            or None.
+
+    Raises:
+        InputError: if shapes do not agree.
     """
 
     gradient_norm: Tensor
@@ -47,19 +53,26 @@ class History:
 
 
 def write_history(run: RunDir, arrays: Mapping[str, np.ndarray]) -> None:
-    """What a recorder has of the epochs so far."""
+    """Write the recorder's arrays of the epochs so far."""
     run.save_arrays(FILE, arrays)
 
 
 def history_arrays(run: RunDir) -> dict[str, np.ndarray]:
-    """The arrays by name, as they are; none where there is no file, or it is damaged."""
+    """The arrays of ``history.npz`` by name, unchecked; empty if the file is missing or damaged."""
     return run.arrays(FILE)
 
 
 def read_history(run_path: str | Path) -> History | None:
-    """The ``history.npz`` of a run directory, or None where it has none. Nothing pickled is loaded.
+    """Read the ``history.npz`` of a run directory, without unpickling.
 
-    Raises :class:`InputError` where the file is damaged or does not hold the arrays of :class:`History`.
+    Args:
+        run_path: the run directory.
+
+    Returns:
+        The history, or None if the run has none.
+
+    Raises:
+        InputError: if the file is damaged or lacks arrays of :class:`History`.
     """
     file = Path(run_path) / FILE
     if not file.is_file():

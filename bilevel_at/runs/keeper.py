@@ -1,4 +1,4 @@
-"""What a run writes after every epoch: metrics, history, and the checkpoints that are worth keeping."""
+"""The files written after every epoch: metrics, history, and checkpoints."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ __all__ = ["Keeper"]
 
 
 class Keeper:
-    """Keeps ``last``; ``best``, where the epoch is the best so far; and ``last_good``, where robustness is falling.
+    """Saves ``last`` after every epoch, ``best`` if it is the best so far, and ``last_good`` if robustness collapses.
 
-    run: the directory; a keeper goes on after the epochs whose metrics it has.
+    Args:
+        run: the directory; epochs whose metrics it has count as done.
     """
 
     def __init__(self, run: RunDir) -> None:
@@ -26,11 +27,15 @@ class Keeper:
         self.lines = run.metrics()
 
     def keep(self, epoch: Epoch, state: Mapping[str, Any], history: Mapping[str, np.ndarray]) -> Collapse | None:
-        """Write what an epoch leaves behind. Returns the collapse of robustness, where it happened in this epoch.
+        """Write the files of an epoch.
 
-        epoch: what it measured.
-        state: the trainer's, after it.
-        history: the recorder's arrays; nothing is written where there are none.
+        Args:
+            epoch: its metrics.
+            state: the trainer's state after it.
+            history: the recorder's arrays; if there are none, no history is written.
+
+        Returns:
+            The collapse of robustness if it happened in this epoch, else None.
         """
         line = epoch.asdict()
         if all(rank(line) > rank(earlier) for earlier in self.lines):
@@ -38,7 +43,7 @@ class Keeper:
         self.lines.append(line)
         collapse = catastrophic_overfitting(self.lines)
         in_this_epoch = collapse is not None and collapse.after is line
-        # A later collapse is not looked for: last_good is the epoch before the first.
+        # Later collapses are ignored: last_good is the epoch before the first one.
         if (collapse is None or in_this_epoch) and last_is_first_to_fall(self.lines):
             self.run.copy_checkpoint("last", "last_good")  # "last" is still the epoch before
         self.run.append_metrics(line)

@@ -1,4 +1,4 @@
-"""What an epoch measured, which epoch is best, and when robustness collapsed."""
+"""The metrics of an epoch, the choice of the best epoch, and the detection of catastrophic overfitting."""
 
 from __future__ import annotations
 
@@ -11,18 +11,27 @@ __all__ = ["Collapse", "Epoch", "catastrophic_overfitting", "last_is_first_to_fa
 
 @dataclass(frozen=True)
 class Epoch:
-    """What one epoch measured, a line of ``metrics.jsonl``.
+    """The metrics of one epoch, a line of ``metrics.jsonl``.
 
-    loss: the mean upper loss over the epoch.
-    train, perturbation: on the training examples as they were attacked (x + δ*), in one batch of 16: the accuracy, in
-        eval mode, of the network in training (not of its average), and the mean of ‖δ*‖_∞.
-    clean, robust: accuracies on the held-out examples, under no attack and under ``attack``.
-    implicit_ratio: the norm of the implicit term over that of ∇_θ f, the mean over steps; implicit_cosine: of the angle
-        between the two, likewise; 0 where there is no such term.
-    alignment: the mean cosine of input gradients at x and at x + η, of up to 256 held-out examples (GradAlign; see
-        :func:`bilevel_at.diagnose.gradient_alignment`), None where it is not defined.
-    lr: at the epoch's last step. seconds: of all of it; train_seconds: without the held-out examples. memory: the peak
-        that training took of a GPU's, in GiB; 0 on a CPU.
+    Args:
+        epoch: the number of the epoch.
+        loss: the mean upper loss over the epoch.
+        train: the accuracy on attacked training examples x + δ*, in one batch of 16; of the network in training, in
+            eval mode, not of its moving average.
+        clean: the accuracy on the held-out examples.
+        robust: the accuracy on the held-out examples under ``attack``.
+        attack: the name of the attack.
+        implicit_ratio: the norm of the implicit term divided by that of ∇_θ f, averaged over steps; 0 without such a
+            term.
+        perturbation: the mean of ‖δ*‖_∞ over the examples of ``train``.
+        lr: the learning rate of the last step.
+        seconds: the time of the whole epoch.
+        train_seconds: the time without the evaluation of held-out examples.
+        memory: the peak GPU memory of training, in GiB; 0 on a CPU.
+        implicit_cosine: the cosine of the angle between the implicit term and ∇_θ f, averaged over steps; 0 without
+            such a term.
+        alignment: the mean cosine of input gradients at x and at x + η, over up to 256 held-out examples (GradAlign,
+            :func:`bilevel_at.diagnose.gradient_alignment`); None where it is not defined.
     """
 
     epoch: int
@@ -45,13 +54,19 @@ class Epoch:
 
 
 def rank(metrics: Mapping[str, Any]) -> tuple[float, float, int]:
-    """The best epoch has the largest of these: robust, then clean accuracy, then the later one."""
+    """The sort key of the best epoch: robust accuracy, then clean accuracy, then the later epoch."""
     return metrics["robust"], metrics["clean"], metrics["epoch"]
 
 
 @dataclass(frozen=True)
 class Collapse:
-    """Catastrophic overfitting: the epoch it happened in, the best one before it, and the last that was still good."""
+    """An occurrence of catastrophic overfitting.
+
+    Args:
+        before: the metrics of the most robust epoch before it.
+        after: the metrics of the epoch in which it happened.
+        last_good: the number of the last epoch before it.
+    """
 
     before: Mapping[str, Any]
     after: Mapping[str, Any]
@@ -69,11 +84,18 @@ class Collapse:
 def catastrophic_overfitting(
     metrics: Iterable[Mapping[str, Any]], fall: float = 0.5, least: float = 0.05
 ) -> Collapse | None:
-    """The first epoch whose held-out robust accuracy has collapsed while training accuracy under attack rose, or None.
+    """Find the first epoch whose held-out robust accuracy collapses while training accuracy under attack rises.
 
-    Collapsed: below ``fall`` times the best so far, and by at least ``least``; an epoch is good while it is not.
-    Training without an attack, which has no robustness to lose, is not looked at. Source: Wong et al. (2020), section
-    5.4; Andriushchenko and Flammarion (2020), section 1.
+    Epochs trained without an attack are ignored. Source: Wong et al. (2020), section 5.4; Andriushchenko and Flammarion
+    (2020), section 1.
+
+    Args:
+        metrics: the lines of ``metrics.jsonl``.
+        fall: robust accuracy has collapsed if it is below this fraction of the best so far,
+        least: and below it by at least this much.
+
+    Returns:
+        The collapse, or None.
     """
     good = 0
     for line, best in _with_best(metrics):
@@ -85,7 +107,13 @@ def catastrophic_overfitting(
 
 
 def last_is_first_to_fall(metrics: Sequence[Mapping[str, Any]], fall: float = 0.5, least: float = 0.05) -> bool:
-    """Whether the last epoch has fallen and the one before it had not, so that its weights are the ones to keep."""
+    """Whether robust accuracy collapses in the last epoch, so that the weights of the epoch before it are to be saved.
+
+    Args:
+        metrics: the lines of ``metrics.jsonl``.
+        fall: as in :func:`catastrophic_overfitting`.
+        least: as in :func:`catastrophic_overfitting`.
+    """
     states = [False, *(_fallen(line, best, fall, least) for line, best in _with_best(metrics))]
     return states[-1] and not states[-2]
 
@@ -94,7 +122,7 @@ Line = Mapping[str, Any]
 
 
 def _with_best(metrics: Iterable[Line]) -> Iterator[tuple[Line, Line]]:
-    """Each epoch with the most robust up to it, the earliest of equals."""
+    """Yield each epoch with the most robust epoch up to it, the earliest of ties."""
     best: Line | None = None
     for line in metrics:
         if best is None or line["robust"] > best["robust"]:

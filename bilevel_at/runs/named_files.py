@@ -1,4 +1,4 @@
-"""``--problem-file``: the problem files that a user lets be run in order to read runs."""
+"""``--problem-file``: problem files that the user allows to be run in order to read runs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,11 @@ class NamedFiles:
     A run directory records the path of such a file and its SHA-256. The path is never followed, because reading a run
     must not run code; a named file is run only for a run that records its SHA-256.
 
-    paths: the files. Raises :class:`InputError` for one that does not exist.
+    Args:
+        paths: the files.
+
+    Raises:
+        InputError: if a file does not exist.
     """
 
     def __init__(self, paths: Iterable[str] = ()) -> None:
@@ -39,7 +43,14 @@ class NamedFiles:
             self._paths[hashlib.sha256(Path(path).read_bytes()).hexdigest()] = path
 
     def check_used(self, configs: Iterable[Mapping[str, Any]]) -> None:
-        """Raise :class:`InputError` for a named file that defines neither network nor threat of any of these runs."""
+        """Check that every named file defines the network or the threat of one of these runs.
+
+        Args:
+            configs: the runs' ``config.json``.
+
+        Raises:
+            InputError: if a file defines neither.
+        """
         recorded = [config.get("file_sha256") for config in configs if self.wanted(config)]
         for sha256, path in self._paths.items():
             if sha256 not in recorded:
@@ -73,13 +84,14 @@ class NamedFiles:
         return path
 
     def threat(self, run: str | Path, config: Mapping[str, Any]) -> Constraint:
-        """The threat of a run, made again: a ball from its record, any other set by its problem file.
+        """Reconstruct the threat of a run: a ball from its record, any other set from its problem file.
 
-        run: the directory, for messages.
-        config: its ``config.json``.
+        Args:
+            run: the directory, for messages.
+            config: its ``config.json``.
 
-        Raises :class:`InputError` where no named file has the recorded SHA-256, and where what it makes is not what was
-        recorded.
+        Raises:
+            InputError: if no named file has the recorded SHA-256, or the file makes another threat than recorded.
         """
         recorded = Threat.read(config.get("constraint"))
         if recorded is None:
@@ -102,10 +114,12 @@ class NamedFiles:
     def network(self, run: str | Path, config: Mapping[str, Any]) -> nn.Module | None:
         """The network that a run's problem file defines; None for a run of a network known by name.
 
-        run: the directory, for messages.
-        config: its ``config.json``.
+        Args:
+            run: the directory, for messages.
+            config: its ``config.json``.
 
-        Raises :class:`InputError` where no named file has the recorded SHA-256.
+        Raises:
+            InputError: if no named file has the recorded SHA-256.
         """
         if not isinstance(config, Mapping) or config.get("model") != "file":
             return None
@@ -118,5 +132,13 @@ class NamedFiles:
         return model
 
     def load(self, run: str | Path, which: Which = "best") -> nn.Module:
-        """A network of a run, as :func:`load` gives it, also where one of these files defines it."""
+        """Load a network of a run, which may be defined in one of these files.
+
+        Args:
+            run: the directory.
+            which: the checkpoint, as for :func:`load`.
+
+        Raises:
+            InputError: if the network cannot be loaded, or no named file has the recorded SHA-256.
+        """
         return load(run, which, self.network(run, RunDir(run).config()))

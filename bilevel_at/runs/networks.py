@@ -1,4 +1,4 @@
-"""The network that a run has trained, from its directory."""
+"""Load the trained network of a run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,18 @@ Which = Literal["best", "last", "last_good"]
 
 
 def described(run: str | Path, config: Any) -> tuple[str, tuple[int, int, int], int]:
-    """(name, shape, classes) of the network that a ``config.json`` describes; :class:`InputError` where it does not."""
+    """The network that a ``config.json`` describes.
+
+    Args:
+        run: the directory, for messages.
+        config: the content of ``config.json``.
+
+    Returns:
+        The network's name, the shape (C, H, W) of its inputs, and the number of classes.
+
+    Raises:
+        InputError: if the configuration describes no network.
+    """
     try:
         name, (channels, height, width), classes = config["model"], config["shape"], config["classes"]
     except (KeyError, TypeError, ValueError):
@@ -32,11 +43,16 @@ def described(run: str | Path, config: Any) -> tuple[str, tuple[int, int, int], 
 
 
 def load(run_dir: str | Path, which: Which = "best", model: nn.Module | None = None) -> nn.Module:
-    """The model of a run, in eval mode, taking images in [0, 1] to logits, as RobustBench and AutoAttack expect.
+    """The model of a run, in eval mode. It maps images in [0, 1] to logits, as RobustBench and AutoAttack expect.
 
-    which: "best" (by held-out robust accuracy), "last", or "last_good", the epoch before catastrophic overfitting where
-    that happened. model: the network to fill, needed only where the run's problem file defined its own. Raises
-    :class:`InputError` where the directory or the checkpoint is not usable.
+    Args:
+        run_dir: the run directory.
+        which: "best" (by held-out robust accuracy), "last", or "last_good", the epoch before catastrophic overfitting,
+            if that happened.
+        model: the network to load the weights into; required only if the run's problem file defines its own network.
+
+    Raises:
+        InputError: if the directory is not a run, or the checkpoint is missing, damaged, or does not fit the network.
     """
     if which not in get_args(Which):
         raise InputError(f"which is {which!r}; choose 'best', 'last' or 'last_good'")

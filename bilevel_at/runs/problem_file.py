@@ -1,4 +1,4 @@
-"""A user's file that defines ``problem(...)`` and, if it likes, ``solver(...)``, ``recipe()`` and ``model(...)``."""
+"""A user's file that defines ``problem(...)`` and, optionally, ``solver(...)``, ``recipe()`` and ``model(...)``."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PACKAGED = "bilevel_at.problems"
 
 
 def packaged_problems() -> list[tuple[Path, str]]:
-    """The problem files of this package, with the first line of what they say of themselves."""
+    """The problem files of this package, each with the first line of its docstring."""
     spec = importlib.util.find_spec(PACKAGED)
     folder = Path(next(iter(spec.submodule_search_locations or []))) if spec else Path()
     files = sorted(f for f in folder.glob("*.py") if not f.stem.startswith("_"))
@@ -33,7 +33,15 @@ def packaged_problems() -> list[tuple[Path, str]]:
 
 
 class ProblemFile:
-    """A loaded problem file. Raises :class:`InputError`, with the file's own line where it failed."""
+    """A loaded problem file.
+
+    Args:
+        path: the file, or the name of a packaged problem.
+
+    Raises:
+        InputError: if the file does not exist, fails to run (the message has the line number), or defines no
+            ``problem``.
+    """
 
     def __init__(self, path: str) -> None:
         self.path = self._find(path)
@@ -47,14 +55,14 @@ class ProblemFile:
         self.model = self._function("model") if hasattr(self.module, "model") else None
 
     def _function(self, name: str) -> Callable[..., Any]:
-        found = getattr(self.module, name)
-        if not inspect.isfunction(found):
-            raise InputError(f"{self.path}: {name} is {found!r}; it must be a function")
-        return found
+        function = getattr(self.module, name)
+        if not inspect.isfunction(function):
+            raise InputError(f"{self.path}: {name} is {function!r}; it must be a function")
+        return function
 
     @staticmethod
     def _find(path: str) -> Path:
-        """The file; failing that, the packaged problem of that name (outside a checkout there is no problems/)."""
+        """The file, or else the packaged problem of that name (outside a checkout there is no problems/)."""
         given = Path(path)
         if given.is_file():
             return given
@@ -67,13 +75,13 @@ class ProblemFile:
         raise InputError(f"problem file {path} does not exist; {hint}")
 
     def _import(self, source: bytes) -> ModuleType:
-        """Run the file. What runs is what was hashed: no cached bytecode that may lie beside the file."""
+        """Run the source that was hashed, and never cached bytecode."""
         name = f"bilevel_at_problem_file_{self.path.stem}"
         spec = importlib.util.spec_from_file_location(name, self.path)
         if spec is None or spec.loader is None:
             raise InputError(f"{self.path} is not a Python file; a problem file ends in .py")
         module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module  # typing.get_type_hints looks the module up
+        sys.modules[name] = module  # typing.get_type_hints looks up the module by name
         folder = str(self.path.parent.resolve())
         if folder not in sys.path:
             sys.path.append(folder)  # a problem file may import its neighbours
@@ -83,7 +91,11 @@ class ProblemFile:
 
     @contextmanager
     def blame(self, what: str = "") -> Iterator[None]:
-        """Whatever the user's code raises becomes one line that says where in their file it happened."""
+        """Convert an exception in the user's code to an InputError of one line, with the line number in their file.
+
+        Args:
+            what: words to put before the exception's name.
+        """
         try:
             yield
         except (BilevelError, InputError):
@@ -92,11 +104,18 @@ class ProblemFile:
             frames = traceback.extract_tb(error.__traceback__)
             lines = [frame.lineno for frame in frames if Path(frame.filename).resolve() == self.path.resolve()]
             where = f"{self.path}, line {lines[-1]}" if lines else str(self.path)
-            said = " ".join(str(error).split())
-            raise InputError(f"{where}: {what}{type(error).__name__}: {said[:300]}") from error
+            message = " ".join(str(error).split())
+            raise InputError(f"{where}: {what}{type(error).__name__}: {message[:300]}") from error
 
     def recipe(self, data: str) -> Recipe:
-        """The file's recipe for this data set, else the default one, with only what ``problem`` takes."""
+        """The file's recipe for a data set, or else the default one, with only those arguments that ``problem`` takes.
+
+        Args:
+            data: the data set's name.
+
+        Raises:
+            InputError: if ``recipe()`` fails, or does not map names to recipes.
+        """
         with self.blame("recipe() failed: "):
             stated: Any = self.module.recipe() if hasattr(self.module, "recipe") else {}
         if not isinstance(stated, Mapping) or not all(isinstance(r, Recipe) for r in stated.values()):
@@ -106,18 +125,27 @@ class ProblemFile:
         if data in stated:
             own: Recipe = stated[data]
             return own
-        # What this data set asks of a problem is asked only where the problem has such an argument; where the file says
-        # nothing at all, only of arguments without a default.
-        found = recipe_for(data, stated)
-        recipe = found or recipe_for(data, DEFAULTS) or Recipe()
+        # A recipe's problem arguments are passed on only if the problem takes them. Those of the default recipe replace
+        # no default of the problem: they fill only arguments that have none.
+        published = recipe_for(data, stated)
+        recipe = published or recipe_for(data, DEFAULTS) or Recipe()
         takes = inspect.signature(self.problem).parameters
         asked = {
-            k: v for k, v in recipe.problem.items() if k in takes and (found or takes[k].default is takes[k].empty)
+            k: v for k, v in recipe.problem.items() if k in takes and (published or takes[k].default is takes[k].empty)
         }
         return dataclasses.replace(recipe, problem=asked)
 
     def make(self, function: Callable[..., Any], kind: type, /, **arguments: Any) -> Any:
-        """Call one of the file's functions, and see that it returns a ``kind``."""
+        """Call one of the file's functions, and check the type of the result.
+
+        Args:
+            function: the function.
+            kind: the type that it must return.
+            arguments: keyword arguments of the call.
+
+        Raises:
+            InputError: if the call fails or returns another type.
+        """
         with self.blame(f"{function.__name__}(...) failed: "):
             made = function(**arguments)
         if not isinstance(made, kind):

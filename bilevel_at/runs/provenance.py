@@ -1,4 +1,4 @@
-"""What a record says of where it comes from: versions, machine, date, and the fingerprint of a network."""
+"""The provenance in a record: versions, machine, date, and the fingerprint of a network."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["device_name", "fingerprint", "machine", "today", "versions"]
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Of Python, PyTorch, this library, and further packages by the names they are installed under."""
+    """The versions of Python, PyTorch, this library, and further packages by the names of their distributions."""
     installed = {name: metadata.version(name) for name in ("bilevel-at", *packages)}
     return {"python": platform.python_version(), "torch": str(torch.__version__), **installed}
 
@@ -26,12 +26,12 @@ def today() -> str:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What times depend on."""
+    """The platform, the number of threads and the device, on which measured times depend."""
     return {"platform": platform.platform(), "threads": torch.get_num_threads(), "device": device_name(device)}
 
 
 def device_name(device: torch.device) -> str:
-    """What a record says of a device: the GPU's name, or the processor's kind."""
+    """The GPU's name, or the processor's architecture."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
 
 

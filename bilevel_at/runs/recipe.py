@@ -18,23 +18,26 @@ Schedule = Literal["linear", "multistep", "constant"]
 class Recipe:
     """SGD settings, and the arguments of ``problem(...)`` that differ from its defaults on this data set.
 
-    model: network by name; "file" is the problem file's own model(shape, classes).
-    epochs: passes over the training set.
-    batch_size: examples in a batch.
-    accumulate: batches whose gradients make one step.
-    replays: updates of θ made on each batch before the next one (Free-AT's m).
-    lr: peak learning rate.
-    schedule: "linear" goes 0 → lr over the first half of all steps and back to 0; "multistep" divides by 10 after each
-        epoch of the milestones; "constant" stays.
-    milestones: epochs after which "multistep" divides the rate by 10.
-    momentum: of SGD.
-    peak_momentum: with schedule "linear", the momentum where the rate peaks: it goes there from ``momentum`` and back,
-        linearly, as the rate goes up and down. None, and with any other schedule: constant.
-    weight_decay: of SGD.
-    augment: none; crop-flip, a random crop (padding 4) and flip; or resized-crop-flip, for images that are streamed.
-    ema: decay of an exponential moving average of the weights, which is then what is evaluated and kept; 0 for none.
+    Args:
+        model: network by name; "file" is the problem file's own model(shape, classes).
+        epochs: passes over the training set.
+        batch_size: examples in a batch.
+        accumulate: batches whose gradients make one step.
+        replays: updates of θ made on each batch before the next one (Free-AT's m).
+        lr: peak learning rate.
+        schedule: "linear" goes 0 → lr over the first half of all steps and back to 0; "multistep" divides by 10 after
+            each epoch of the milestones; "constant" stays.
+        milestones: epochs after which "multistep" divides the rate by 10.
+        momentum: of SGD.
+        peak_momentum: with schedule "linear", the momentum at the peak of the rate; momentum changes linearly from
+            ``momentum`` to it and back, as the rate rises and falls. None, or any other schedule: constant momentum.
+        weight_decay: of SGD.
+        augment: none; crop-flip, a random crop (padding 4) and flip; or resized-crop-flip, for streamed images.
+        ema: decay of an exponential moving average of the weights, which is evaluated and saved instead; 0 for none.
+        problem: arguments of ``problem(...)``.
 
-    Raises :class:`InputError` where a number is out of range.
+    Raises:
+        InputError: if a number is out of range.
     """
 
     model: str = "small_cnn"
@@ -60,7 +63,7 @@ class Recipe:
         if not 0 < self.lr < float("inf"):
             raise InputError(f"--lr is {self.lr:g}; it must be a positive number")
         if self.schedule != "linear":
-            object.__setattr__(self, "peak_momentum", None)  # what a record says is what happens
+            object.__setattr__(self, "peak_momentum", None)  # so that the recorded value is the one in effect
         for name in ("momentum", "peak_momentum", "weight_decay"):
             if not 0 <= (getattr(self, name) or 0) < float("inf"):
                 raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name):g}; it must be at least 0")
@@ -79,7 +82,7 @@ class Recipe:
         return replace(self, problem={**self.problem, **problem})
 
 
-# The embedded digits (8×8): what was found to work there.
+# The embedded digits (8×8): settings found by experiment.
 DIGITS = Recipe(batch_size=64, problem={"epsilon": 0.2})
 # The fast methods on CIFAR-10 (Fast-BAT paper, section 5.1; Wong et al., 2020); CyclicLR of their code moves momentum.
 CIFAR = Recipe(model="preact_resnet18", epochs=20, lr=0.2, peak_momentum=0.8, augment="crop-flip")
@@ -99,10 +102,17 @@ DEFAULTS = {"digits": DIGITS, "cifar10": CIFAR}
 
 
 def recipe_for(data: str, stated: Mapping[str, Recipe]) -> Recipe | None:
-    """The recipe stated for this data set, or made from CIFAR-10's; None where neither is.
+    """The recipe for a data set: the stated one, or one derived from CIFAR-10's.
 
-    CIFAR-10's serves the other sets of small colour images, without the mirroring for street-view digits; on ImageNet
-    its problem is trained as :data:`IMAGENET` says.
+    CIFAR-10's recipe is used for the other sets of small colour images, without flips for SVHN. On ImageNet, its
+    problem arguments are combined with :data:`IMAGENET`.
+
+    Args:
+        data: the data set's name.
+        stated: recipes by data set.
+
+    Returns:
+        The recipe, or None if there is neither.
     """
     if data in stated or "cifar10" not in stated:
         return stated.get(data)

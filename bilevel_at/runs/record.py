@@ -1,4 +1,4 @@
-"""What a run directory, or that of an evaluated checkpoint, holds for a report."""
+"""A run directory, or that of an evaluated checkpoint, as a report reads it."""
 
 from __future__ import annotations
 
@@ -22,12 +22,17 @@ WHICH = ("best", "last", "last_good", "model")  # checkpoints in a reader's orde
 
 @dataclass(frozen=True)
 class Run:
-    """One run as its files have it. Files that are not there, as in older runs, leave their part empty.
+    """The content of one run's files. An attribute is empty if its file is missing, as in older runs.
 
-    name: the directory's, or its whole path where two runs of a report have the same.
-    results: checkpoint -> attack -> entry of ``results.json``. checks: checkpoint -> what ``checks.json`` says.
-    commands: of ``evaluation/commands.json``, the evaluations that were run.
-    problem_files: the problem files that a reader of the report names for runs whose networks they define.
+    Args:
+        path: the directory.
+        name: the directory's name, or its whole path if two runs of a report have the same name.
+        config: ``config.json``.
+        metrics: the lines of ``metrics.jsonl``.
+        results: checkpoint -> attack -> entry of ``results.json``.
+        checks: checkpoint -> entry of ``checks.json``.
+        commands: the commands that made the evaluations, from ``evaluation/commands.json``.
+        problem_files: the problem files named by the user, which define networks of some runs.
     """
 
     path: Path
@@ -41,24 +46,24 @@ class Run:
 
     @property
     def checkpoints(self) -> list[str]:
-        """The checkpoints whose weights are here."""
+        """The checkpoints whose weights are in the directory."""
         return RunDir(self.path).checkpoints
 
     @property
     def examples(self) -> Path | None:
-        """The figure of attacked images that the run has drawn; None where it has not, or the file leads elsewhere."""
+        """The figure of attacked images; None if the run drew none, or the file is a link out of the directory."""
         drawn = RunDir(self.path).examples
         own = drawn.is_file() and self.path.resolve() in drawn.resolve().parents
         return drawn if own and drawn.read_bytes()[:16] == b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" else None
 
     def part(self, name: str) -> Mapping[str, Any]:
-        """A section of the configuration, empty where there is none."""
-        found = self.config.get(name)
-        return found if isinstance(found, dict) else {}
+        """A section of the configuration; empty if there is no such section."""
+        section = self.config.get(name)
+        return section if isinstance(section, dict) else {}
 
     @property
     def threat(self) -> Threat:
-        """What the network is to withstand; of older runs, as far as their files say."""
+        """The threat model of the run; for older runs, derived from the evaluations if the configuration lacks it."""
         recorded = Threat.read(self.part("constraint"))
         if recorded is not None and (not recorded.is_ball or None not in (recorded.norm, recorded.epsilon)):
             return recorded
@@ -66,7 +71,7 @@ class Run:
 
     @property
     def feasible_set(self) -> str | None:
-        """The set of training's own attacker, by name, where it is not the threat."""
+        """The name of the constraint used in training; None if it is the threat."""
         name = self.config.get("feasible_set")
         return name if isinstance(name, str) and name else None
 
@@ -77,11 +82,11 @@ class Run:
 
     @property
     def norm(self) -> str | None:
-        """'linf' or 'l2', where the threat is such a ball and a file says so."""
+        """'linf' or 'l2' if the threat is recorded as such a ball, else None."""
         return self.threat.norm
 
     def _epsilon(self) -> float | None:
-        """The radius of the constraint, or what the evaluations took for it."""
+        """The recorded radius of the constraint, or else the largest radius evaluated without an explicit one."""
         for part in ("constraint", "problem"):
             if not math.isnan(value := number(self.part(part).get("epsilon"))):
                 return value
@@ -100,7 +105,7 @@ class Run:
 
     @property
     def best_epoch(self) -> int | None:
-        """The epoch ``best.pt`` is of, by the rule that chose it."""
+        """The epoch of ``best.pt``, computed from the metrics by :func:`rank`."""
         try:
             return int(max(self.metrics, key=rank)["epoch"])
         except (KeyError, TypeError, ValueError):
@@ -108,16 +113,20 @@ class Run:
 
     @property
     def collapse(self) -> Collapse | None:
-        """Catastrophic overfitting, where the metrics show it."""
+        """Catastrophic overfitting, if the metrics show it."""
         try:
             return catastrophic_overfitting(self.metrics)
-        except (KeyError, TypeError):  # epochs that do not say enough
+        except (KeyError, TypeError):  # metrics without the numbers that are needed
             return None
 
     def under_threat(self, which: str) -> dict[str, Mapping[str, Any]]:
-        """The entries of a checkpoint in the threat of the run, ``clean`` among them, by the attack's name.
+        """The results of a checkpoint under the run's threat, including ``clean``, by the attack's name.
 
-        Those in another set, and those on a few images of what there is a result on more of, are left out.
+        Results under other threats are left out, and so are those on fewer images than another result of the same
+        attack.
+
+        Args:
+            which: the checkpoint's name.
         """
         threat = self.threat
         entries: dict[str, Mapping[str, Any]] = {}
@@ -139,14 +148,14 @@ class Run:
 
 
 def number(value: Any) -> float:
-    """A finite number of a file as a float; NaN for whatever else stands there."""
+    """A finite number from a file as a float; NaN for any other value."""
     if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
         return float(value)
     return math.nan
 
 
 def attack_and_radius(name: str) -> tuple[str, float | None]:
-    """``pgd-50-10@8/255`` as its attack and ε; no ε where the name ends with none (paths may hold an @)."""
+    """Split ``pgd-50-10@8/255`` into attack and ε; ε is None if the name does not end in one (paths may have an @)."""
     attack, _, at = name.rpartition("@")
     try:
         return (attack, number_from_text(at)) if attack else (name, None)
@@ -155,7 +164,15 @@ def attack_and_radius(name: str) -> tuple[str, float | None]:
 
 
 def read(path: str | Path, problem_files: Sequence[str] = ()) -> Run:
-    """Read one run. Raises :class:`InputError`, naming the file, where it is no run or a file of it is damaged."""
+    """Read one run.
+
+    Args:
+        path: the directory.
+        problem_files: problem files that define networks of runs.
+
+    Raises:
+        InputError: if the directory is not a run, or one of its files is damaged; the message has the file's name.
+    """
     folder = Path(path)
     if not folder.is_dir():
         raise InputError(
@@ -179,7 +196,15 @@ def read(path: str | Path, problem_files: Sequence[str] = ()) -> Run:
 
 
 def read_all(paths: Sequence[str | Path], problem_files: Sequence[str] = ()) -> list[Run]:
-    """Read several runs, with names that tell them apart. Raises :class:`InputError` for one given twice."""
+    """Read several runs, and give them distinct names.
+
+    Args:
+        paths: the directories.
+        problem_files: problem files that define networks of runs.
+
+    Raises:
+        InputError: if no run is given, one is given twice, or one cannot be read.
+    """
     if not paths:
         raise InputError("no run is given; a report is about at least one")
     seen: dict[Path, str | Path] = {}
@@ -197,23 +222,23 @@ def read_all(paths: Sequence[str | Path], problem_files: Sequence[str] = ()) -> 
 def _object(folder: Path, name: str) -> dict[str, Any]:
     if not (folder / name).is_file():
         return {}
-    found = RunDir(folder).read_json(name)
-    if not isinstance(found, dict):
-        raise InputError(f"{folder / name} holds {type(found).__name__}; it must be a JSON object")
-    return found
+    content = RunDir(folder).read_json(name)
+    if not isinstance(content, dict):
+        raise InputError(f"{folder / name} holds {type(content).__name__}; it must be a JSON object")
+    return content
 
 
 def _sections(folder: Path, name: str) -> dict[str, dict[str, Any]]:
-    found = _object(folder, name)
-    for which, section in found.items():
+    sections = _object(folder, name)
+    for which, section in sections.items():
         if not isinstance(section, dict):
             raise InputError(f"{folder / name}: {which!r} is {type(section).__name__}; it must be a JSON object")
-    return found
+    return sections
 
 
 def _results(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
-    found = _sections(folder, RESULTS)
-    for which, entries in found.items():
+    results = _sections(folder, RESULTS)
+    for which, entries in results.items():
         for name, entry in entries.items():
             accuracy = number(entry.get("accuracy")) if isinstance(entry, dict) else math.nan
             if not 0 <= accuracy <= 1:
@@ -221,7 +246,7 @@ def _results(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
                     f"{folder / RESULTS}: {which!r}, {name!r} has no accuracy between 0 and 1; "
                     "bilevel_at.evaluate writes one"
                 )
-    return {w: found[w] for w in sorted(found, key=lambda w: (WHICH.index(w) if w in WHICH else len(WHICH), w))}
+    return {w: results[w] for w in sorted(results, key=lambda w: (WHICH.index(w) if w in WHICH else len(WHICH), w))}
 
 
 def _metrics(folder: Path) -> list[dict[str, Any]]:
