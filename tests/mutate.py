@@ -77,8 +77,21 @@ MUTATIONS = [
         PROPERTIES,
     ),
     ("the last epoch's exception", "bilevel_at/anchors.py", " and epoch != epochs - 1", "", ANCHORS),
-    ("that a step is observed", "bilevel_at/solver.py", "        problem.observe(step)\n", "", POLICIES),
-    ("that each policy is told once", "bilevel_at/policy.py", "        seen.add(id(value))\n", "", POLICIES),
+    (
+        "that a step is observed",
+        "bilevel_at/solver.py",
+        "        policy.observe((problem, self), step)",
+        "        pass",
+        POLICIES,
+    ),
+    ("that each policy is told once", "bilevel_at/policy.py", "    seen.add(id(value))\n", "", POLICIES),
+    (
+        "couplings between samples of the same parity",
+        "solvers/linear.py",
+        "range((len(values) - 1).bit_length())",
+        "range(1)",
+        ("tests/solvers/test_full_kkt.py",),
+    ),
     (
         "v during the warm-up",
         "bilevel_at/steps.py",

@@ -180,3 +180,21 @@ def test_conjugate_gradients_on_the_linearised_objective_find_lambda(s):
     got = FullKKT(method="cg", tol=1e-13).hypergradient(s.problem, s.model, s.batch, anchor=s.anchor)
     for name, g in expected.grads.items():
         torch.testing.assert_close(got.grads[name], g, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [4, 6, 8])
+def test_coupling_of_any_two_samples_is_noticed(size):
+    """Sample i shares its loss with sample i + B/2 alone, of the same parity where B/2 is even."""
+
+    def shared(model, batch, delta):
+        out = model(batch.x + delta)
+        return ba.minus(ba.cross_entropy)(model, batch, delta) + 2 * (out * out.roll(size // 2, 0)).sum(1)
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3)).double()
+    batch = ba.Batch(torch.rand(size, 5).double(), torch.arange(size) % 3)
+    lower = ba.Proximal(shared, ba.LinfBall(0.3), lam=40.0, anchor="zero", tol=1e-12)
+    problem = ba.BilevelProblem(ba.UpperProblem(), lower)
+    assert hypergradcheck(problem, FullKKT(), model, batch)
+    with pytest.raises(ba.InputError, match="share nothing"):
+        FullKKT(method="dense").hypergradient(problem, model, batch)
