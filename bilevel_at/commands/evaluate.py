@@ -73,12 +73,12 @@ def command(args: Sequence[str]) -> int:
     console.print(opening, highlight=False, markup=False)
     job = Job(target, images, attacks, options, spaces, console)
     try:
-        found = {name: job.evaluate(name) for name in target.names}
+        scores = {name: job.evaluate(name) for name in target.names}
     except KeyboardInterrupt:
         same_command = "the same command" + (" without --again" if options.again else "")
         raise KeyboardInterrupt(f"what is done is in {target.run}; {same_command} goes on") from None
     remember_command(target.run, [PROG, *args])
-    for table in job.tables(found):
+    for table in job.tables(scores):
         console.print(table)
     for name in target.names:
         for finding in job.said.get(name, []):
@@ -152,15 +152,15 @@ class Job:
             TextColumn("{task.fields[said]}"),
             TimeElapsedColumn(),
         )
-        found: dict[str, Score] = {}
+        scores: dict[str, Score] = {}
         with Progress(*columns, console=self.console, disable=not self.console.is_terminal, transient=True) as bars:
             for attack in self.attacks:
                 bar = bars.add_task(escape(f"{name}: {attack.name}"), total=None, said="")
                 key, score = store.score(attack, functools.partial(_show, bars, bar, name), self.options.again)
                 bars.remove_task(bar)
-                said = f"{name}  {key}  {score.accuracy:.1%}  ({score.seconds:.1f} s)"
-                self.console.print(said, highlight=False, markup=False)
-                found[key] = score
+                line = f"{name}  {key}  {score.accuracy:.1%}  ({score.seconds:.1f} s)"
+                self.console.print(line, highlight=False, markup=False)
+                scores[key] = score
             bar = bars.add_task(f"{name}: checks", total=None, said="")
             checked = self._checked()
             other = bool(self.spaces) and norm_of(checked) not in (None, self.usual.norm)
@@ -177,7 +177,7 @@ class Job:
         here = [t.correct for key, t in store.traces.items() if store.is_in(key, self.usual)]
         if len(here) > 1:
             self.unions[name] = torch.stack(here).all(0).float().mean().item()
-        return found
+        return scores
 
     def _checked(self) -> Constraint:
         """The set that the checks attack in: the run's threat, or else the largest ball of the command."""
@@ -201,11 +201,11 @@ class Job:
             table.add_column("attack")
             for name in scores:
                 table.add_column(name.replace("_", " "), justify="right")
-            for key in dict.fromkeys(key for found in scores.values() for key in found):
+            for key in dict.fromkeys(key for row in scores.values() for key in row):
                 own = keys.get(key.partition("[n=")[0])
                 if own is not None and threat is not None and own.key != threat.key:
                     continue
-                cells = (f"{found[key].accuracy:.1%}" if key in found else "" for found in scores.values())
+                cells = (f"{row[key].accuracy:.1%}" if key in row else "" for row in scores.values())
                 table.add_row(escape(key), *cells)
             if self.unions and threat is not None and threat.key == self.usual.key:
                 table.add_section()
@@ -217,5 +217,5 @@ class Job:
 
 def _show(bars: Progress, bar: Any, which: str, name: str, stage: str, done: int, of: int, trace: Trace) -> None:
     standing = trace.correct.sum().item() if trace.stage else math.nan
-    said = f"{stage}" + ("" if math.isnan(standing) else f"  {standing / len(trace.broken):.1%} standing")
-    bars.update(bar, description=escape(f"{which}: {name}"), completed=done, total=of, said=said)
+    status = f"{stage}" + ("" if math.isnan(standing) else f"  {standing / len(trace.broken):.1%} standing")
+    bars.update(bar, description=escape(f"{which}: {name}"), completed=done, total=of, said=status)

@@ -160,9 +160,9 @@ def parse(
         fields.append((flag.name, kind, dataclasses.field(default=default)))
     options = dataclasses.make_dataclass("Options", fields)
     parsed: Any
-    heard, said = io.StringIO(), io.StringIO()
+    heard, printed = io.StringIO(), io.StringIO()
     try:
-        with contextlib.redirect_stderr(heard), contextlib.redirect_stdout(said):
+        with contextlib.redirect_stderr(heard), contextlib.redirect_stdout(printed):
             parsed, unknown = tyro.cli(
                 options,
                 args=list(args),
@@ -174,9 +174,9 @@ def parse(
             )
     except SystemExit as exit:
         if exit.code in (0, None):
-            sys.stdout.write(said.getvalue())
+            sys.stdout.write(printed.getvalue())
             raise
-        raise InputError(_one_line(heard.getvalue() or said.getvalue())) from None
+        raise InputError(_one_line(heard.getvalue() or printed.getvalue())) from None
     if unknown and not lenient:
         raise InputError(_unknown(unknown[0], flags))
     return {flag.name: getattr(parsed, flag.name) for flag in flags}
@@ -192,12 +192,12 @@ def _one_line(box: str) -> str:
             sections.append([])
         else:
             sections[-1].append(text)
-    said = [" ".join(section) for section in sections if section]
+    messages = [" ".join(section) for section in sections if section]
     if not boxed:
-        said = said[1:]  # the title
+        messages = messages[1:]  # the title
     line = (
-        said[0].replace("'None', ", "").replace(", 'None'", "")
-        if said
+        messages[0].replace("'None', ", "").replace(", 'None'", "")
+        if messages
         else "the command line cannot be read; --help lists the flags"
     )
     line = re.sub(

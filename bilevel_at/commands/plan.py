@@ -133,7 +133,7 @@ def _flags(file: ProblemFile, args: Sequence[str]) -> tuple[list[flags.Flag], li
 
 def _solver_flags(solver: Any, common: Sequence[flags.Flag]) -> dict[str, flags.Flag]:
     """The fields of the chosen solver as flags, by field; prefixed where that name is taken."""
-    found = flags.flags_of(type(solver)) if dataclasses.is_dataclass(solver) else []
+    fields = flags.flags_of(type(solver)) if dataclasses.is_dataclass(solver) else []
     taken = {flag.name for flag in common}
     return {
         field.name: flags.Flag(
@@ -143,7 +143,7 @@ def _solver_flags(solver: Any, common: Sequence[flags.Flag]) -> dict[str, flags.
             field.help,
             "default: what the solver has",
         )
-        for field in found
+        for field in fields
     }
 
 

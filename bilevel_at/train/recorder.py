@@ -60,14 +60,14 @@ class Recorder:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """For a file of plain arrays."""
-        found: dict[str, np.ndarray] = {}
+        history: dict[str, np.ndarray] = {}
         if self.follows_examples and self.epochs:
             norms, steps = (torch.stack(part).numpy() for part in zip(*self.epochs, strict=True))
-            found = {"gradient_norm": norms, "step": steps, "label": self.labels.cpu().numpy()}
-        kept = [f for f in self.filters if f is not None]
-        if found and kept and len(kept) == len(self.filters):
-            found["filters"] = torch.stack(kept).numpy()
-        return found
+            history = {"gradient_norm": norms, "step": steps, "label": self.labels.cpu().numpy()}
+        filters = [f for f in self.filters if f is not None]
+        if history and filters and len(filters) == len(self.filters):
+            history["filters"] = torch.stack(filters).numpy()
+        return history
 
     def restore(self, arrays: Any, epochs: int) -> None:
         """Go on after ``epochs`` epochs with what a file says of them, and NaN where it says nothing that fits."""
@@ -76,15 +76,15 @@ class Recorder:
         self.epochs = list(zip(norms, steps, strict=True))
         first = self.filters[0]
         if first is not None:
-            held = _fitting(arrays, "filters", torch.full((epochs + 1, *first.shape), torch.nan))
-            self.filters = list(held)
+            filters = _fitting(arrays, "filters", torch.full((epochs + 1, *first.shape), torch.nan))
+            self.filters = list(filters)
 
 
 def _fitting(arrays: Any, name: str, like: Tensor) -> Tensor:
-    found = arrays.get(name)
-    if found is None or found.dtype.kind != "f" or found.shape[1:] != like.shape[1:] or len(found) < len(like):
+    array = arrays.get(name)
+    if array is None or array.dtype.kind != "f" or array.shape[1:] != like.shape[1:] or len(array) < len(like):
         return like
-    return torch.from_numpy(found[: len(like)].astype(np.float32))
+    return torch.from_numpy(array[: len(like)].astype(np.float32))
 
 
 def _filters(model: nn.Module) -> Tensor | None:
