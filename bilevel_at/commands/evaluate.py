@@ -41,7 +41,11 @@ python -m {PROG} RUN --help lists the flags; --list the attacks."""
 
 
 def command(args: Sequence[str]) -> int:
-    """0 when done. Raises :class:`InputError` for a mistake in what was asked."""
+    """Run the command, and return exit status 0.
+
+    Raises:
+        InputError: if the arguments are invalid.
+    """
     if not args or args[0] in ("-h", "--help"):
         print(USAGE)
         return 0
@@ -93,7 +97,7 @@ def command(args: Sequence[str]) -> int:
 
 
 def _spaces(name: str, options: EvaluateOptions, target: Target) -> list[Constraint]:
-    """The sets to attack in: balls, where the flags say so, or else the threat of the run; none for clean accuracy."""
+    """The constraints of attacks: balls given by flags, or else the run's threat; empty for clean accuracy only."""
     threat, clean_only = target.threat or Threat(), set(options.attacks) == {"clean"}
     norm = options.norm or threat.norm
     if not options.epsilon and norm == threat.norm:
@@ -109,13 +113,13 @@ def _spaces(name: str, options: EvaluateOptions, target: Target) -> list[Constra
 
 
 def _threats(spaces: Sequence[Constraint], target: Target) -> str:
-    """What is attacked in: the norm of balls, or the name of another set."""
+    """The constraints in words: the norm of balls, or the name of another set."""
     threats = [Threat.of(space) for space in spaces] or [target.threat or Threat("linf")]
     return ", ".join(dict.fromkeys(threat.norm or str(threat) for threat in threats))
 
 
 class Job:
-    """One command's work: every network, every attack, and the checks."""
+    """The evaluation of every network under every attack, and the checks."""
 
     def __init__(
         self,
@@ -134,7 +138,7 @@ class Job:
         self.unions: dict[str, float] = {}
 
     def evaluate(self, name: str) -> dict[str, Score]:
-        """Every attack on one network, with a bar that shows how many still stand; then the checks."""
+        """Evaluate one network under every attack, with a progress bar of the robust accuracy so far; then check it."""
         model = self.target.model(name).to(self.images.device)
         store = Store(
             self.target.run,
@@ -180,7 +184,7 @@ class Job:
         return scores
 
     def _checked(self) -> Constraint:
-        """The set that the checks attack in: the run's threat, or else the largest ball of the command."""
+        """The constraint of the checks: the run's threat, or else the largest ball of the command."""
         sizes = [getattr(space, "radius", None) or 0.0 for space in self.spaces]
         largest = max(zip(sizes, range(len(sizes)), strict=True), default=None)
         asked = [Threat.of(space) for space in self.spaces]
@@ -189,7 +193,7 @@ class Job:
         return ball(self.usual.norm or "linf", 0.0) if largest is None else self.spaces[largest[1]]
 
     def tables(self, scores: dict[str, dict[str, Score]]) -> list[Table]:
-        """A table for each threat, attacks by networks, in %; the run's own has the worst case of all attacks."""
+        """One table per threat, attacks by networks, in %. The table of the run's threat has the worst case, too."""
         asked = [Threat.of(space) for space in self.spaces]
         threats: list[Threat | None] = [*{threat.key: threat for threat in asked}.values()]
         keys = {result_name(attack, self.usual): attack.threat for attack in self.attacks}
