@@ -45,11 +45,16 @@ def perturbation_sizes(
 ) -> Perturbations:
     """A histogram of |δ_i| / ε over ``bins`` equal bins of [0, 1], with what holds the coordinates.
 
-    delta: perturbations ``[N, ...]`` inside ``constraint``. x: their images, shaped like ``delta``, without which the
-    input range is not looked at. x + δ within 1e-6 of an end of the range is held by it.
+    Args:
+        delta: perturbations ``[N, ...]`` inside ``constraint``.
+        constraint: the ball.
+        x: their images, of the same shape; without them, the input range is ignored. A coordinate is at the end of the
+            range if x + δ is within 1e-6 of it.
+        bins: the number of bins.
 
-    Raises :class:`InputError` where δ is empty, not finite or outside the ball, where ε is 0, and where the shapes
-    differ or the constraint is not a ball.
+    Raises:
+        InputError: if δ is empty, not finite or outside the ball, ε is 0, the shapes differ, or the constraint is not a
+            ball.
     """
     whole_number("bins", bins, 1)
     if not isinstance(constraint, (LinfBall, L2Ball)):

@@ -1,4 +1,4 @@
-"""Pictures of what a network has become: the loss around images, and the filters of its first layer."""
+"""Figures of the loss around images, and of the filters of a network's first layer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Images, and what an attack does to them."""
+"""Images before and after an attack."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["examples"]
 
 
 def examples(model: nn.Module, images: ImageSet, attack: Attack, path: Path, count: int = 8) -> None:
-    """Test images, their perturbations and the sums, with what the model says of each."""
+    """Test images, their perturbations and the sums, with the model's predictions."""
     if not attack.stages:
         return
     count = min(count, len(images))

@@ -1,4 +1,4 @@
-"""What training keeps of every example, and of the first filters: ``history.npz``."""
+"""The recorder of ``history.npz``: measurements of every example, and the first layer's filters."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Recorder:
         return torch.full((len(self.labels),), torch.nan, device=self.labels.device)
 
     def note(self, batch: Batch, solution: Solution) -> None:
-        """Keep what the lower level says of these examples. A later note of the same epoch replaces an earlier one."""
+        """Record the lower level's measurements of these examples, replacing earlier ones of the same epoch."""
         rows, gradient = batch.index, solution.attack_gradient
         if rows is None or not self.follows_examples or len(solution.delta) != len(batch):
             return
@@ -53,13 +53,13 @@ class Recorder:
             self._step[rows] = 1 / lam
 
     def close_epoch(self, model: nn.Module) -> None:
-        """The epoch is done."""
+        """Finish the epoch."""
         self.epochs.append((self._norm.cpu(), self._step.cpu()))
         self.filters.append(_filters(model))
         self._norm, self._step = self._empty(), self._empty()
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """For a file of plain arrays."""
+        """The records as plain arrays for a file."""
         history: dict[str, np.ndarray] = {}
         if self.follows_examples and self.epochs:
             norms, steps = (torch.stack(part).numpy() for part in zip(*self.epochs, strict=True))
@@ -70,7 +70,7 @@ class Recorder:
         return history
 
     def restore(self, arrays: Any, epochs: int) -> None:
-        """Go on after ``epochs`` epochs with what a file says of them, and NaN where it says nothing that fits."""
+        """Restore the records of ``epochs`` epochs from a file's arrays; NaN if an array is missing or does not fit."""
         unknown = torch.full((epochs, len(self.labels)), torch.nan)
         norms, steps = (_fitting(arrays, name, unknown) for name in ("gradient_norm", "step"))
         self.epochs = list(zip(norms, steps, strict=True))
