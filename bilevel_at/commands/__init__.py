@@ -1,1 +1,1 @@
-"""What parses arguments or prints: the commands ``run``, ``evaluate`` and ``report``."""
+"""Command lines and terminal output: the commands ``run``, ``evaluate`` and ``report``."""

@@ -10,7 +10,7 @@ __all__ = ["resolve_device"]
 
 
 def resolve_device(name: str) -> torch.device:
-    """cpu, cuda, cuda:N, mps; auto is a GPU where there is one."""
+    """The device of a name: cpu, cuda, cuda:N, mps, or auto, which is a GPU if there is one."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

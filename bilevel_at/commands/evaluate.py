@@ -41,7 +41,11 @@ python -m {PROG} RUN --help lists the flags; --list the attacks."""
 
 
 def command(args: Sequence[str]) -> int:
-    """0 when done. Raises :class:`InputError` for a mistake in what was asked."""
+    """Run the command, and return exit status 0.
+
+    Raises:
+        InputError: if the arguments are invalid.
+    """
     if not args or args[0] in ("-h", "--help"):
         print(USAGE)
         return 0
@@ -73,12 +77,12 @@ def command(args: Sequence[str]) -> int:
     console.print(opening, highlight=False, markup=False)
     job = Job(target, images, attacks, options, spaces, console)
     try:
-        found = {name: job.evaluate(name) for name in target.names}
+        scores = {name: job.evaluate(name) for name in target.names}
     except KeyboardInterrupt:
         same_command = "the same command" + (" without --again" if options.again else "")
         raise KeyboardInterrupt(f"what is done is in {target.run}; {same_command} goes on") from None
     remember_command(target.run, [PROG, *args])
-    for table in job.tables(found):
+    for table in job.tables(scores):
         console.print(table)
     for name in target.names:
         for finding in job.said.get(name, []):
@@ -93,7 +97,7 @@ def command(args: Sequence[str]) -> int:
 
 
 def _spaces(name: str, options: EvaluateOptions, target: Target) -> list[Constraint]:
-    """The sets to attack in: balls, where the flags say so, or else the threat of the run; none for clean accuracy."""
+    """The constraints of attacks: balls given by flags, or else the run's threat; empty for clean accuracy only."""
     threat, clean_only = target.threat or Threat(), set(options.attacks) == {"clean"}
     norm = options.norm or threat.norm
     if not options.epsilon and norm == threat.norm:
@@ -109,13 +113,13 @@ def _spaces(name: str, options: EvaluateOptions, target: Target) -> list[Constra
 
 
 def _threats(spaces: Sequence[Constraint], target: Target) -> str:
-    """What is attacked in: the norm of balls, or the name of another set."""
+    """The constraints in words: the norm of balls, or the name of another set."""
     threats = [Threat.of(space) for space in spaces] or [target.threat or Threat("linf")]
     return ", ".join(dict.fromkeys(threat.norm or str(threat) for threat in threats))
 
 
 class Job:
-    """One command's work: every network, every attack, and the checks."""
+    """The evaluation of every network under every attack, and the checks."""
 
     def __init__(
         self,
@@ -134,7 +138,7 @@ class Job:
         self.unions: dict[str, float] = {}
 
     def evaluate(self, name: str) -> dict[str, Score]:
-        """Every attack on one network, with a bar that shows how many still stand; then the checks."""
+        """Evaluate one network under every attack, with a progress bar of the robust accuracy so far; then check it."""
         model = self.target.model(name).to(self.images.device)
         store = Store(
             self.target.run,
@@ -152,15 +156,15 @@ class Job:
             TextColumn("{task.fields[said]}"),
             TimeElapsedColumn(),
         )
-        found: dict[str, Score] = {}
+        scores: dict[str, Score] = {}
         with Progress(*columns, console=self.console, disable=not self.console.is_terminal, transient=True) as bars:
             for attack in self.attacks:
                 bar = bars.add_task(escape(f"{name}: {attack.name}"), total=None, said="")
                 key, score = store.score(attack, functools.partial(_show, bars, bar, name), self.options.again)
                 bars.remove_task(bar)
-                said = f"{name}  {key}  {score.accuracy:.1%}  ({score.seconds:.1f} s)"
-                self.console.print(said, highlight=False, markup=False)
-                found[key] = score
+                line = f"{name}  {key}  {score.accuracy:.1%}  ({score.seconds:.1f} s)"
+                self.console.print(line, highlight=False, markup=False)
+                scores[key] = score
             bar = bars.add_task(f"{name}: checks", total=None, said="")
             checked = self._checked()
             other = bool(self.spaces) and norm_of(checked) not in (None, self.usual.norm)
@@ -177,10 +181,10 @@ class Job:
         here = [t.correct for key, t in store.traces.items() if store.is_in(key, self.usual)]
         if len(here) > 1:
             self.unions[name] = torch.stack(here).all(0).float().mean().item()
-        return found
+        return scores
 
     def _checked(self) -> Constraint:
-        """The set that the checks attack in: the run's threat, or else the largest ball of the command."""
+        """The constraint of the checks: the run's threat, or else the largest ball of the command."""
         sizes = [getattr(space, "radius", None) or 0.0 for space in self.spaces]
         largest = max(zip(sizes, range(len(sizes)), strict=True), default=None)
         asked = [Threat.of(space) for space in self.spaces]
@@ -189,7 +193,7 @@ class Job:
         return ball(self.usual.norm or "linf", 0.0) if largest is None else self.spaces[largest[1]]
 
     def tables(self, scores: dict[str, dict[str, Score]]) -> list[Table]:
-        """A table for each threat, attacks by networks, in %; the run's own has the worst case of all attacks."""
+        """One table per threat, attacks by networks, in %. The table of the run's threat has the worst case, too."""
         asked = [Threat.of(space) for space in self.spaces]
         threats: list[Threat | None] = [*{threat.key: threat for threat in asked}.values()]
         keys = {result_name(attack, self.usual): attack.threat for attack in self.attacks}
@@ -201,11 +205,11 @@ class Job:
             table.add_column("attack")
             for name in scores:
                 table.add_column(name.replace("_", " "), justify="right")
-            for key in dict.fromkeys(key for found in scores.values() for key in found):
+            for key in dict.fromkeys(key for row in scores.values() for key in row):
                 own = keys.get(key.partition("[n=")[0])
                 if own is not None and threat is not None and own.key != threat.key:
                     continue
-                cells = (f"{found[key].accuracy:.1%}" if key in found else "" for found in scores.values())
+                cells = (f"{row[key].accuracy:.1%}" if key in row else "" for row in scores.values())
                 table.add_row(escape(key), *cells)
             if self.unions and threat is not None and threat.key == self.usual.key:
                 table.add_section()
@@ -217,5 +221,5 @@ class Job:
 
 def _show(bars: Progress, bar: Any, which: str, name: str, stage: str, done: int, of: int, trace: Trace) -> None:
     standing = trace.correct.sum().item() if trace.stage else math.nan
-    said = f"{stage}" + ("" if math.isnan(standing) else f"  {standing / len(trace.broken):.1%} standing")
-    bars.update(bar, description=escape(f"{which}: {name}"), completed=done, total=of, said=said)
+    status = f"{stage}" + ("" if math.isnan(standing) else f"  {standing / len(trace.broken):.1%} standing")
+    bars.update(bar, description=escape(f"{which}: {name}"), completed=done, total=of, said=status)

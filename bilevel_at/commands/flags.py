@@ -54,7 +54,7 @@ class Flag:
     otherwise: str = ""
 
     def hint(self) -> str | Callable[[str], str]:
-        """What the help says of the default: ``otherwise`` where there is one, nothing for None."""
+        """The default in the help text: ``otherwise`` if it is given, nothing for None."""
         if self.otherwise:
             return f"({self.otherwise})"
         return "" if self.default in (None, ()) else lambda default: f"(default: {default})"
@@ -75,7 +75,7 @@ def _readable(kind: Any) -> bool:
 
 
 def _metavar(kind: Any) -> str | None:
-    """NUMBER rather than {None}|NUMBER for an optional number; None where tyro's own is as good."""
+    """NUMBER rather than {None}|NUMBER for an optional number; None to use tyro's own."""
     options = [a for a in typing.get_args(kind) if a is not type(None)]
     if type(None) not in typing.get_args(kind) or len(options) != 1:
         return None
@@ -85,7 +85,7 @@ def _metavar(kind: Any) -> str | None:
 
 
 def _help_texts(doc: str | None) -> dict[str, str]:
-    """``name: text`` paragraphs of a docstring, wherever they stand; indented lines go on with the one before."""
+    """The ``name: text`` paragraphs of a docstring. Indented lines continue the paragraph."""
     texts: dict[str, str] = {}
     name = None
     for line in inspect.cleandoc(doc or "").splitlines():
@@ -103,10 +103,18 @@ def _help_texts(doc: str | None) -> dict[str, str]:
 def flags_of(
     function: Callable[..., Any], defaults: Mapping[str, Any] | None = None, skip: Iterable[str] = ()
 ) -> list[Flag]:
-    """The flags that a function's (or a dataclass's) typed keyword arguments become.
+    """The flags for the typed keyword arguments of a function or a dataclass.
 
-    ``defaults`` replaces default values. An argument whose type no command line can express keeps its default and is
-    no flag; without a default it is an :class:`InputError`. Variadic arguments are passed over.
+    An argument whose type cannot be given on a command line keeps its default and has no flag. Variadic arguments are
+    ignored.
+
+    Args:
+        function: the function or the dataclass.
+        defaults: values that replace defaults.
+        skip: arguments without a flag.
+
+    Raises:
+        InputError: if an argument has neither a type that can be given nor a default.
     """
     defaults = dict(defaults or {})
     texts: dict[str, str] = {}
@@ -160,9 +168,9 @@ def parse(
         fields.append((flag.name, kind, dataclasses.field(default=default)))
     options = dataclasses.make_dataclass("Options", fields)
     parsed: Any
-    heard, said = io.StringIO(), io.StringIO()
+    heard, printed = io.StringIO(), io.StringIO()
     try:
-        with contextlib.redirect_stderr(heard), contextlib.redirect_stdout(said):
+        with contextlib.redirect_stderr(heard), contextlib.redirect_stdout(printed):
             parsed, unknown = tyro.cli(
                 options,
                 args=list(args),
@@ -174,9 +182,9 @@ def parse(
             )
     except SystemExit as exit:
         if exit.code in (0, None):
-            sys.stdout.write(said.getvalue())
+            sys.stdout.write(printed.getvalue())
             raise
-        raise InputError(_one_line(heard.getvalue() or said.getvalue())) from None
+        raise InputError(_one_line(heard.getvalue() or printed.getvalue())) from None
     if unknown and not lenient:
         raise InputError(_unknown(unknown[0], flags))
     return {flag.name: getattr(parsed, flag.name) for flag in flags}
@@ -192,12 +200,12 @@ def _one_line(box: str) -> str:
             sections.append([])
         else:
             sections[-1].append(text)
-    said = [" ".join(section) for section in sections if section]
+    messages = [" ".join(section) for section in sections if section]
     if not boxed:
-        said = said[1:]  # the title
+        messages = messages[1:]  # the title
     line = (
-        said[0].replace("'None', ", "").replace(", 'None'", "")
-        if said
+        messages[0].replace("'None', ", "").replace(", 'None'", "")
+        if messages
         else "the command line cannot be read; --help lists the flags"
     )
     line = re.sub(
@@ -216,15 +224,15 @@ def _unknown(argument: str, flags: Sequence[Flag]) -> str:
 
 
 def _printable(text: str) -> str:
-    """The text with what moves a terminal's cursor or changes its state written out: files may hold anything."""
+    """The text with terminal control characters escaped, because text from files is not trusted."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def main(command: Callable[[Sequence[str]], int | None], prog: str) -> int:
-    """Run a command on ``sys.argv``: 0 for done, 2 for a mistake in what was asked, said in one line."""
+    """Run a command on ``sys.argv``. Returns 0 on success, 2 for invalid input, with an error message of one line."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # ε is not in every terminal's alphabet
+            stream.reconfigure(errors="replace")  # not every terminal's encoding has ε
     try:
         return command(sys.argv[1:]) or 0
     except (InputError, BilevelError) as error:
@@ -232,7 +240,7 @@ def main(command: Callable[[Sequence[str]], int | None], prog: str) -> int:
         return 2
     except BrokenPipeError:
         sys.stderr.write(f"{prog}: the output was closed; what is done stays done\n")
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python would complain again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # avoids a second error message at exit
         return 1
     except KeyboardInterrupt as error:
         print(f"{prog}: stopped{': ' + str(error) if str(error) else ''}", file=sys.stderr)

@@ -27,7 +27,7 @@ def main() -> int:
 
 
 def command(args: Sequence[str]) -> int:
-    """Hand the arguments to the command that the first of them names."""
+    """Run the command named by the first argument with the other arguments."""
     if not args or args[0] in ("-h", "--help"):
         print(_usage())
         return 0

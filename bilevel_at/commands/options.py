@@ -1,4 +1,4 @@
-"""The flags that ``run`` and ``evaluate`` have, whatever they are pointed at."""
+"""The flags of ``run`` and ``evaluate`` that do not depend on the problem file or the run."""
 
 from __future__ import annotations
 

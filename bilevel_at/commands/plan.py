@@ -1,4 +1,4 @@
-"""A command line, understood: everything a run needs, checked before anything is written."""
+"""The parsed command line of ``run``, with everything a run needs, checked before anything is written."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ python -m {PROG} FILE --help lists its flags; --list the methods, models and dat
 
 @dataclass
 class Plan:
-    """A command line, understood: everything a run needs, before anything is written."""
+    """The parsed command line of ``run``, with everything a run needs."""
 
     file: ProblemFile
     options: RunOptions
@@ -45,7 +45,11 @@ class Plan:
 
     @property
     def threat(self) -> Constraint:
-        """What the network is to withstand; :class:`InputError` where the problem does not say."""
+        """The threat model.
+
+        Raises:
+            InputError: if the problem does not define one.
+        """
         try:
             return self.problem.threat
         except InputError as error:
@@ -53,14 +57,14 @@ class Plan:
 
     @property
     def feasible_set(self) -> str | None:
-        """The set that the training attacker is projected on, by name, where it is not the threat."""
+        """The name of the constraint used in training, if it is not the threat."""
         feasible = getattr(self.problem.lower, "constraint", None)
         if feasible is None or Threat.of(feasible).key == Threat.of(self.threat).key:
             return None
         return set_name(feasible)
 
     def config(self, model: nn.Module, train: ImageSet) -> dict[str, Any]:
-        """``config.json``: what is needed to repeat the run."""
+        """The content of ``config.json``, sufficient to repeat the run."""
         return {
             "command": self.command,
             "file": str(self.file.path),
@@ -83,7 +87,11 @@ class Plan:
 
 
 def understand(args: Sequence[str]) -> Plan:
-    """Read the command line. Raises :class:`InputError` for whatever is wrong in it."""
+    """Read the command line.
+
+    Raises:
+        InputError: if it is invalid.
+    """
     if not args or args[0] in ("-h", "--help"):
         print(USAGE)
         raise SystemExit(0)
@@ -96,7 +104,7 @@ def understand(args: Sequence[str]) -> Plan:
     prog, about = f"python -m {PROG} {args[0]}", (file.module.__doc__ or "").strip().split("\n")[0]
     of_problem, of_factory, own = _flags(file, rest)
     common = [*of_problem, *of_factory, *own]
-    # Which flags a solver has depends on which one it is, and that may depend on flags.
+    # The flags of a solver depend on its class, which may in turn depend on flags.
     problem: Any = None
     solver: Any = None
     problem_arguments: dict[str, Any] = {}
@@ -106,7 +114,7 @@ def understand(args: Sequence[str]) -> Plan:
         problem = file.make(file.problem, BilevelProblem, **problem_arguments)
         solver = _make_solver(file, known)
     except InputError:
-        if not {"-h", "--help"} & set(rest):  # help does not wait for what a required flag has to say
+        if not {"-h", "--help"} & set(rest):  # help is shown even if required flags are missing
             raise
     of_solver = _solver_flags(solver, common)
     values = flags.parse([*of_problem, *of_factory, *of_solver.values(), *own], rest, prog, about)
@@ -119,7 +127,7 @@ def understand(args: Sequence[str]) -> Plan:
 
 
 def _flags(file: ProblemFile, args: Sequence[str]) -> tuple[list[flags.Flag], list[flags.Flag], list[flags.Flag]]:
-    """Those of ``problem(...)``, of ``solver(...)``, and of every run, with the defaults of the file's recipe."""
+    """The flags of ``problem(...)``, of ``solver(...)``, and of every run, with defaults from the file's recipe."""
     recipe = file.recipe(_peek(args, "data") or "digits")
     settings = {f.name: getattr(recipe, f.name) for f in dataclasses.fields(recipe) if f.name != "problem"}
     if file.model is not None:
@@ -132,8 +140,8 @@ def _flags(file: ProblemFile, args: Sequence[str]) -> tuple[list[flags.Flag], li
 
 
 def _solver_flags(solver: Any, common: Sequence[flags.Flag]) -> dict[str, flags.Flag]:
-    """The fields of the chosen solver as flags, by field; prefixed where that name is taken."""
-    found = flags.flags_of(type(solver)) if dataclasses.is_dataclass(solver) else []
+    """The fields of the chosen solver as flags, by field; with a prefix if the name is taken."""
+    fields = flags.flags_of(type(solver)) if dataclasses.is_dataclass(solver) else []
     taken = {flag.name for flag in common}
     return {
         field.name: flags.Flag(
@@ -143,7 +151,7 @@ def _solver_flags(solver: Any, common: Sequence[flags.Flag]) -> dict[str, flags.
             field.help,
             "default: what the solver has",
         )
-        for field in found
+        for field in fields
     }
 
 
@@ -172,7 +180,7 @@ def _peek(args: Sequence[str], name: str) -> str | None:
 
 
 def _make_solver(file: ProblemFile, values: dict[str, Any]) -> Any:
-    """What ``--solver`` names, as the file's ``solver(...)`` makes it; without ``--solver``, whatever that makes."""
+    """The solver made by the file's ``solver(...)``, which takes the name given by ``--solver``, if any."""
     name = values["solver"]
     if file.solver is None:
         return SOLVERS[name or "zero-ig"]()

@@ -1,4 +1,4 @@
-"""What a run needs besides its directory: images, attacks and the network, checked before anything is written."""
+"""The images, attacks and network of a run, checked before anything is written."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ MOST_HELD_OUT = 5_000  # a tenth of CIFAR's; a tenth of ImageNet would take long
 
 @dataclass(frozen=True)
 class Prepared:
-    """What is trained, on what, and how it is looked at.
+    """The network, images and attacks of a run.
 
     model: on the device of the images.
     train, held_out, test: the images.
     attacks: of the final table.
     select: the attack on the held-out images that picks the best epoch.
-    threat: what the network is to withstand.
+    threat: the threat model.
     """
 
     model: nn.Module
@@ -45,12 +45,16 @@ class Prepared:
 
     @property
     def strongest(self) -> Attack:
-        """The last attack of the table that does something; the selecting one where none does."""
+        """The last attack of the table that perturbs images, or else the attack that selects the best epoch."""
         return next((attack for attack in reversed(self.attacks) if attack.stages), self.select)
 
 
 def prepare(plan: Plan) -> Prepared:
-    """Load the images, make the attacks and the network, and try one step. :class:`InputError` for what cannot work."""
+    """Load the images, make the attacks and the network, and try one step.
+
+    Raises:
+        InputError: if any of them cannot work.
+    """
     options = plan.options
     device = resolve_device(options.device)
     threat = plan.threat
@@ -78,7 +82,7 @@ def _images(plan: Plan, device: torch.device) -> tuple[ImageSet, ImageSet, Image
 
 
 def _network(plan: Plan, train: ImageSet) -> nn.Module:
-    """The network on the data's device, after a look at what it gives for two images."""
+    """The network on the data's device, after a check of its output for two images."""
     options = plan.options
     torch.manual_seed(options.seed)
     if options.model != "file":
@@ -98,7 +102,7 @@ def _network(plan: Plan, train: ImageSet) -> nn.Module:
 
 
 def _try_a_step(plan: Plan, model: nn.Module, train: ImageSet) -> None:
-    """One hypergradient on copies, so that what cannot work is said before anything is written."""
+    """Compute one hypergradient on copies, so that errors are raised before anything is written."""
     few = train[slice(0, min(4, plan.options.batch_size))]
     batch = Batch(few.pixels(), few.y, torch.arange(len(few), device=few.device))
     generator = torch.Generator(few.device).manual_seed(0)

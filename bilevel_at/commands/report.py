@@ -34,7 +34,11 @@ def _options(
 
 
 def command(args: Sequence[str]) -> int:
-    """The command: 0 when done. Raises :class:`InputError` for a mistake in what was asked."""
+    """Run the command, and return exit status 0.
+
+    Raises:
+        InputError: if the arguments are invalid.
+    """
     runs = list(itertools.takewhile(lambda word: not word.startswith("-"), args))
     usage = f"python -m {PROG} RUN [RUN ...]"
     options = flags.parse(flags.flags_of(_options), list(args[len(runs) :]), usage, ABOUT)

@@ -1,8 +1,8 @@
-"""Train a robust model from a problem file, and show what it got.
+"""Train a robust model from a problem file, and print its accuracies.
 
     python -m bilevel_at.run problems/fastbat.py [flags]
 
-The file's ``problem(...)``, and its ``solver(...)`` if there is one, give flags by their typed keyword arguments.
+The file's ``problem(...)``, and its ``solver(...)`` if there is one, define flags by their typed keyword arguments.
 """
 
 from __future__ import annotations
@@ -33,7 +33,11 @@ __all__ = ["run"]
 
 
 def run(args: Sequence[str]) -> int:
-    """The command: 0 when done. Raises :class:`InputError` for a mistake in what was asked."""
+    """Run the command, and return exit status 0.
+
+    Raises:
+        InputError: if the arguments are invalid.
+    """
     console = Console()
     plan = understand(args)
     prepared = prepare(plan)
@@ -88,7 +92,7 @@ def _opening(plan: Plan, prepared: Prepared) -> str:
 
 
 def _train(trainer: Trainer, run: RunDir, console: Console) -> None:
-    """Every epoch, with a bar on a terminal and a line elsewhere; what it leaves behind is kept."""
+    """Train all epochs and save each one. Progress is a bar on a terminal, otherwise a line for each epoch."""
     keeper = Keeper(run)
     columns = (
         TextColumn("epoch"),
@@ -115,7 +119,7 @@ def _measured(epoch: Epoch) -> str:
 def _evaluate(trainer: Trainer, run: RunDir, prepared: Prepared, console: Console) -> dict[str, dict[str, Score]]:
     """Best and last epoch (and the last good one) on the test set, into ``results.json``, which grows with each attack.
 
-    What is there already, of the same attack on the same images, is not computed again.
+    Stored results of the same attack on the same images are reused.
     """
     test = prepared.test
     data = test.sha256()[:16]
@@ -123,7 +127,7 @@ def _evaluate(trainer: Trainer, run: RunDir, prepared: Prepared, console: Consol
     with console.status("evaluating") as status:
         for which in CHECKPOINTS:
             if which == "last_good" and catastrophic_overfitting(run.metrics()) is None:
-                run.remove_checkpoint(which)  # it was kept in case
+                run.remove_checkpoint(which)  # saved in case the collapse was confirmed
                 continue
             trainer.model.load_state_dict(weights(run.checkpoint(which, test.device)))
             store = Store(run, which, trainer.model, test, usual=prepared.threat, data=data)
@@ -143,7 +147,7 @@ def _how_to_go_on(plan: Plan, run: RunDir, trainer: Trainer) -> str:
 
 
 def _draw(plan: Plan, prepared: Prepared, run: RunDir) -> None:
-    """The run's own figures: curves, and images as the strongest attack of the table changes them."""
+    """Draw the run's figures: training curves, and images perturbed by the strongest attack of the table."""
     title = f"{plan.file.path.stem}, {type(plan.solver).__name__}, {plan.options.data}, seed {plan.options.seed}"
     figures.curves(run.metrics(), run.figures / "curves.png", title)
     prepared.model.load_state_dict(weights(run.checkpoint("best", prepared.test.device)))
@@ -151,7 +155,7 @@ def _draw(plan: Plan, prepared: Prepared, run: RunDir) -> None:
 
 
 def _close(scores: dict[str, dict[str, Score]], prepared: Prepared, file: Path, run: RunDir, console: Console) -> None:
-    """The table, the collapse where there was one, and where everything is."""
+    """Print the table, catastrophic overfitting if it occurred, and the paths of the files."""
     metrics = run.metrics()
     collapse = catastrophic_overfitting(metrics)
     epochs = {

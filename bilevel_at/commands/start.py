@@ -1,4 +1,4 @@
-"""Where a run goes, and how it goes on with what lies there."""
+"""The directory of a run, and how a run is started or resumed."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from .options import RunOptions
 __all__ = ["begin", "resume", "run_directory"]
 
 MAY_CHANGE = ("device", "attacks", "data_dir", "download", "test_examples")
-"""Options that do not change the weights which training gives."""
+"""Options that may differ when a run is resumed, because they do not change the trained weights."""
 
 
 def run_directory(options: RunOptions, problem: str) -> RunDir:
-    """``--out``, or the first free runs/NAME; with ``--resume`` the one that is there."""
+    """The run directory: ``--out``, or the first free runs/NAME; with ``--resume``, the last existing one."""
     if options.out is not None:
         run = RunDir(options.out)
         if run.path.exists() and not run.path.is_dir():
@@ -46,17 +46,24 @@ def begin(run: RunDir, config: dict[str, Any]) -> None:
 
 
 def resume(run: RunDir, config: dict[str, Any], trainer: Trainer, device: torch.device) -> None:
-    """Give the trainer the state that the run has reached.
+    """Load the state of an interrupted run into the trainer.
 
-    Raises :class:`InputError` where a setting, the problem file or the training images differ from those the run was
-    started with, and where its files do not belong together.
+    Args:
+        run: the directory.
+        config: the configuration of this command.
+        trainer: the trainer.
+        device: where tensors are loaded to.
+
+    Raises:
+        InputError: if a setting, the problem file or the training images differ from the saved ones, or the run's files
+            are inconsistent.
     """
     _same_settings(run, run.config(), plain(config))
     if "last" in run.checkpoints:
         state = run.checkpoint("last", device)
         try:
             trainer.load_state_dict(state)
-        except Exception as error:  # torch's loaders fail in many ways on what is not theirs
+        except Exception as error:  # load_state_dict raises many types of errors for foreign content
             reason = str(error).strip().split("\n")[0]
             raise InputError(
                 f"{run}/last.pt is not a checkpoint of this run ({type(error).__name__}: {reason})"
@@ -67,7 +74,7 @@ def resume(run: RunDir, config: dict[str, Any], trainer: Trainer, device: torch.
 
 
 def _same_settings(run: RunDir, before: Any, now: dict[str, Any]) -> None:
-    """Raise :class:`InputError` for the first setting that differs from the saved one."""
+    """Raise InputError if a setting differs from the saved one."""
     try:
         settings = {section: dict(before[section]) for section in ("problem", "solver", "options")}
         file = before["file_sha256"]

@@ -1,4 +1,4 @@
-"""What ``evaluate`` is pointed at: a run, or the weights of a named network from elsewhere."""
+"""The networks to evaluate: those of a run, or a named network with weights from a file."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ __all__ = ["Target", "find_target"]
 
 @dataclass
 class Target:
-    """Networks by name, where their results go, and what is known of them.
+    """Networks by name, the directory of their results, and their configuration.
 
     run: the directory of the results.
     names: best, last, last_good, or model, that of weights from elsewhere.
     about: what config.json says, or will say.
-    threat: what the network is to withstand; None where nothing says.
+    threat: the threat model; None if it is unknown.
     network: that of weights from elsewhere.
     files: the problem files that define networks, as far as the user has named them.
     """
@@ -43,16 +43,28 @@ class Target:
     files: NamedFiles = field(default_factory=NamedFiles)
 
     def check(self) -> None:
-        """Raise :class:`InputError` where the network is one of a problem file that was not named."""
+        """Check that the network's problem file, if it has one, is named.
+
+        Raises:
+            InputError: if it is not.
+        """
         if self.network is None:
             self.files.network(self.run.path, self.about)
 
     def space(self) -> Constraint:
-        """The threat as a set, of which the problem file may have to be named; otherwise :class:`InputError`."""
+        """The threat as a constraint.
+
+        Raises:
+            InputError: if it is defined in a problem file that is not named.
+        """
         return self.files.threat(self.run.path, self.about)
 
     def model(self, name: str) -> nn.Module:
-        """The network, in eval mode. Raises :class:`InputError` where the checkpoint is not usable."""
+        """The network, in eval mode.
+
+        Raises:
+            InputError: if the checkpoint cannot be loaded.
+        """
         if self.network is not None:
             return self.network
         which: Any = name
@@ -78,7 +90,7 @@ def _transfers(options: EvaluateOptions) -> bool:
 
 
 def _images(options: EvaluateOptions, data: str, data_dir: str, usual: int | None) -> ImageSet:
-    """The test images, as many as the flags say, or else as usual."""
+    """The test images; their number is given by flags, or else the usual one."""
     _, test = load_data(data, data_dir, options.download)
     count = options.examples if options.examples is not None else usual
     return test if count is None else test.sample(count)

@@ -31,11 +31,16 @@ def network_with_weights(
 ) -> nn.Module:
     """The network ``model`` with the weights in ``path``, in eval mode.
 
-    path: a state_dict, alone or in a dictionary; tensors and plain values only, which is all that is unpickled.
-    images: of the shape and number of classes that the network is for.
-    mean, std: how inputs are normalised, where the weights are those of a network that does not do so itself.
+    Args:
+        path: a state_dict, alone or in a dictionary. The file may contain only tensors and plain values.
+        model: the name of the network.
+        images: images of the network's input shape and number of classes.
+        activation: the activation function of the network.
+        mean: subtracted from each channel, if the weights are of a network that does not normalise its inputs.
+        std: the divisor of each channel, likewise.
 
-    Raises :class:`InputError` where the weights do not fit, and for a file that holds anything else.
+    Raises:
+        InputError: if the weights do not fit, or the file contains anything else.
     """
     content = load_tensors(path)
     state = _state_dict(content)
@@ -61,7 +66,7 @@ def network_with_weights(
 
 
 def _state_dict(content: Any) -> dict[str, Tensor]:
-    """The tensors by name in what was loaded, without the prefixes that wrappers add; empty where there are none."""
+    """The tensors of the loaded object by name, without the prefixes of wrappers; empty if there are none."""
     for _ in range(5):  # a dictionary may contain itself
         wrapped = content if isinstance(content, Mapping) else {}
         content = next((wrapped[key] for key in WRAPPERS if isinstance(wrapped.get(key), Mapping)), content)

@@ -159,8 +159,8 @@ def _obtain(name: str, data_dir: Path, download: bool) -> None:
         with staged(data_dir, links=here) as stage:
             fetch(name, stage)
     except Exception as error:  # networks, archives and disks fail in many ways: the data are not there
-        said = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        reason = said[-1].removeprefix("<urlopen error ").removesuffix(">")
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        reason = lines[-1].removeprefix("<urlopen error ").removesuffix(">")
         raise _not_there(name, data_dir, f"{what} failed ({reason[:90]})") from None
 
 

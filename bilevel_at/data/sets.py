@@ -82,8 +82,8 @@ class ImageSet(ABC):
     def split(self: Set, fraction: float, seed: int = 0) -> tuple[Set, Set]:
         """(the rest, a random ``fraction`` held out, at least one); the same split for the same seed."""
         order = self._shuffled(seed)
-        held = max(1, round(fraction * len(self)))
-        return self[order[held:]], self[order[:held]]
+        count = max(1, round(fraction * len(self)))
+        return self[order[count:]], self[order[:count]]
 
     def _shuffled(self, seed: int) -> Tensor:
         return torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))

@@ -93,8 +93,8 @@ class Files(Dataset[Any]):
         try:
             return self.view(pil_loader(path), position).numpy()
         except (OSError, ValueError, SyntaxError) as error:  # Pillow's, for what is not an image or not a whole one
-            said = getattr(error, "strerror", None) or " ".join(str(error).split())
-            raise InputError(f"{path} cannot be read as an image: {said[:200]}") from None
+            message = getattr(error, "strerror", None) or " ".join(str(error).split())
+            raise InputError(f"{path} cannot be read as an image: {message[:200]}") from None
 
     def __getitem__(self, positions: Sequence[int]) -> Tensor | InputError:
         """uint8 ``[B, 3, H, W]``; a mistake is returned, as one raised in a worker would come with its traceback."""

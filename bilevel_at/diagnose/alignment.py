@@ -40,7 +40,7 @@ def gradient_alignment(
     whole_number("batch_size", batch_size, 1)
     generator = torch.Generator(images.device).manual_seed(seed)
     ball = constraint.unbounded()
-    found = []
+    cosines_by_batch = []
     with attack_mode(model, "eval"):
         for rows in torch.arange(len(images), device=images.device).split(batch_size):
             batch = Batch(images[rows].pixels(), images.y[rows])
@@ -48,8 +48,8 @@ def gradient_alignment(
             draws = [ball.sample(batch.x, generator) for _ in range(samples)]
             moved = [input_gradient(cross_entropy, model, batch, eta)[0] for eta in draws]
             cosines = [_cosine(clean, gradient) for gradient in moved]
-            found.append(torch.stack(cosines).nanmean(0))
-    return torch.cat(found) if found else torch.empty(0, device=images.device)
+            cosines_by_batch.append(torch.stack(cosines).nanmean(0))
+    return torch.cat(cosines_by_batch) if cosines_by_batch else torch.empty(0, device=images.device)
 
 
 def _cosine(a: Tensor, b: Tensor) -> Tensor:

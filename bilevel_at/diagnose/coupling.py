@@ -99,9 +99,9 @@ def compare_solvers(
         return torch.cat([row.detach().double().flatten() for row in rows]), ratio.item()
 
     direct, _ = at(_Direct())
-    found = {}
+    couplings = {}
     for name, solver in solvers.items():
         whole, ratio = at(solver)
         norm = whole.norm()
-        found[name] = Coupling(norm.item(), (whole @ direct / (norm * direct.norm())).item(), ratio)
-    return found
+        couplings[name] = Coupling(norm.item(), (whole @ direct / (norm * direct.norm())).item(), ratio)
+    return couplings

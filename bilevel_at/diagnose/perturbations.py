@@ -45,11 +45,16 @@ def perturbation_sizes(
 ) -> Perturbations:
     """A histogram of |δ_i| / ε over ``bins`` equal bins of [0, 1], with what holds the coordinates.
 
-    delta: perturbations ``[N, ...]`` inside ``constraint``. x: their images, shaped like ``delta``, without which the
-    input range is not looked at. x + δ within 1e-6 of an end of the range is held by it.
+    Args:
+        delta: perturbations ``[N, ...]`` inside ``constraint``.
+        constraint: the ball.
+        x: their images, of the same shape; without them, the input range is ignored. A coordinate is at the end of the
+            range if x + δ is within 1e-6 of it.
+        bins: the number of bins.
 
-    Raises :class:`InputError` where δ is empty, not finite or outside the ball, where ε is 0, and where the shapes
-    differ or the constraint is not a ball.
+    Raises:
+        InputError: if δ is empty, not finite or outside the ball, ε is 0, the shapes differ, or the constraint is not a
+            ball.
     """
     whole_number("bins", bins, 1)
     if not isinstance(constraint, (LinfBall, L2Ball)):
@@ -66,22 +71,22 @@ def perturbation_sizes(
     if largest > 1 + 1e-5:  # more than roundings
         raise InputError(f"delta reaches {largest:.6g} times epsilon = {epsilon:g}; perturbations lie inside the ball")
     bound = size >= AT_BOUND
-    held = torch.zeros_like(bound)
+    at_end = torch.zeros_like(bound)
     if x is not None and constraint.bounds is not None:
         if x.shape != delta.shape:
             raise InputError(f"x has shape {tuple(x.shape)} and delta {tuple(delta.shape)}; they must be the same")
         low, high = constraint.bounds
         moved = (x + delta).detach()
-        held = ~bound & ((moved <= low + 1e-6) | (moved >= high - 1e-6))
+        at_end = ~bound & ((moved <= low + 1e-6) | (moved >= high - 1e-6))
     # The bin of a size, by arithmetic and not by comparison: the last bin has its right end, and roundings beyond it.
     place = (size * bins).long().clamp(max=bins - 1)
     return Perturbations(
         edges=torch.linspace(0, 1, bins + 1, dtype=torch.float64),
         counts=torch.bincount(place.flatten(), minlength=bins).cpu(),
-        held=torch.bincount(place[held], minlength=bins).cpu(),
+        held=torch.bincount(place[at_end], minlength=bins).cpu(),
         at_bound=bound.double().mean().item(),
         at_zero=(size == 0).double().mean().item(),
-        at_range=held.double().mean().item(),
+        at_range=at_end.double().mean().item(),
         on_sphere=(norms >= AT_BOUND * epsilon).double().mean().item() if isinstance(constraint, L2Ball) else None,
         norms=norms.cpu(),
         epsilon=epsilon,

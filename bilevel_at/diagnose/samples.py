@@ -41,11 +41,11 @@ class Deciles:
 
     def __str__(self) -> str:
         sizes = torch.bincount(self.group[self.group >= 0], minlength=10)
-        said = f"ten groups of {int(sizes.min())} to {int(sizes.max())} examples"
+        groups = f"ten groups of {int(sizes.min())} to {int(sizes.max())} examples"
         if self.balance is None:
-            return said
+            return groups
         low, high = self.balance.min().item(), self.balance.max().item()
-        return f"{said}; one class has between {low:.1%} and {high:.1%} of a group"
+        return f"{groups}; one class has between {low:.1%} and {high:.1%} of a group"
 
 
 def deciles(values: Tensor, label: Tensor | None = None, *, by_class: bool = False) -> Deciles:

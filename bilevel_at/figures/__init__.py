@@ -1,4 +1,4 @@
-"""The figures that runs, evaluations and reports leave behind."""
+"""The figures of runs, evaluations and reports."""
 
 from __future__ import annotations
 

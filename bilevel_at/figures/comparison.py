@@ -39,12 +39,12 @@ def legible(label: str, most: int = 40) -> str:
 
 def one_curve(lines: Epochs, key: str) -> dict[int, float]:
     """epoch -> value, of the epochs that have a finite one."""
-    found = {}
+    values = {}
     for line in lines:
         value = line.get(key)
         if isinstance(value, (int, float)) and math.isfinite(value):
-            found[int(line["epoch"])] = float(value)
-    return found
+            values[int(line["epoch"])] = float(value)
+    return values
 
 
 def mean_curve(runs: Sequence[Epochs], key: str) -> dict[int, float]:
@@ -119,16 +119,16 @@ def accuracy_by_radius(
         rows, columns, figsize=(WIDTH if columns == 2 else 6.2, 3.4 * rows), layout="constrained", squeeze=False
     )
     for axes, (attack, panel) in zip(grid.flat, panels.items(), strict=False):
-        for label, found in panel.items():
+        for label, curve in panel.items():
             place = order.index(label)
             axes.plot(
-                [e for e, _ in found],
-                [100 * a for _, a in found],
+                [e for e, _ in curve],
+                [100 * a for _, a in curve],
                 **_line(place)._asdict(),
                 **_size(place),
                 clip_on=False,
             )
-        largest = max(e for found in panel.values() for e, _ in found)
+        largest = max(e for curve in panel.values() for e, _ in curve)
         if trained is not None and trained <= largest:
             axes.axvline(trained, color=GREY, linewidth=0.9, zorder=0)
             right = trained > 0.7 * largest

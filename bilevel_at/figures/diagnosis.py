@@ -34,7 +34,7 @@ def random_step(norms: Sequence[RandomStepNorms], path: Path) -> None:
     norms: one measurement, or that without and that with the input range; all at the same ε and d. Bars are two
     standard errors. Raises :class:`InputError` where they are not.
     """
-    if not norms or len({(found.epsilon, found.dimension) for found in norms}) != 1:
+    if not norms or len({(norm.epsilon, norm.dimension) for norm in norms}) != 1:
         raise InputError(
             f"there are {len(norms)} measurements; at least one is needed, all at one epsilon and dimension"
         )
@@ -50,14 +50,14 @@ def random_step(norms: Sequence[RandomStepNorms], path: Path) -> None:
         color=BLUE,
         label="Lemma 1: signs independent of η",
     )
-    for found, marker, color in zip(norms, ("o", "s"), ("black", ORANGE), strict=False):
-        label = "measured, " + ("inside the input range" if found.bounded else "no input range")
-        places, lengths = (found.steps / epsilon).numpy(), (found.mean / unit).numpy()
-        bars = (2 * found.error / unit).numpy()
+    for norm, marker, color in zip(norms, ("o", "s"), ("black", ORANGE), strict=False):
+        label = "measured, " + ("inside the input range" if norm.bounded else "no input range")
+        places, lengths = (norm.steps / epsilon).numpy(), (norm.mean / unit).numpy()
+        bars = (2 * norm.error / unit).numpy()
         axes.errorbar(places, lengths, bars, fmt=marker, color=color, label=label, markersize=5)
     axes.axvline(1.25, color=GREY, linestyle=":", linewidth=1.2)
-    low = min([1 / math.sqrt(3), *(float((found.mean / unit).min()) for found in norms)])
-    high = max([1.0, *(float((found.mean / unit).max()) for found in norms)])
+    low = min([1 / math.sqrt(3), *(float((norm.mean / unit).min()) for norm in norms)])
+    high = max([1.0, *(float((norm.mean / unit).max()) for norm in norms)])
     axes.set(xlim=(-0.03, 2.03), ylim=(low - 0.05, high + 0.05))
     axes.annotate(
         "1.25 ε, Fast-AT's step",
@@ -76,33 +76,33 @@ def random_step(norms: Sequence[RandomStepNorms], path: Path) -> None:
     save(figure, path)
 
 
-def perturbations(found: Perturbations, path: Path, title: str = "") -> None:
+def perturbations(sizes: Perturbations, path: Path, title: str = "") -> None:
     """Histograms of |δ_i| / ε, with the part held by the input range, and of ‖δ‖₂."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.6), layout="constrained")
-    share = 100 / found.counts.sum().item()
-    width = (found.edges[1] - found.edges[0]).item()
-    places = (found.edges[:-1] + width / 2).tolist()
-    own, held = ((part * share).tolist() for part in (found.counts - found.held, found.held))
+    share = 100 / sizes.counts.sum().item()
+    width = (sizes.edges[1] - sizes.edges[0]).item()
+    places = (sizes.edges[:-1] + width / 2).tolist()
+    own, at_range = ((part * share).tolist() for part in (sizes.counts - sizes.held, sizes.held))
     left.bar(places, own, 0.92 * width, color=BLUE, label="free, or at ε")
-    if found.at_range > 0:
+    if sizes.at_range > 0:
         # Bars of no height would leave a line on the others.
-        some = [(p, h, o) for p, h, o in zip(places, held, own, strict=True) if h > 0.05]
+        some = [(p, h, o) for p, h, o in zip(places, at_range, own, strict=True) if h > 0.05]
         at, heights, bottoms = zip(*some, strict=True) if some else ((), (), ())
         style = {"color": "white", "edgecolor": ORANGE, "hatch": "////"}
         left.bar(at, heights, 0.92 * width, bottom=bottoms, **style, label="held by the input range")
         left.legend(frameon=False, fontsize=9, loc="upper center")
-    left.set_ylim(0, 1.08 * max(a + b for a, b in zip(own, held, strict=True)))
+    left.set_ylim(0, 1.08 * max(a + b for a, b in zip(own, at_range, strict=True)))
     left.set(xlabel="|δ| / ε of a coordinate", ylabel="coordinates (%)", xlim=(0, 1))
-    said = [f"{found.at_bound:.1%} at ε", f"{found.at_zero:.1%} exactly 0"]
-    if found.on_sphere is not None:
-        said.append(f"{found.on_sphere:.1%} of examples on the sphere")
-    left.set_title(", ".join(said), fontsize=10)
-    low, high = found.norms.min().item(), found.norms.max().item()
+    title_parts = [f"{sizes.at_bound:.1%} at ε", f"{sizes.at_zero:.1%} exactly 0"]
+    if sizes.on_sphere is not None:
+        title_parts.append(f"{sizes.on_sphere:.1%} of examples on the sphere")
+    left.set_title(", ".join(title_parts), fontsize=10)
+    low, high = sizes.norms.min().item(), sizes.norms.max().item()
     if high - low < 0.01 * high:  # all on the sphere
         low, high = 0.95 * low, 1.05 * high
-    right.hist(found.norms.numpy(), bins=21, range=(low, high), color=BLUE, rwidth=0.92)
+    right.hist(sizes.norms.numpy(), bins=21, range=(low, high), color=BLUE, rwidth=0.92)
     right.set(xlabel="‖δ‖₂ of an example", ylabel="examples")
-    right.set_title(f"mean {found.norms.mean():.3g}, ε = {found.epsilon:.3g}", fontsize=10)
+    right.set_title(f"mean {sizes.norms.mean():.3g}, ε = {sizes.epsilon:.3g}", fontsize=10)
     if title:
         figure.suptitle(title, fontsize=10)
     save(figure, path)

@@ -1,4 +1,4 @@
-"""Pictures of what a network has become: the loss around images, and the filters of its first layer."""
+"""Figures of the loss around images, and of the filters of a network's first layer."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ LEAST = 1e-4
 """The least loss that has a colour of its own, as a part of the largest on the plane."""
 
 
-def landscapes(found: Landscape, path: Path, epsilon: float | None = None, count: int = 4) -> None:
+def landscapes(landscape: Landscape, path: Path, epsilon: float | None = None, count: int = 4) -> None:
     """The first ``count`` images and their loss on the plane: contours, the decision boundary, and x in the middle.
 
     epsilon: the radius of the ℓ∞ ball, drawn as the diamond that it is on this plane. Colours are on a log scale,
     each panel's own, since losses differ by orders of magnitude within an image and between images.
     """
-    count = min(count, len(found.x))
-    a, b = (offsets.cpu().numpy() for offsets in (found.sign_offsets, found.random_offsets))
+    count = min(count, len(landscape.x))
+    a, b = (offsets.cpu().numpy() for offsets in (landscape.sign_offsets, landscape.random_offsets))
     figure, axes = plt.subplots(
         2,
         count,
@@ -39,12 +39,12 @@ def landscapes(found: Landscape, path: Path, epsilon: float | None = None, count
         height_ratios=(1, 2.6),
     )
     for place in range(count):
-        picture, panel, label = axes[0, place], axes[1, place], int(found.y[place])
-        _image(picture, found.x[place])
+        picture, panel, label = axes[0, place], axes[1, place], int(landscape.y[place])
+        _image(picture, landscape.x[place])
         middle = len(a) // 2
-        said = int(found.predicted[place, middle, middle])
-        picture.set_title(f"label {label}, says {said}", fontsize=9)
-        loss, margin = found.loss[place].cpu().numpy(), found.margin[place].cpu().numpy()
+        predicted = int(landscape.predicted[place, middle, middle])
+        picture.set_title(f"label {label}, says {predicted}", fontsize=9)
+        loss, margin = landscape.loss[place].cpu().numpy(), landscape.margin[place].cpu().numpy()
         top = max(float(loss.max()), 1e-9)
         low = min(max(float(loss.min()), top * LEAST), top / 1.5)
         levels, below = np.geomspace(low, top * 1.0001, 17), "min" if loss.min() < low else "neither"
@@ -127,6 +127,6 @@ def filters(history: Tensor, path: Path) -> None:
     panel.set(xlabel="epoch", ylabel="norm of the filter", ylim=(0, None))
     panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     panel.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
-    said = "" if likeness is None else "; L: likeness to the 3×3 Laplacian, |cos|"
-    figure.suptitle(f"Filters of the first convolution before and after training{said}", fontsize=10)
+    legend = "" if likeness is None else "; L: likeness to the 3×3 Laplacian, |cos|"
+    figure.suptitle(f"Filters of the first convolution before and after training{legend}", fontsize=10)
     save(figure, path)

@@ -1,4 +1,4 @@
-"""Images, and what an attack does to them."""
+"""Images before and after an attack."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["examples"]
 
 
 def examples(model: nn.Module, images: ImageSet, attack: Attack, path: Path, count: int = 8) -> None:
-    """Test images, their perturbations and the sums, with what the model says of each."""
+    """Test images, their perturbations and the sums, with the model's predictions."""
     if not attack.stages:
         return
     count = min(count, len(images))
@@ -28,7 +28,7 @@ def examples(model: nn.Module, images: ImageSet, attack: Attack, path: Path, cou
     with attack_mode(model, "eval"):
         delta = attack.perturb(model, batch, generator) - batch.x
         with torch.no_grad():
-            said = [model(batch.x + d).argmax(1).tolist() for d in (torch.zeros_like(delta), delta)]
+            predictions = [model(batch.x + d).argmax(1).tolist() for d in (torch.zeros_like(delta), delta)]
     limit = max(delta.abs().max().item(), 1e-12)
     rows = [(batch.x, 0.0, 1.0, "gray"), (delta, -limit, limit, "RdBu"), (batch.x + delta, 0.0, 1.0, "gray")]
     names = ["image", f"perturbation\n(±{limit:.2g})", "attacked"]
@@ -42,7 +42,7 @@ def examples(model: nn.Module, images: ImageSet, attack: Attack, path: Path, cou
                 axes[row, column].imshow(((pixels - low) / (high - low)).clip(0, 1).transpose(1, 2, 0))
             axes[row, column].set(xticks=[], yticks=[])
         axes[row, 0].set_ylabel(names[row])
-    for row, answers in ((0, said[0]), (2, said[1])):
+    for row, answers in ((0, predictions[0]), (2, predictions[1])):
         for column, answer in enumerate(answers):
             right = answer == int(labels[column])
             axes[row, column].set_title(

@@ -1,4 +1,4 @@
-"""How every figure of this library looks: colours that differ in lightness too, so that greyscale keeps them apart."""
+"""The style of all figures. Colours also differ in lightness, so that they are distinct in greyscale."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ SERIES = (
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write the PNG, and forget the figure."""
+    """Write the PNG and close the figure."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_symlink():
         path.unlink()  # the figure replaces a link, not what it leads to

@@ -1,4 +1,4 @@
-"""What an epoch after epoch of training looks like."""
+"""Training curves of a run."""
 
 from __future__ import annotations
 

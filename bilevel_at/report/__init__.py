@@ -1,4 +1,4 @@
-"""One page about runs and what evaluation found of them."""
+"""One page about runs and the results of their evaluation."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ __all__ = ["SECTIONS", "default_out", "report"]
 
 Maker = Callable[[Sequence[Group], Path], Section | None]
 
-# A section is a function of the groups and the folder for its figures; None where there is nothing to show.
+# A section is a function of the groups and the folder for its figures; It returns None if there is nothing to show.
 SECTIONS: tuple[Maker, ...] = (
     concerns,
     accuracy,
@@ -43,7 +43,7 @@ SECTIONS: tuple[Maker, ...] = (
     repeat,
 )
 MEASURED = (loss_around_images, perturbations, filters)
-"""Those that run the networks, which on a CPU takes minutes for large ones."""
+"""The sections that run the networks, which takes minutes for large networks on a CPU."""
 
 
 def default_out(runs: Sequence[str | Path]) -> Path:
@@ -61,15 +61,21 @@ def report(
     problem_file: Sequence[str] = (),
     progress: Callable[[str], None] = lambda name: None,
 ) -> Path:
-    """Write ``index.html``, one page that needs nothing else, and ``figures/*.png`` into ``out``; the page's path.
+    """Write ``index.html``, a self-contained page, and ``figures/*.png``.
 
-    runs: run directories, or those of evaluated checkpoints. Runs that differ in their seed only share a row.
-    out: a folder, made where it is not there; :func:`default_out` where not given. measure: also make the sections that
-    need the networks and the test images. images: positions of the test images whose loss landscapes are drawn.
-    problem_file: problem files of runs whose networks they define; without them these networks are not measured.
-    progress: told each section's name before it is made.
+    Args:
+        runs: run directories, or those of evaluated checkpoints. Runs that differ only in their seed share a row.
+        out: the folder to write to, created if it does not exist; :func:`default_out` by default.
+        measure: also make the sections that need the networks and the test images.
+        images: positions of the test images whose loss landscapes are drawn.
+        problem_file: problem files that define networks of runs; without them, these networks are not measured.
+        progress: called with each section's name before it is made.
 
-    Raises :class:`InputError` where a run cannot be read, is given twice, or ``out`` not written.
+    Returns:
+        The path of the page.
+
+    Raises:
+        InputError: if a run cannot be read, is given twice, or ``out`` cannot be written.
     """
     records = read_all(runs, problem_file)
     NamedFiles(problem_file).check_used(run.config for run in records)
@@ -80,13 +86,13 @@ def report(
     try:
         (folder / "figures").mkdir(parents=True, exist_ok=True)
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Glyph")  # a name may have letters that the figures' font has not
+            warnings.filterwarnings("ignore", "Glyph")  # names may have characters that the font lacks
             makers = [make for make in SECTIONS if measure or make not in MEASURED]
             chosen = functools.wraps(loss_around_images)(functools.partial(loss_around_images, images=images))
             makers = [chosen if make is loss_around_images else make for make in makers]
             sections = [s for make in makers if (s := _make(make, groups, folder / "figures", progress))]
         partial, file = folder / ".index.html.partial", folder / "index.html"
-        partial.unlink(missing_ok=True)  # a link there would lead the page to another file
+        partial.unlink(missing_ok=True)  # do not write through a symbolic link
         partial.write_text(page(_title(groups), _lead(groups), _facts(records), sections), encoding="utf-8")
         os.replace(partial, file)
     except OSError as error:
@@ -95,7 +101,7 @@ def report(
 
 
 def _make(make: Maker, groups: Sequence[Group], folder: Path, progress: Callable[[str], None]) -> Section | None:
-    """A section; where what it computes cannot be computed, the sentence that says why."""
+    """Make a section. If its computation fails, the section contains the reason."""
     name = make.__name__.replace("_", " ")
     progress(name)
     try:

@@ -1,4 +1,4 @@
-"""What to know before believing a number: what the checks found, what collapsed, and what is missing."""
+"""Warnings about the results: findings of the checks, catastrophic overfitting, and missing evaluations."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["concerns"]
 
 
 def concerns(groups: Sequence[Group], folder: Path) -> Section | None:
-    """Warnings of ``checks.json``, catastrophic overfitting, what makes rows incomparable; then what was not done."""
+    """Warnings of ``checks.json``, catastrophic overfitting, reasons why rows are not comparable; then missing work."""
     runs = all_runs(groups)
     names = {run.path: (run.name if len(runs) > 1 else "") for run in runs}
     grave = [note for run in runs for note in _warnings(run, names[run.path])]
@@ -53,7 +53,7 @@ def concerns(groups: Sequence[Group], folder: Path) -> Section | None:
 
 
 def _measures(section: Mapping[str, Any]) -> bool:
-    """Whether the network was measured, and not only attacks compared."""
+    """Whether the record contains measurements of the network, besides comparisons of attacks."""
     network = section.get("network", section.get("measured"))
     return isinstance(network, dict) and bool(network)
 

@@ -103,16 +103,23 @@ def device(run: Run) -> str:
 
 
 def machine(run: Run) -> tuple[Any, ...]:
-    """What times depend on, as recorded; runs that agree in it were timed alike."""
+    """The recorded device, platform and threads. Times of runs are comparable if these are equal."""
     own = run.part("machine")
     return device(run), own.get("platform"), own.get("threads")
 
 
 def robust_gap(group: Group, attack: str | None) -> tuple[Spread, str] | None:
-    """(robust accuracy of the best epoch less that of the last, over seeds; under which attack): robust overfitting.
+    """Robust overfitting: the difference in robust accuracy between the best and the last epoch.
 
-    On the test set under ``attack`` where both were evaluated, else on the held-out images, from which the best epoch
-    was chosen, so that it cannot be negative there.
+    It is measured on the test set if both epochs were evaluated under the attack. Otherwise it is measured on the
+    held-out images, where it cannot be negative, because they determine the best epoch.
+
+    Args:
+        group: the runs.
+        attack: the attack on the test set.
+
+    Returns:
+        The difference over seeds and the name of the attack; None if there are no metrics.
     """
     if attack is not None:
         pairs = [(run.under_threat("best").get(attack), run.under_threat("last").get(attack)) for run in group.runs]
@@ -129,7 +136,7 @@ def robust_gap(group: Group, attack: str | None) -> tuple[Spread, str] | None:
 
 
 def attacked(group: Group) -> bool:
-    """Whether training saw an attack; without one there is no robustness to overfit."""
+    """Whether training used an attack; without one, robust overfitting is not defined."""
     sizes = [number(line.get("perturbation")) for run in group.runs for line in run.metrics]
     return not sizes or any(size > 0 or math.isnan(size) for size in sizes)
 

@@ -1,4 +1,4 @@
-"""Why the numbers are what they are: sections that look into training's records and into the networks."""
+"""Sections that explain the results, from the records of training and from measurements of the networks."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ __all__ = ["examples_in_training", "filters", "implicit_term", "loss_around_imag
 
 ATTACK = "pgd-20-1"
 FIRST_IMAGES = (0, 1, 2, 3)
-AT_ONCE = 64  # of them, in a pass: networks may be large
-SEEN = 256  # test images that are measured
+AT_ONCE = 64  # test images in a pass: networks may be large
+SEEN = 256  # the number of test images in measurements
 
 
 def implicit_term(groups: Sequence[Group], folder: Path) -> Section | None:
@@ -117,7 +117,7 @@ def loss_around_images(groups: Sequence[Group], folder: Path, images: Sequence[i
 
 
 def perturbations(groups: Sequence[Group], folder: Path) -> Section | None:
-    """Sizes of what PGD finds, and what a random start does to a single step."""
+    """Sizes of PGD perturbations, and the effect of a random start on a single step."""
     parts: list[Part] = []
     looked_at, left_out, unusable = subjects(groups)
     for place, subject in enumerate(looked_at):

@@ -1,4 +1,4 @@
-"""Runs that differ in their seed only are one row of a table: the same training, so many times."""
+"""Groups of runs that differ only in their seed; a group is one row of a table."""
 
 from __future__ import annotations
 
@@ -14,47 +14,62 @@ from .numbers import Spread, number, radius
 
 __all__ = ["Group", "all_runs", "by_threat", "group"]
 
-# What does not change the network that training gives, and what other entries of the configuration say already.
+# Options that do not change the trained network, and options that are recorded elsewhere in the configuration.
 PASSED_OVER = ("seed", "out", "device", "data_dir", "download", "resume", "attacks", "solver", "problem")
 
 
 @dataclass(frozen=True)
 class Group:
-    """Runs of one training with different seeds, in the order they were given. label: short, and no other group's."""
+    """Runs of one training with different seeds.
+
+    Args:
+        label: a short name, unique among groups.
+        runs: in the order in which they were given.
+    """
 
     label: str
     runs: tuple[Run, ...]
 
     @property
     def checkpoints(self) -> list[str]:
-        """Those that were evaluated, in a reader's order."""
+        """The evaluated checkpoints, in the order of :data:`WHICH`, then others."""
         return list(dict.fromkeys(which for which in WHICH for run in self.runs if which in run.results)) + list(
             dict.fromkeys(which for run in self.runs for which in run.results if which not in WHICH)
         )
 
     @property
     def main(self) -> str | None:
-        """The checkpoint that comparisons take: the best epoch where there is one."""
+        """The checkpoint used in comparisons: the best epoch, if it was evaluated."""
         return next(iter(self.checkpoints), None)
 
     @property
     def threat(self) -> Threat:
-        """What the networks are to withstand, which is the same for all of them."""
+        """The threat model, which is the same for all runs."""
         return self.runs[0].threat
 
     @property
     def epsilon(self) -> float | None:
-        """The radius of the threat, where it has one."""
+        """The radius of the threat; None if it has none."""
         return self.threat.epsilon
 
     def accuracy(self, which: str, attack: str) -> Spread | None:
-        """Under an attack in the threat, over the seeds that have it."""
+        """Accuracy under an attack in the threat, over the seeds with a result; None if there is none.
+
+        Args:
+            which: the checkpoint's name.
+            attack: the attack's name.
+        """
         entries = [run.under_threat(which).get(attack) for run in self.runs]
         values = tuple(number(entry["accuracy"]) for entry in entries if entry is not None)
         return Spread(values) if values else None
 
     def images(self, which: str, attack: str | None = None) -> set[int]:
-        """On how many images the attack, or any, was evaluated in the threat."""
+        """The numbers of images of evaluations in the threat.
+
+        Args:
+            which: the checkpoint's name.
+            attack: the attack's name; any attack if None.
+        """
         entries = [run.under_threat(which) for run in self.runs]
         sizes = [e.get("n") for results in entries for name, e in results.items() if attack in (None, name)]
         return {n for n in sizes if isinstance(n, int)}
@@ -65,9 +80,9 @@ class Group:
 
 
 def by_threat(groups: Iterable[Group]) -> list[tuple[str, list[Group]]]:
-    """(the threat in words, its groups) in the order of their first groups: only these can be compared.
+    """Pairs of a threat in words and its groups, in the order of first groups. Only groups of a pair are comparable.
 
-    Sets that bear one name and are not the same are numbered.
+    Different sets with the same name are numbered.
     """
     parts: dict[tuple[str, float | None, str], list[Group]] = {}
     for group in groups:
@@ -83,7 +98,7 @@ def all_runs(groups: Iterable[Group]) -> list[Run]:
 
 
 def group(runs: Sequence[Run]) -> list[Group]:
-    """Groups in the order of their first runs. The same seed a second time is no new draw, and begins another group."""
+    """Group runs that differ only in their seed, in the order of first runs. A repeated seed starts another group."""
     parts: dict[tuple[str, int], list[Run]] = {}
     counts: dict[tuple[str, Any], int] = {}
     for run in runs:
@@ -113,7 +128,7 @@ def _key(run: Run) -> str:
 
 
 def _labels(parts: list[list[Run]]) -> list[str]:
-    """The problem file's name, and what tells its groups apart where there are several."""
+    """The problem file's name, followed by the settings in which its groups differ, if there are several."""
     bases, labels = [_base(part[0]) for part in parts], []
     settings = [_settings(part[0]) for part in parts]
     for base, own in zip(bases, settings, strict=True):

@@ -21,12 +21,12 @@ from .groups import Group
 
 __all__ = ["MOST", "Subject", "Subjects", "subjects"]
 
-MOST = 3  # groups that are measured: figures of each
+MOST = 3  # the largest number of measured groups
 
 
 @dataclass(frozen=True)
 class Subject:
-    """The first run of a group: its network, a checkpoint's name, test images, and the ball that it is to withstand."""
+    """The first run of a group: its network, a checkpoint's name, test images, and the ball of its threat model."""
 
     group: Group
     run: Run
@@ -45,7 +45,7 @@ class Subject:
         return str(self.group.threat)
 
     def checkpoints(self) -> Iterator[tuple[str, nn.Module]]:
-        """Every network that the run has kept, by the checkpoint's name."""
+        """Yield every saved network of the run, with the checkpoint's name."""
         for which in get_args(Which):
             if which == self.which:
                 yield which, self.model
@@ -54,7 +54,7 @@ class Subject:
 
 
 class Subjects(NamedTuple):
-    """What is measured; a sentence on each thing left out; and whether one of them has a network that is not usable."""
+    """The measured networks, a sentence on each omission, and whether a network could not be loaded or measured."""
 
     measured: list[Subject]
     left_out: list[str]
@@ -62,7 +62,7 @@ class Subjects(NamedTuple):
 
 
 def subjects(groups: Sequence[Group]) -> Subjects:
-    """The first groups that have a checkpoint, a ball, and their images; of several seeds the first."""
+    """The first groups with a checkpoint, a ball and test images. Of several seeds, the first is measured."""
     measured, missing = _looked_at(groups)
     beyond = [g.label for g in groups if any(r.metrics for r in g.runs)]
     beyond = [label for label in beyond if label not in {s.group.label for s in measured} | set(missing)]

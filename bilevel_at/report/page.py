@@ -1,4 +1,4 @@
-"""A page from its parts. Parts hold plain text; whatever reaches the page is escaped here, and only here."""
+"""A page from its parts. Parts contain plain text; all escaping happens in this module."""
 
 from __future__ import annotations
 
@@ -21,7 +21,13 @@ FIGURE_DPI = 130
 
 @dataclass(frozen=True)
 class Figure:
-    """A PNG with a caption that says what to see in it. alt: for those who cannot; the caption where not given."""
+    """A PNG with a caption.
+
+    Args:
+        path: the file.
+        caption: an explanation of the figure.
+        alt: the alternative text; the caption if empty.
+    """
 
     path: Path
     caption: str
@@ -30,9 +36,14 @@ class Figure:
 
 @dataclass(frozen=True)
 class Cell:
-    """best: stands out by weight and by a mark. aside: in small letters after it. rows: how many it spans.
+    """A cell of a table.
 
-    code: to be read letter by letter.
+    Args:
+        text: the content.
+        best: whether it is marked and printed in bold.
+        aside: a remark in small letters after it.
+        rows: the number of rows that it spans.
+        code: whether it is set in the font of code.
     """
 
     text: str
@@ -44,9 +55,13 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """head: names of columns. rows: the first cell is the row's head; where one above spans the row, it is passed over.
+    """A table.
 
-    words: columns from the left that are words.
+    Args:
+        head: the names of columns.
+        rows: the first cell is the row's head; it is ignored if a cell above spans the row.
+        caption: the caption.
+        words: the number of columns, from the left, that contain words.
     """
 
     head: Sequence[str]
@@ -57,14 +72,19 @@ class Table:
 
 @dataclass(frozen=True)
 class Code:
-    """Lines to copy, as they are."""
+    """Preformatted lines, such as commands."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Notes:
-    """(of whom, what) each; ``grave`` where the numbers should not be believed before it is read."""
+    """A list of notes.
+
+    Args:
+        items: pairs of a subject and a text.
+        grave: whether the notes cast doubt on the results.
+    """
 
     items: Sequence[tuple[str, str]]
     grave: bool = False
@@ -72,7 +92,7 @@ class Notes:
 
 @dataclass(frozen=True)
 class Details:
-    """Parts a reader opens."""
+    """Parts in a collapsed block."""
 
     summary: str
     parts: Sequence[Part]
@@ -83,14 +103,14 @@ Part: TypeAlias = "str | Figure | Table | Code | Notes | Details"
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and what stands under it, in order; a string is a paragraph."""
+    """A heading and the parts below it; a string is a paragraph."""
 
     title: str
     parts: Sequence[Part] = field(default_factory=list)
 
 
 def text(value: str) -> str:
-    """Escaped, without what no page may hold: control characters, and halves of surrogate pairs out of file names."""
+    """Escape text, and replace control characters and unpaired surrogates, which are not allowed in HTML."""
     clean = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ufffe\uffff]", "\N{REPLACEMENT CHARACTER}", value)
     return html.escape(clean.encode("utf-8", "replace").decode("utf-8"))
 
@@ -105,7 +125,14 @@ def _prose(value: str) -> str:
 
 
 def page(title: str, lead: str, facts: Sequence[tuple[str, str]], sections: Sequence[Section]) -> str:
-    """The whole document. facts: what is compared, in pairs; they stand in the header."""
+    """The whole HTML document.
+
+    Args:
+        title: the title.
+        lead: the first paragraph.
+        facts: pairs of a name and a value, for the header.
+        sections: the sections in order.
+    """
     listed = "".join(f"<div><dt>{text(name)}</dt><dd>{text(value)}</dd></div>" for name, value in facts)
     links = "".join(f'<li><a href="#s{i}">{text(s.title)}</a></li>' for i, s in enumerate(sections))
     body = "\n".join(

@@ -46,9 +46,8 @@ def radii(groups: Sequence[Group], folder: Path) -> Section | None:
 def by_radius(groups: Sequence[Group]) -> dict[str, dict[str, Curve]]:
     """attack -> group -> (ε, mean accuracy over seeds) by rising ε, from clean accuracy at 0; of the main checkpoint.
 
-    An attack is there where some group has it at two radii or more, and in it the groups that have two. Balls of
-    another norm than the threat's, and of every norm where threats differ in it, are panels of their own:
-    ``pgd-50-10-l2``.
+    Only groups with results at two radii or more are included. Results in another norm than the threat's are under a
+    name of their own, such as ``pgd-50-10-l2``; if threats differ in the norm, so are the results in every norm.
     """
     norms = {group.threat.norm or "linf" for group in groups if group.threat.is_ball}
     usual = next(iter(norms)) if len(norms) == 1 else None

@@ -1,4 +1,4 @@
-"""How to repeat what the page shows."""
+"""Commands that reproduce the results of the page."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _table(runs: Sequence[Run], name: str, key: str) -> list[list[Cell]]:
 
 
 def _made_with(runs: Sequence[Run]) -> list[list[Cell]]:
-    """Versions and machines, each different one with the number of its runs."""
+    """Versions and machines, with the number of runs of each."""
     counts: dict[str, dict[str, int]] = {}
     for run in runs:
         for name, value in {**run.part("versions"), **run.part("machine")}.items():

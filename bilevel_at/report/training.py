@@ -32,7 +32,7 @@ def training(groups: Sequence[Group], folder: Path) -> Section | None:
 
 
 def _figure(groups: Sequence[Group], path: Path, order: Sequence[str]) -> Figure | None:
-    """Trainings of one threat: one run, or small multiples of several. None where nothing is on record.
+    """Trainings of one threat: one run, or small multiples of several. None if there are no metrics.
 
     order: the labels of all groups of the page, so that each has one style in all its figures.
     """
@@ -89,7 +89,7 @@ def _above(difference: float) -> str:
 
 
 def _of_several(curves: Mapping[str, Sequence[Sequence[Mapping[str, object]]]], attack: str | None) -> str:
-    """``attack``: the one of the held-out accuracies; None where they differ, and then nobody is the most robust."""
+    """The caption for several trainings. ``attack`` is that of the held-out accuracies; None if they differ."""
     sentences = ["Thick: mean over seeds; thin: each seed."] if any(len(runs) > 1 for runs in curves.values()) else []
     robust = {label: c for label, runs in curves.items() if (c := mean_curve(runs, "robust"))}
     ends = {label: c[max(c)] for label, c in robust.items()}

@@ -1,4 +1,4 @@
-"""The worst case over all attacks that were run: an example counts while none of them has broken it."""
+"""The worst case over all attacks that were run: an example counts as correct if no attack breaks it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,13 @@ __all__ = ["WorstCase", "per_example", "worst_case"]
 
 @dataclass(frozen=True)
 class WorstCase:
-    """Accuracy under the worst of ``attacks`` (and of none), over seeds; n images."""
+    """Accuracy under the union of attacks.
+
+    Args:
+        spread: the accuracies over seeds.
+        attacks: the names of the attacks.
+        n: the number of images.
+    """
 
     spread: Spread
     attacks: tuple[str, ...]
@@ -27,10 +33,17 @@ class WorstCase:
 
 
 def worst_case(group: Group, which: str) -> WorstCase | None:
-    """The worst of the attacks in the threat that every run of the group was put to.
+    """Accuracy under the union of those attacks in the threat with which every run of the group was evaluated.
 
-    From ``evaluation/WHICH/*.npz``; None where a run has not the examples' results of two attacks or more on the same
-    images. Raises :class:`InputError` for a damaged file.
+    Args:
+        group: the runs, whose ``evaluation/WHICH/*.npz`` are read.
+        which: the checkpoint's name.
+
+    Returns:
+        None if a run lacks the outcomes of at least two attacks on the same images.
+
+    Raises:
+        InputError: if a file is damaged.
     """
     survivors = [per_example(run, which) for run in group.runs]
     common = [name for name in survivors[0] if all(name in outcome for outcome in survivors)]
@@ -42,9 +55,9 @@ def worst_case(group: Group, which: str) -> WorstCase | None:
 
 
 def per_example(run: Run, which: str) -> dict[str, np.ndarray]:
-    """attack -> whether each image survives it, ``[n]`` bool: in the threat, all of the same images.
+    """attack -> ``[n]`` bool, whether each image is classified correctly. All are in the threat, of the same images.
 
-    Where evaluations were of different images or norms, those that most attacks have in common.
+    If evaluations differ in images or norms, the most frequent combination is chosen.
     """
     entries = {
         name: entry
@@ -68,5 +81,5 @@ def _kind(entry: Mapping[str, Any]) -> tuple[str, str, str, str]:
 def _same_images(evaluations: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, np.ndarray]:
     labels: Sequence[np.ndarray] = [label for label, _ in evaluations.values()]
     if any(not np.array_equal(labels[0], label) for label in labels):
-        return {}  # the fingerprints agree and the labels do not: not for us to say which is right
+        return {}  # equal fingerprints, but different labels: which are right is unknown
     return {name: correct for name, (_, correct) in evaluations.items()}

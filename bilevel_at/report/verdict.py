@@ -1,4 +1,4 @@
-"""What the comparison's numbers say, in sentences."""
+"""Sentences that summarise the comparison."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["about_unions", "caption", "lead"]
 
 
 def about_unions(unions: Sequence[tuple[Group, str, WorstCase]]) -> list[str]:
-    """What was put together, and how much lower than its strongest part it is."""
+    """The attacks of the unions, and the accuracy of a union relative to its strongest attack."""
     if not unions:
         return []
     lower = {}
@@ -30,7 +30,12 @@ def about_unions(unions: Sequence[tuple[Group, str, WorstCase]]) -> list[str]:
 
 
 def lead(groups: Sequence[Group], columns: Sequence[str]) -> str:
-    """Who keeps most under the strongest attack, and whether the seeds can tell. groups: of one threat."""
+    """The highest accuracy under the strongest attack, compared with the spread over seeds.
+
+    Args:
+        groups: of one threat.
+        columns: the attacks of the table.
+    """
     attack = strongest(groups)
     if attack is None:
         return "No attack has been run on every training here, so there is no one number to compare."
@@ -82,10 +87,14 @@ def _granularity(group: Group, attack: str) -> str:
 
 
 def caption(groups: Sequence[Group], columns: Sequence[str], images: Set[str], at: str, marked: bool) -> str:
-    """What the table's numbers are.
+    """The caption of the table.
 
-    images: how many the rows were evaluated on.
-    at: the threat in words.
+    Args:
+        groups: of one threat.
+        columns: the attacks of the table.
+        images: the numbers of images of the rows.
+        at: the threat in words.
+        marked: whether the best results are marked.
     """
     seeds = "; mean ± sample standard deviation over seeds" if any(len(g.runs) > 1 for g in groups) else ""
     order = "" if len(columns) < 3 else " Attacks stand from the weakest to the strongest, by mean accuracy."

@@ -26,11 +26,11 @@ class WeightAverage:
         return self._averaged.module
 
     def update(self, model: nn.Module) -> None:
-        """Follow the weights after an update."""
+        """Include the weights after an update in the average."""
         self._averaged.update_parameters(model)
 
     def state_dict(self) -> dict[str, Any]:
-        """The entries of a checkpoint: the averaged weights, and how many updates they have followed."""
+        """The entries of a checkpoint: the averaged weights, and the number of updates."""
         return {"average": self.network.state_dict(), "averaged": self._averaged.n_averaged}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What training keeps of every example, and of the first filters: ``history.npz``."""
+"""The recorder of ``history.npz``: measurements of every example, and the first layer's filters."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Recorder:
         return torch.full((len(self.labels),), torch.nan, device=self.labels.device)
 
     def note(self, batch: Batch, solution: Solution) -> None:
-        """Keep what the lower level says of these examples. A later note of the same epoch replaces an earlier one."""
+        """Record the lower level's measurements of these examples, replacing earlier ones of the same epoch."""
         rows, gradient = batch.index, solution.attack_gradient
         if rows is None or not self.follows_examples or len(solution.delta) != len(batch):
             return
@@ -53,38 +53,38 @@ class Recorder:
             self._step[rows] = 1 / lam
 
     def close_epoch(self, model: nn.Module) -> None:
-        """The epoch is done."""
+        """Finish the epoch."""
         self.epochs.append((self._norm.cpu(), self._step.cpu()))
         self.filters.append(_filters(model))
         self._norm, self._step = self._empty(), self._empty()
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """For a file of plain arrays."""
-        found: dict[str, np.ndarray] = {}
+        """The records as plain arrays for a file."""
+        history: dict[str, np.ndarray] = {}
         if self.follows_examples and self.epochs:
             norms, steps = (torch.stack(part).numpy() for part in zip(*self.epochs, strict=True))
-            found = {"gradient_norm": norms, "step": steps, "label": self.labels.cpu().numpy()}
-        kept = [f for f in self.filters if f is not None]
-        if found and kept and len(kept) == len(self.filters):
-            found["filters"] = torch.stack(kept).numpy()
-        return found
+            history = {"gradient_norm": norms, "step": steps, "label": self.labels.cpu().numpy()}
+        filters = [f for f in self.filters if f is not None]
+        if history and filters and len(filters) == len(self.filters):
+            history["filters"] = torch.stack(filters).numpy()
+        return history
 
     def restore(self, arrays: Any, epochs: int) -> None:
-        """Go on after ``epochs`` epochs with what a file says of them, and NaN where it says nothing that fits."""
+        """Restore the records of ``epochs`` epochs from a file's arrays; NaN if an array is missing or does not fit."""
         unknown = torch.full((epochs, len(self.labels)), torch.nan)
         norms, steps = (_fitting(arrays, name, unknown) for name in ("gradient_norm", "step"))
         self.epochs = list(zip(norms, steps, strict=True))
         first = self.filters[0]
         if first is not None:
-            held = _fitting(arrays, "filters", torch.full((epochs + 1, *first.shape), torch.nan))
-            self.filters = list(held)
+            filters = _fitting(arrays, "filters", torch.full((epochs + 1, *first.shape), torch.nan))
+            self.filters = list(filters)
 
 
 def _fitting(arrays: Any, name: str, like: Tensor) -> Tensor:
-    found = arrays.get(name)
-    if found is None or found.dtype.kind != "f" or found.shape[1:] != like.shape[1:] or len(found) < len(like):
+    array = arrays.get(name)
+    if array is None or array.dtype.kind != "f" or array.shape[1:] != like.shape[1:] or len(array) < len(like):
         return like
-    return torch.from_numpy(found[: len(like)].astype(np.float32))
+    return torch.from_numpy(array[: len(like)].astype(np.float32))
 
 
 def _filters(model: nn.Module) -> Tensor | None:

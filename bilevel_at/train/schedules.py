@@ -1,4 +1,4 @@
-"""What the optimiser's settings are at each of its steps."""
+"""Schedules of the learning rate and the momentum."""
 
 from __future__ import annotations
 
