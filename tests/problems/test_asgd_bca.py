@@ -23,13 +23,12 @@ def test_asgd_bca(v, eta, momentum):
         gradient = ce_gradient(v.twin, batch.x + z, batch.y)
         memory.follow(batch.index, gradient, momentum)
         record.append(memory.largest.clone())
-        length = eta / memory.largest[batch.index].sqrt()
+        length = eta / (memory.largest[batch.index].sqrt() + 1e-12)  # so that a gradient of zero has a step
         delta = clip(z + by_sample(length, z) * gradient, batch.x, v.epsilon)
         memory.store(batch, delta)
         return delta
 
     problem = asgd_bca.problem(v.epsilon, eta, momentum)
-    # The library divides by √v̂ + 1e-12, so that a gradient of zero has a step.
     memory = play(v, problem, asgd_bca.solver(), update, rtol=1e-7, atol=1e-8)
     n = len(v.x)
     torch.testing.assert_close(problem.lower.step.largest.values[:n], memory.largest, rtol=1e-6, atol=1e-9)
