@@ -182,7 +182,7 @@ def problem(
         mode: train or eval batch statistics in attack passes.
     """
     loss, ball = RandomTargets(label_smoothing), ba.LinfBall(epsilon)
-    anchor = OfGreyImages(epsilon, noise * epsilon, rho_low, rho_high, every)
+    anchor = OfGreyImages(epsilon, at_least("noise", noise) * epsilon, rho_low, rho_high, every)
     space = ball if project else ba.Range()
     lower = ba.Linearized(ba.minus(loss), space, anchor, "sign", epsilon, mode, keep_output=True)
     return ba.BilevelProblem(Consistency(loss, coefficient), lower, threat=ball)

@@ -19,6 +19,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import bilevel_at as ba
+from bilevel_at.errors import at_least
 from bilevel_at.modes import Mode
 from bilevel_at.runs.recipe import CIFAR, DIGITS, Recipe
 
@@ -42,9 +43,9 @@ def problem(
         mode: train or eval batch statistics in attack passes.
     """
     loss = ba.CrossEntropy(label_smoothing)
-    space = ba.Range() if clip is None else ba.LinfBall(clip * epsilon)
+    space = ba.Range() if clip is None else ba.LinfBall(at_least("clip", clip) * epsilon)
     step = epsilon if step is None else step
-    lower = ba.Linearized(ba.minus(loss), space, ba.Uniform(noise * epsilon), "sign", step, mode)
+    lower = ba.Linearized(ba.minus(loss), space, ba.Uniform(at_least("noise", noise) * epsilon), "sign", step, mode)
     return ba.BilevelProblem(ba.UpperProblem(loss), lower, threat=ba.LinfBall(epsilon))
 
 
