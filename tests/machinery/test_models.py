@@ -136,7 +136,7 @@ COSTS = {
     "N-FGSM": (nfgsm.problem(), ZeroIG(), 1.68),
     "ZeroGrad": (zerograd.problem(), ZeroIG(), 1.68),
     "MultiGrad": (zerograd.problem(variant="multigrad"), ZeroIG(), 3.01),
-    "SSAT": (ssat.problem(), ZeroIG(), (2 + 2 + 3) / 3 + 0.01),  # at most: where it is 1.67 + 0.33 for each prediction that is right
+    "SSAT": (ssat.problem(), ZeroIG(), (2 + 2 + 3) / 3 + 0.01),  # if every prediction at a checkpoint is right
     # with gradients through a pass that the attack shares, whose backward pass to the input is one of its own
     "FGSM-PGI": (fgsm_pgi.problem(), ZeroIG(), (2 + 3 + 2) / 3 + 0.01),
     "TDAT": (tdat.problem(), ZeroIG(), (2 + 3 + 2) / 3 + 0.01),
