@@ -3,8 +3,8 @@
     V_l = γ ‖θ_l‖ G_l/‖G_l‖,   G = ∇_θ mean_i f(θ, δ*_i),   for every weight θ_l with more than one dimension
     θ ← θ − rate · ∇ mean_i f(θ + V, δ*_i),   V constant, δ* at θ                                  (equations 8 to 10)
 
-An upper problem around any other, which moves nothing of the lower level: the Jacobian of δ* is at θ, v = ∇_δ f at θ + V.
-G takes one more pass of f, with copies of the buffers and the same random draws. Biases and the scales of batch
+An upper problem around any other, which moves nothing of the lower level: the Jacobian of δ* is at θ, and v = ∇_δ f at
+θ + V. G takes one more pass of f, with copies of the buffers and the same random draws. Biases and the scales of batch
 normalisation are not moved. With γ = 0 every step is the inner problem's, bit for bit.
 
 Published settings (the authors' code): AT-AWP is PGD-10 with γ = 0.01 from the first epoch on; TRADES-AWP
@@ -28,6 +28,7 @@ from torch.func import functional_call
 
 import bilevel_at as ba
 from bilevel_at.errors import at_least, whole_number
+from bilevel_at.policy import Number, checked, number
 from bilevel_at.runs.problem_file import ProblemFile
 from bilevel_at.runs.recipe import CIFAR, DIGITS, Recipe
 from bilevel_at.solvers import ZeroIG
@@ -61,16 +62,16 @@ class AWP(ba.UpperProblem):
             weight of the network has more than one dimension, and where the inner problem shares the attack's pass.
     """
 
-    def __init__(self, upper: ba.UpperProblem, gamma: float | ba.Schedule) -> None:
+    def __init__(self, upper: ba.UpperProblem, gamma: Number) -> None:
         if not isinstance(upper, ba.UpperProblem) or isinstance(upper, AWP):
             raise ba.InputError(f"AWP(upper, gamma): {upper!r:.60} must be an UpperProblem other than AWP")
         self.upper = upper
-        self.gamma = gamma if isinstance(gamma, ba.Schedule) else at_least("gamma", gamma)
+        self.gamma = checked(at_least, "gamma", gamma)
 
     @property
     def size(self) -> float:
         """γ of the current epoch."""
-        return at_least("gamma", self.gamma.value if isinstance(self.gamma, ba.Schedule) else self.gamma)
+        return at_least("gamma", number(self.gamma))
 
     def prepare(self, model: nn.Module, batch: ba.Batch, generator: torch.Generator | None) -> ba.Batch:
         return batch if self.size else self.upper.prepare(model, batch, generator)
@@ -115,7 +116,7 @@ class AWP(ba.UpperProblem):
             return self.upper.loss_at(model, batch, solution, generator)
         if solution.kept_output is not None:
             raise ba.InputError(
-                f"{type(self.upper).__name__} shares the attack's pass, which is made at θ, and AWP's loss is at θ + V; "
+                f"{type(self.upper).__name__} shares the attack's pass, which is at θ, and AWP's loss is at θ + V; "
                 "AWP needs a lower problem without keep_output=True"
             )
         moves = self.perturbation(model, batch, solution, generator)

@@ -31,7 +31,8 @@ import torch
 from torch import Tensor, nn
 
 import bilevel_at as ba
-from bilevel_at.errors import positive, whole_number
+from bilevel_at.errors import at_least, positive, whole_number
+from bilevel_at.policy import Number, checked, number
 from bilevel_at.runs.recipe import CIFAR, DIGITS, Recipe
 from bilevel_at.solvers import ZeroIG
 
@@ -82,8 +83,9 @@ class Generated(ba.Anchor):
             have other channels than those the network was made for; from ``load_state_dict``, for other weights.
     """
 
-    def __init__(self, radius: float | ba.Schedule, lr: float = 1e-3, seed: int = 0) -> None:
-        self.radius, self.lr, self.seed = radius, positive("lr", lr), whole_number("seed", seed, 0)
+    def __init__(self, radius: Number, lr: float = 1e-3, seed: int = 0) -> None:
+        self.radius = checked(at_least, "radius", radius)
+        self.lr, self.seed = positive("lr", lr), whole_number("seed", seed, 0)
         self.network: nn.Module | None = None
         self.adam: dict[str, Any] = {}
 
@@ -100,11 +102,12 @@ class Generated(ba.Anchor):
 
     def start(self, network: nn.Module, x: Tensor, sign: Tensor) -> Tensor:
         """radius · tanh G(x, sign), with its graph in φ."""
-        radius = self.radius.value if isinstance(self.radius, ba.Schedule) else self.radius
         out: Tensor = network(torch.cat([x, sign], 1)).tanh()
-        return radius * out
+        return number(self.radius) * out
 
-    def learn(self, lower: ba.Linearized, upper: ba.UpperProblem, model: nn.Module, batch: ba.Batch, sign: Tensor) -> None:
+    def learn(
+        self, lower: ba.Linearized, upper: ba.UpperProblem, model: nn.Module, batch: ba.Batch, sign: Tensor
+    ) -> None:
         """One step of Adam up the mean upper loss at δ*(φ); moves the network's running statistics by two passes."""
         network = copy.deepcopy(self._network(batch.x))
         optimizer = torch.optim.Adam(network.parameters(), lr=self.lr)
@@ -145,7 +148,9 @@ class Generated(ba.Anchor):
             network = generator_network(weights["0.weight"].shape[1] // 2)
             network.to(weights["0.weight"]).load_state_dict(OrderedDict(weights))
         except (KeyError, RuntimeError, AttributeError, IndexError):
-            raise ba.InputError("the state's generator is not the network of fgsm_sdi.py; its weights do not fit") from None
+            raise ba.InputError(
+                "the state's generator is not the network of fgsm_sdi.py; its weights do not fit"
+            ) from None
         self.network, self.adam = network, copy.deepcopy(state["adam"])
 
 
@@ -239,7 +244,5 @@ def solver(every: int = 20) -> SDI:
 
 
 def recipe() -> dict[str, Recipe]:
-    cifar = replace(
-        CIFAR, epochs=110, lr=0.1, peak_momentum=None, schedule="multistep", milestones=(100, 105)
-    )
+    cifar = replace(CIFAR, epochs=110, lr=0.1, peak_momentum=None, schedule="multistep", milestones=(100, 105))
     return {"digits": DIGITS, "cifar10": cifar}

@@ -79,9 +79,7 @@ class Nuclear(ba.UpperProblem):
         criterion: ℓ.
     """
 
-    def __init__(
-        self, weight: ba.Schedule, divisor: float, criterion: ba.CrossEntropy = ba.cross_entropy
-    ) -> None:
+    def __init__(self, weight: ba.Schedule, divisor: float, criterion: ba.CrossEntropy = ba.cross_entropy) -> None:
         self.weight, self.divisor, self.criterion = weight, positive("divisor", divisor), criterion
 
     def loss_at(

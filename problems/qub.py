@@ -71,7 +71,7 @@ def problem(
     given = {} if label_smoothing is None else {"label_smoothing": label_smoothing}
     inner = inner_problem(of, epsilon, **given)
     inner.lower.mode = mode
-    criterion = ba.CrossEntropy(label_smoothing or 0.0)
+    criterion = ba.CrossEntropy(0.0 if label_smoothing is None else label_smoothing)
     return ba.BilevelProblem(QuadraticBound(criterion, decreasing), inner.lower, inner.threat)
 
 
