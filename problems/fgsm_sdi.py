@@ -10,8 +10,8 @@ and in train mode where it learns; the network is in train mode throughout, so t
 these passes, 3 of a batch and 5 of one in which G learns.
 
 Published settings (the authors' code): step ε, Adam with rate 0.001, 110 epochs of batch 128, rate 0.1 divided by 10
-after epochs 100 and 105, weight decay 5e-4, momentum 0.9. G has 79,173 weights for three channels (and a 79,174th, which
-nothing uses): 2C → 64 channels by a convolution with batch normalisation and ReLU, a residual block of two, and a
+after epochs 100 and 105, weight decay 5e-4, momentum 0.9. G has 79,173 weights for three channels (and there a 79,174th,
+which nothing uses): 2C → 64 channels by a convolution with batch normalisation and ReLU, a residual block of two, and a
 convolution to C. x + δ may leave [0, 1]; the network is to withstand, and is evaluated in, the ball within that range.
 
 Figures: ATAS' Table I (ResNet-18, 30 epochs): 78.15 clean, PGD-50 47.52, AutoAttack 42.04 at 8/255; 20.27 at 16/255.
@@ -71,7 +71,7 @@ def generator_network(channels: int, seed: int = 0) -> nn.Sequential:
 
 
 class Generated(ba.Anchor):
-    """z = radius · tanh G_φ(x, sign ∇_x ℓ(x)), by a network that learns in :meth:`learn`, and is made for the first batch.
+    """z = radius · tanh G_φ(x, sign ∇_x ℓ(x)), by a network that is made for the first batch and learns in :meth:`learn`.
 
     Args:
         radius: ε, a number or a schedule.
@@ -79,7 +79,7 @@ class Generated(ba.Anchor):
         seed: of the first weights.
 
     Raises:
-        InputError: where ``lr`` is not positive or ``seed`` no whole number; from a draw, where inputs are no images, or
+        InputError: where ``lr`` is not positive or ``seed`` no whole number; from a draw, where inputs are no images or
             have other channels than those the network was made for; from ``load_state_dict``, for other weights.
     """
 
@@ -148,9 +148,7 @@ class Generated(ba.Anchor):
             network = generator_network(weights["0.weight"].shape[1] // 2)
             network.to(weights["0.weight"]).load_state_dict(OrderedDict(weights))
         except (KeyError, RuntimeError, AttributeError, IndexError):
-            raise ba.InputError(
-                "the state's generator is not the network of fgsm_sdi.py; its weights do not fit"
-            ) from None
+            raise ba.InputError("the generator's state is not of fgsm_sdi.py's network") from None
         self.network, self.adam = network, copy.deepcopy(state["adam"])
 
 
@@ -165,7 +163,7 @@ def clean_sign(lower: Any, model: nn.Module, batch: ba.Batch) -> Tensor:
 
 
 class SDI(ZeroIG):
-    """ZeroIG, whose ``backward`` lets the generator learn before every ``every``-th batch of an epoch, the first too."""
+    """ZeroIG, whose ``backward`` lets the generator learn before each ``every``-th batch of an epoch, the first too."""
 
     def __init__(self, every: int = 20) -> None:
         self.every, self.counter = whole_number("every", every, 1), ba.Counter()

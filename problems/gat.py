@@ -9,7 +9,7 @@ clipped to the input range: NuAT's attacker (nuat.py) with a distance for each e
 Published settings (the authors' code): λ_e is 10, and 40 from epoch 86 of 100 on; batch 64; rate 0.1 divided by 10
 after epochs 70 and 85; weight decay 5e-4. The code's attack alternates by batch (``--no-alternate``: does not).
 
-Figures (ResNet-18, 8/255): 80.49 clean, AutoAttack 47.30 in the authors' table; 85.10 and 49.15 in the FastAT benchmark,
+Figures (ResNet-18, 8/255): 80.49 clean, AutoAttack 47.30 in the authors' table; 85.10, 49.15 in the FastAT benchmark,
 with label smoothing 0.4.
 """
 

@@ -5,7 +5,8 @@
     δ* = P_C(z + ε · sign ∇_δ [Σ_i ℓ_CE(x_i + z_i) + λ_e ‖r − f(x + z)‖_* · [batch b of the epoch is odd]])
 
 r = f(x) in train mode, a constant; the attack itself is in eval mode; z is a random corner of the cube of radius ε/2,
-clipped to the input range. The loss couples the examples of a batch: it is one number, and a run refuses ``--accumulate``.
+clipped to the input range. The loss couples the examples of a batch: it is one number, so a run refuses
+``--accumulate``.
 
 Published settings (the authors' code): λ_e rises linearly from 0 to 4.5 in 90 of 100 epochs (so the first epoch trains
 on clean images alone); batch 64, and 64 is the divisor in a smaller last batch too (``--divisor``); rate 0 → 0.1 in 40

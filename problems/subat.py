@@ -9,11 +9,11 @@ A solver that wraps another one: its ``backward`` takes the snapshots, and, as t
 θ₀, running statistics included (the one change of weights by a solver); ``hypergradient`` projects. Both phases are one
 run here: the first ``--sampling`` of its epochs, and the rest. A run of one epoch only samples.
 
-Published settings (the authors' code): 65 epochs of sampling at ε = 8/255, with a snapshot after step 200 and at the end
-of each, n = 80, then 40 epochs with ε and the step doubled (``--widen``), rate 1, momentum 0.9 and no weight decay; the
-model in train mode throughout. The optimiser is one here: the rate is 0.1 throughout, and the projected gradient is
-multiplied by 10 (``--gain``), which makes it 1; there is no weight decay in sampling either (5e-4 as published), since it
-would take θ out of the subspace; and the momentum of the last steps of sampling moves θ once more, after θ₀ is restored.
+Published settings (the authors' code): 65 epochs of sampling at ε = 8/255, with a snapshot after step 200 and at the
+end of each, n = 80, then 40 epochs with ε and the step doubled (``--widen``), rate 1, momentum 0.9 and no weight decay;
+the model in train mode throughout. The optimiser is one here: the rate is 0.1 throughout, and the projected gradient is
+multiplied by 10 (``--gain``), which makes it 1; there is no weight decay in sampling either (5e-4 as published), since
+that would take θ out of the subspace; and the momentum of the last sampling steps moves θ after θ₀ is restored.
 Checkpoints have the snapshots or the basis in them: n |θ| floats, 3.6 GB for 80 × 11.2 M.
 
 Figures: ATAS' Table I (ResNet-18, 30 epochs, 8/255): 77.43 clean, PGD-50 45.03, AutoAttack 41.49; 14.48 at 16/255.

@@ -1,4 +1,4 @@
-"""YOPO-m-n (Zhang et al., 2019): m full passes an update, each followed by n attack steps through the first layer alone.
+"""YOPO-m-n (Zhang et al., 2019): m full passes an update, after each n attack steps through the first layer.
 
     η uniform in [−ε, ε]^d;   m times:
         h = L(x + η),  a = ∇_θ mean_i ℓ(F(h_i)),  p = ∇_h mean_i ℓ(F(h_i))         a full pass; f = F ∘ L
@@ -7,8 +7,8 @@
     θ ← θ − rate · Σ (a + b)
 
 L is whatever comes before the first convolution's output: the normalisation of the inputs and the convolution. A solver
-of its own, which sums gradients at m points; the problem says where η begins, and under another solver it is training on
-that noise. The whole network is in the mode that it is in: train, when it is trained.
+of its own, which sums gradients at m points; the problem says where η begins, and under another solver it is training
+on that noise. The whole network is in the mode that it is in: train, when it is trained.
 
 Published settings (the authors' code): m = 5, n = 3, step 2/255 (ε/4), CIFAR-10 in batches of 256 for 36 epochs, rate
 0.2/m divided by 10 after epochs 30 and 34, weight decay 5e-4. Both a and b move the first layer, so that it moves about
@@ -98,7 +98,8 @@ class YOPO(ba.Solver):
 
     def __init__(self, m: int = 5, n: int = 3, step: Step | ba.Schedule | float = 2 / 255, both: bool = True) -> None:
         self.m, self.n = whole_number("m", m, 1), whole_number("n", n, 1)
-        self.step, self.both = step_policy(step), both
+        step_policy(step)  # which checks it
+        self.step, self.both = step, both
 
     @torch.enable_grad()
     def hypergradient(
@@ -135,7 +136,7 @@ class YOPO(ba.Solver):
             for _ in range(self.n):
                 eta = eta.detach().requires_grad_()
                 (slope,) = torch.autograd.grad(self._product(p, model, batch, eta, lower), eta)
-                size = per_sample(self.step.size(batch, slope), eta)
+                size = per_sample(step_policy(self.step).size(batch, slope), eta)
                 eta = lower.constraint.project(eta.detach() + size * slope.sign(), batch.x)
             product = self._product(p, model, batch, eta.detach(), lower)
             first = torch.autograd.grad(product, list(named.values()), allow_unused=True)
