@@ -10,7 +10,7 @@ and in train mode where it learns; the network is in train mode throughout, so t
 these passes, 3 of a batch and 5 of one in which G learns.
 
 Published settings (the authors' code): step ε, Adam with rate 0.001, 110 epochs of batch 128, rate 0.1 divided by 10
-after epochs 100 and 105, weight decay 5e-4, momentum 0.9. G has 79,173 weights for three channels (and there a 79,174th,
+after epochs 100 and 105, weight decay 5e-4, momentum 0.9. G has 79,173 weights for three channels (there also a 79,174th,
 which nothing uses): 2C → 64 channels by a convolution with batch normalisation and ReLU, a residual block of two, and a
 convolution to C. x + δ may leave [0, 1]; the network is to withstand, and is evaluated in, the ball within that range.
 
@@ -71,7 +71,7 @@ def generator_network(channels: int, seed: int = 0) -> nn.Sequential:
 
 
 class Generated(ba.Anchor):
-    """z = radius · tanh G_φ(x, sign ∇_x ℓ(x)), by a network that is made for the first batch and learns in :meth:`learn`.
+    """z = radius · tanh G_φ(x, sign ∇_x ℓ(x)), by a network made for the first batch, which learns in :meth:`learn`.
 
     Args:
         radius: ε, a number or a schedule.

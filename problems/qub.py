@@ -8,8 +8,8 @@
 goes with any attacker: ``--of`` names a problem file, whose attacker and threat it takes, with that file's defaults.
 
 Published settings (the authors' code): Fast-AT's attacker with step 1.25 ε in eval mode; f(x) is computed in train
-mode, before the attack, and gradients go through all three of its uses. The published script does not train as it is stored,
-so training is Fast-AT's here (fastat.py).
+mode, before the attack, and gradients go through all three of its uses. The published script does not train as it is
+stored, so training is Fast-AT's here (fastat.py).
 """
 
 from __future__ import annotations
