@@ -10,7 +10,7 @@ and in train mode where it learns; the network is in train mode throughout, so t
 these passes, 3 of a batch and 5 of one in which G learns.
 
 Published settings (the authors' code): step ε, Adam with rate 0.001, 110 epochs of batch 128, rate 0.1 divided by 10
-after epochs 100 and 105, weight decay 5e-4, momentum 0.9. G has 79,173 weights for three channels (there also a 79,174th,
+after epochs 100 and 105, weight decay 5e-4, momentum 0.9. G has 79,173 weights for three channels (and there one more,
 which nothing uses): 2C → 64 channels by a convolution with batch normalisation and ReLU, a residual block of two, and a
 convolution to C. x + δ may leave [0, 1]; the network is to withstand, and is evaluated in, the ball within that range.
 
