@@ -11,118 +11,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import nn
+from plain_loops import EPS, assert_same, batches, grad, in_ball, network, train, update
 from torch.func import functional_call
 from torch.nn import functional as F
 
 import bilevel_at as ba
+from bilevel_at.problems.fgsm_pgi import Tied
+from bilevel_at.problems.ssat import Shortened
 from bilevel_at.solvers import HessianFreeKKT, ZeroIG
 from bilevel_at.testing import hypergradcheck
-
-EPS, CLASSES = 0.1, 3
-
-
-def network():
-    torch.manual_seed(1)
-    layers = [nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Tanh(), nn.Flatten(), nn.Linear(16, CLASSES)]
-    return nn.Sequential(*layers).double().train()
-
-
-def batches(count, size=5):
-    g = torch.Generator().manual_seed(3)
-    for _ in range(count):
-        index = torch.randperm(8, generator=g)[:size]
-        x = torch.rand((8, 1, 4, 4), generator=torch.Generator().manual_seed(4), dtype=torch.float64)[index]
-        yield ba.Batch(x, index % CLASSES, index)
-
-
-def update(model, gradients, rate=0.1):
-    with torch.no_grad():
-        for p, g in zip(model.parameters(), gradients, strict=True):
-            p -= rate * g
-
-
-def train(problem, solver, model, count=3, generator=None):
-    for batch in batches(count):
-        step = solver.backward(problem, model, batch, generator)
-        update(model, [p.grad for p in model.parameters()])
-        model.zero_grad()
-    return step
-
-
-def grad(value, at):
-    return torch.autograd.grad(value, at, retain_graph=True)[0]
-
-
-def in_ball(delta, x):
-    return torch.clamp(x + delta.clamp(-EPS, EPS), 0, 1) - x
-
-
-def assert_same(model, twin):
-    for (name, a), b in zip(model.state_dict().items(), twin.state_dict().values(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13, msg=lambda text, name=name: f"{name}: {text}")
-
-
-# FGSM-MEP (Jia et al., 2022): a start and a momentum for every example, and one pass at the start for both players.
-
-
-class Smoothed(ba.CrossEntropy):
-    """Targets with 0.6 on the label and the rest shared by the others."""
-
-    def value(self, output, batch):
-        targets = torch.full_like(output, 0.4 / (CLASSES - 1)).scatter(1, batch.y[:, None], 0.6)
-        return -(targets * F.log_softmax(output, 1)).sum(1)
-
-
-class Momentum(ba.Remembered):
-    """What is remembered is a step along the momentum of gradients, not δ*."""
-
-    def __init__(self, ball, step, decay=0.3):
-        super().__init__(ba.Corner(step, clip=False), view=False, clip=False)
-        self.ball, self.step, self.decay, self.momentum = ball, step, decay, ba.SampleMemory()
-
-    def observe(self, step):
-        solution = step.solution
-        gradient = -solution.attack_gradient  # the attack loss is minus the cross-entropy
-        before = self.momentum.read(solution.batch, torch.zeros_like(gradient))
-        momentum = gradient / gradient.abs().sum() + self.decay * before
-        moved = solution.anchor + self.step * momentum.sign()
-        self.memory.write(solution.batch, self.ball.project(moved, solution.batch.x))
-        self.momentum.write(solution.batch, momentum)
-
-
-class Tether(ba.UpperProblem):
-    """The smoothed cross-entropy at δ, and how far the logits there are from those at z."""
-
-    def loss_at(self, model, batch, solution, generator=None):
-        output = model(batch.x + solution.delta)
-        return Smoothed().value(output, batch) + 10 / CLASSES * (output - solution.output).square().sum(1)
-
-
-def test_fgsm_mep_with_its_memory_over_three_batches():
-    model, twin, ball = network(), network(), ba.LinfBall(EPS)
-    anchor = Momentum(ball, EPS)
-    lower = ba.Linearized(ba.minus(Smoothed()), ball, anchor, "sign", EPS, "train", keep_output=True)
-    train(ba.BilevelProblem(Tether(), lower), ZeroIG(), model, 3, torch.Generator().manual_seed(7))
-
-    generator, starts, momenta = torch.Generator().manual_seed(7), {}, {}
-    for batch in batches(3):
-        x, loss = batch.x, Smoothed()
-        corners = EPS * torch.where(torch.rand(x.shape, generator=generator) < 0.5, -1.0, 1.0).double()
-        z = torch.stack([starts.get(int(i), c) for i, c in zip(batch.index, corners, strict=True)]).requires_grad_()
-        reference = twin(x + z)
-        gradient = grad(loss.value(reference, batch).sum(), z)
-        old = torch.stack([momenta.get(int(i), torch.zeros_like(x[0])) for i in batch.index])
-        momentum = gradient / gradient.abs().sum() + 0.3 * old
-        delta = in_ball(z.detach() + EPS * gradient.sign(), x)
-        output = twin(x + delta)
-        mse = (output - reference).square().mean()
-        total = loss.value(output, batch).mean() + 10 * mse
-        update(twin, torch.autograd.grad(total, list(twin.parameters())))
-        for i, start, m in zip(batch.index, in_ball(z.detach() + EPS * momentum.sign(), x), momentum, strict=True):
-            starts[int(i)], momenta[int(i)] = start, m
-    assert_same(model, twin)
-
 
 # NuAT (Sriramanan et al., 2021): an attack that alternates by batch, against a reference in another mode.
 
@@ -315,7 +212,7 @@ def test_awp_has_the_jacobian_of_the_attack_at_theta():
     assert hypergradcheck(problem, HessianFreeKKT(), model, batch, rtol=1e-6)
 
 
-# Starts that are not clipped, and solutions that have no derivative.
+# Starts that are not clipped, outputs that are shared, and solutions that have no derivative.
 
 
 @pytest.mark.parametrize("start", [ba.Uniform(3 * EPS, clip=False), ba.Corner(3 * EPS, clip=False)])
@@ -332,17 +229,7 @@ def test_starts_that_are_not_clipped_leave_the_range(start):
     torch.testing.assert_close(solution.delta, in_ball(z + EPS * slope.sign(), batch.x))
 
 
-class Shortened(ba.Linearized):
-    """SSAT (Kim et al., 2021): the shortest of three lengths of the perturbation that changes the prediction."""
-
-    def solve_at(self, model, batch, anchor, differentiable):
-        solution = super().solve_at(model, batch, anchor, False)
-        length = torch.ones(len(batch), dtype=solution.delta.dtype)
-        with torch.no_grad():
-            for share in (2 / 3, 1 / 3):
-                wrong = model(batch.x + share * solution.delta).argmax(1) != batch.y
-                length = torch.where(wrong, share, length)
-        return replace(solution, delta=length[:, None, None, None] * solution.delta)
+SMOOTHED = ba.CrossEntropy(0.4, over="others")
 
 
 def test_a_kkt_solver_refuses_a_solution_without_a_derivative():
@@ -355,16 +242,16 @@ def test_a_kkt_solver_refuses_a_solution_without_a_derivative():
 
 
 def test_reading_an_output_that_was_not_kept_is_an_error():
-    lower = ba.Linearized(ba.minus(Smoothed()), ba.LinfBall(EPS), "uniform", "sign", EPS)
+    lower = ba.Linearized(ba.minus(SMOOTHED), ba.LinfBall(EPS), "uniform", "sign", EPS)
     with pytest.raises(ba.InputError, match="keep_output=True"):
-        ZeroIG().hypergradient(ba.BilevelProblem(Tether(), lower), network(), next(batches(1)))
+        ZeroIG().hypergradient(ba.BilevelProblem(Tied(SMOOTHED, 10), lower), network(), next(batches(1)))
 
 
 def test_a_kept_output_and_an_implicit_term_go_together():
     model, batch = network().eval(), next(batches(1))
     model[4].weight.data *= 20
     ball = ba.LinfBall(0.4, None)
-    lower = ba.Linearized(ba.minus(Smoothed()), ball, "zero", "taylor", 0.3, keep_output=True)
-    problem = ba.BilevelProblem(Tether(), lower)
+    lower = ba.Linearized(ba.minus(SMOOTHED), ball, "zero", "taylor", 0.3, keep_output=True)
+    problem = ba.BilevelProblem(Tied(SMOOTHED, 10), lower)
     assert HessianFreeKKT().hypergradient(problem, model, batch).implicit_norm > 1e-3
     assert hypergradcheck(problem, HessianFreeKKT(), model, batch, rtol=1e-6)
