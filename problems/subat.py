@@ -77,7 +77,7 @@ class Subspace(ba.Solver):
         inner: the solver.
         components: n, the number of principal components, at least 1.
         sampling: the share of the epochs that sample, above 0 and at most 1; the nearest whole number, at least one.
-        middle: a snapshot is taken after so many steps of an epoch too; 0 for none.
+        every: a snapshot is taken as an epoch begins and after every so many of its steps, at least 1.
         gain: what the projected gradient is multiplied by.
 
     Raises:
@@ -90,11 +90,11 @@ class Subspace(ba.Solver):
         inner: ba.Solver | None = None,
         components: int = 80,
         sampling: float = 65 / 105,
-        middle: int = 200,
+        every: int = 200,
         gain: float = 10.0,
     ) -> None:
         self.inner = ZeroIG() if inner is None else inner
-        self.components, self.middle = whole_number("components", components, 1), whole_number("middle", middle, 0)
+        self.components, self.every = whole_number("components", components, 1), whole_number("every", every, 1)
         self.sampling, self.gain = check_share(sampling), positive("gain", gain)
         self.epoch, self.epochs, self.count = 0, 1, 0
         self.start: dict[str, Tensor] = {}
@@ -158,7 +158,7 @@ class Subspace(ba.Solver):
             if self.basis is None and not self.samples:
                 restored = _copies(model)
                 self._begin_training(model)
-            elif self.samples and self.count in (0, self.middle):
+            elif self.samples and self.count % self.every == 0:
                 self.start = self.start or _copies(model)
                 self.snapshots = [*self.snapshots, _flat(model)]
             return super().backward(problem, model, batch, generator, weight=weight, scaler=scaler)
@@ -228,16 +228,16 @@ def problem(
     return ba.BilevelProblem(ba.UpperProblem(loss), lower, ba.LinfBall(epsilon))
 
 
-def solver(components: int = 80, sampling: float = 65 / 105, middle: int = 200, gain: float = 10.0) -> Subspace:
+def solver(components: int = 80, sampling: float = 65 / 105, every: int = 200, gain: float = 10.0) -> Subspace:
     """ZeroIG, within the subspace once that is known.
 
     Args:
         components: n, the number of principal components.
         sampling: the share of the epochs that sample.
-        middle: take a snapshot after so many steps of an epoch too; 0 for none.
+        every: a snapshot is taken as an epoch begins and after every so many of its steps.
         gain: what the projected gradient is multiplied by.
     """
-    return Subspace(ZeroIG(), components, sampling, middle, gain)
+    return Subspace(ZeroIG(), components, sampling, every, gain)
 
 
 def recipe() -> dict[str, Recipe]:

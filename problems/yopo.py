@@ -20,7 +20,7 @@ Figures: ATAS' Table I (ResNet-18, 12 epochs, 8/255): 74.72 clean, PGD-50 35.79,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -139,7 +139,9 @@ class YOPO(ba.Solver):
                 size = per_sample(step_policy(self.step).size(batch, slope), eta)
                 eta = lower.constraint.project(eta.detach() + size * slope.sign(), batch.x)
             product = self._product(p, model, batch, eta.detach(), lower)
-            first = torch.autograd.grad(product, list(named.values()), allow_unused=True)
+            first: Sequence[Tensor | None] = [None] * len(named)
+            if product.requires_grad:  # not where the first layer is frozen
+                first = torch.autograd.grad(product, list(named.values()), allow_unused=True)
             for name, a, b in zip(named, full, first, strict=True):
                 for part in (a if self.both or b is None else None, b):
                     if part is not None:
