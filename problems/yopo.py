@@ -166,7 +166,7 @@ def problem(epsilon: float = 8 / 255, label_smoothing: float = 0.0) -> ba.Bileve
         epsilon: radius ε of the ball.
         label_smoothing: the share of a label that is spread over all classes, in the attack and in training.
     """
-    lower = ba.AtAnchor(ba.LinfBall(epsilon), ba.Uniform(epsilon, clip=False))
+    lower = ba.AtAnchor(ba.LinfBall(epsilon), ba.Uniform(epsilon, clip=False), "train")
     return ba.BilevelProblem(ba.UpperProblem(ba.CrossEntropy(label_smoothing)), lower)
 
 
