@@ -34,7 +34,6 @@ import bilevel_at as ba
 from bilevel_at.errors import at_least, positive, whole_number
 from bilevel_at.policy import Number, checked, number
 from bilevel_at.runs.recipe import CIFAR, DIGITS, Recipe
-from bilevel_at.solvers import ZeroIG
 
 WIDTH = 64
 
@@ -162,11 +161,17 @@ def clean_sign(lower: Any, model: nn.Module, batch: ba.Batch) -> Tensor:
     return -gradient.sign()
 
 
-class SDI(ZeroIG):
-    """ZeroIG, whose ``backward`` lets the generator learn before each ``every``-th batch of an epoch, the first too."""
+class SDI(ba.Solver):
+    """w = 0; ``backward`` lets the generator learn before each ``every``-th batch of an epoch, the first too."""
+
+    implicit = False
 
     def __init__(self, every: int = 20) -> None:
         self.every, self.counter = whole_number("every", every, 1), ba.Counter()
+
+    def adjoint(self, problem: ba.BilevelProblem, model: nn.Module, solution: ba.Solution, v: Tensor) -> Tensor:
+        """w = 0, shaped like v."""
+        return torch.zeros_like(v)
 
     def backward(
         self,
@@ -233,7 +238,7 @@ def problem(
 
 
 def solver(every: int = 20) -> SDI:
-    """ZeroIG and the generator's lessons.
+    """The attack is a constant, and the generator has its lessons.
 
     Args:
         every: the generator learns before every so many batches.
