@@ -66,11 +66,30 @@ PUBLISHED = {
     "fgsm_pgi": ("resnet18", 110, 128, 0.1, "multistep", (100, 105), 5e-4),
     "tdat": ("resnet18", 110, 128, 0.1, "multistep", (100, 105), 5e-4),
     "liet": ("resnet18", 100, 128, 0.1, "one-cycle-by-epoch", (), 5e-4),
+    "nuat": ("resnet18", 100, 64, 0.1, "linear", (), 5e-4),
+    "gat": ("resnet18", 100, 64, 0.1, "multistep", (70, 85), 5e-4),
+    "qub": ("preact_resnet18", 20, 128, 0.2, "linear", (), 5e-4),
+    "awp": ("preact_resnet18", 200, 128, 0.1, "multistep", (100, 150), 5e-4),
+    "yopo": ("preact_resnet18", 36, 256, 0.04, "multistep", (30, 34), 5e-4),
+    "subat": ("preact_resnet18", 105, 128, 0.1, "constant", (), 0.0),
+    "fgsm_sdi": ("preact_resnet18", 110, 128, 0.1, "multistep", (100, 105), 5e-4),
 }
 
 
 AVERAGING = {"liet": (0.95, 0.9995)}  # momentum, and the decay of the weights' average
-EVAL_MODE_ATTACKS = {"atta", "atas", "sgd_bca", "asgd_bca", "remembered_fastbat", "trades", "mart", "ssat"}
+EVAL_MODE_ATTACKS = {
+    "atta",
+    "atas",
+    "sgd_bca",
+    "asgd_bca",
+    "remembered_fastbat",
+    "trades",
+    "mart",
+    "ssat",
+    "nuat",
+    "gat",
+    "qub",
+}
 
 
 @pytest.mark.parametrize("problem", PROBLEMS)
