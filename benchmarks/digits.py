@@ -34,10 +34,10 @@ ROOT = Path(__file__).resolve().parent.parent
 GROUPS = {
     "no attack": ("standard",),
     "one pass": ("free",),
-    "one step": ("fgsm", "fastat", "nfgsm", "zerograd", "ssat", "gradalign"),
+    "one step": ("fgsm", "fastat", "nfgsm", "zerograd", "ssat", "gradalign", "nuat", "gat", "qub", "subat", "fgsm_sdi"),
     "one step, remembered": ("atta", "atas", "sgd_bca", "asgd_bca", "remembered_fastbat", "fgsm_pgi", "tdat", "liet"),
     "two steps": ("fastbat", "fastbat-zero-ig"),
-    "many steps": ("minmax", "trades", "mart", "beta", "smooth_beta"),
+    "many steps": ("yopo", "minmax", "awp", "trades", "mart", "beta", "smooth_beta"),
 }
 METHODS = tuple(method for group in GROUPS.values() for method in group)
 VARIANTS = {"fastbat-zero-ig": ["problems/fastbat.py", "--solver", "zero-ig"]}

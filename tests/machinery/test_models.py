@@ -13,22 +13,29 @@ from bilevel_at.problems import (
     asgd_bca,
     atas,
     atta,
+    awp,
     fastat,
     fastbat,
     fgsm,
     fgsm_pgi,
+    fgsm_sdi,
     free,
+    gat,
     gradalign,
     liet,
     mart,
     minmax,
     nfgsm,
+    nuat,
+    qub,
     remembered_fastbat,
     sgd_bca,
     ssat,
     standard,
+    subat,
     tdat,
     trades,
+    yopo,
     zerograd,
 )
 from bilevel_at.solvers import HessianFreeKKT, ZeroIG
@@ -141,6 +148,16 @@ COSTS = {
     "FGSM-PGI": (fgsm_pgi.problem(), ZeroIG(), (2 + 3 + 2) / 3 + 0.01),
     "TDAT": (tdat.problem(), ZeroIG(), (2 + 3 + 2) / 3 + 0.01),
     "LIET": (liet.problem(), ZeroIG(), (2 + 3 + 2) / 3 + 0.01),
+    # a reference (1), the attack (2), two passes that train (6)
+    "NuAT": (nuat.problem(), ZeroIG(), (1 + 2 + 6) / 3 + 0.01),
+    "GAT": (gat.problem(), ZeroIG(), (1 + 2 + 6) / 3 + 0.01),
+    "QUB on Fast-AT": (qub.problem(), ZeroIG(), (2 + 6) / 3 + 0.01),
+    "AWP on PGD-10": (awp.problem(), ZeroIG(), (20 + 3 + 3) / 3 + 0.01),
+    "AWP on TRADES": (awp.problem(of="trades"), ZeroIG(), (1 + 20 + 6 + 6) / 3 + 0.01),
+    "YOPO-5-3": (yopo.problem(), yopo.solver(), 5 + 0.05),
+    "Sub-AT, sampling": (subat.problem(), subat.solver(), 1.68),
+    "FGSM-SDI": (fgsm_sdi.problem(), ZeroIG(), (2 + 2 + 3) / 3 + 0.06),  # and a pass of the generator
+    "FGSM-SDI, where the generator learns": (fgsm_sdi.problem(), fgsm_sdi.solver(), (2 + 2 + 3 + 4) / 3 + 0.2),
 }
 
 

@@ -44,7 +44,7 @@ def test_the_seed_decides_everything():
     assert same(weights("a"), weights("b")) and not same(weights("a"), weights("c"))
 
 
-STATEFUL = ["fastbat", "atas", "asgd_bca", "free", "fgsm_pgi", "tdat", "liet"]
+STATEFUL = ["fastbat", "atas", "asgd_bca", "free", "fgsm_pgi", "tdat", "liet", "nuat", "subat", "fgsm_sdi"]
 
 
 @pytest.mark.parametrize("problem", fast(STATEFUL, ["fastbat", "atas"]))

@@ -102,6 +102,20 @@ def test_accumulated_batches_are_one_large_batch(problem, n):
         assert_same(wrong, large, rtol=1e-4, atol=1e-6)
 
 
+class Coupled(ba.UpperProblem):
+    """One number for the batch: the norm of its losses."""
+
+    def loss_at(self, model, batch, solution, generator=None):
+        return ba.cross_entropy(model, batch, solution.delta).norm()
+
+
+def test_a_loss_that_couples_the_batch_is_not_accumulated():
+    problem = ba.BilevelProblem(Coupled(), standard.problem(0.1).lower)
+    trained(problem, replace(PLAIN, batch_size=4), dense_network())
+    with pytest.raises(ba.InputError, match="--accumulate is 2, but the upper loss is one number for all of a batch"):
+        trained(problem, replace(PLAIN, batch_size=4, accumulate=2), dense_network())
+
+
 @pytest.mark.parametrize("decay", [0.5, 0.9])
 def test_the_moving_average_is_the_recursion(decay):
     """a_1 = θ_1, a_t = decay · a_{t−1} + (1 − decay) · θ_t, after every update."""
