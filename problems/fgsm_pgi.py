@@ -123,8 +123,9 @@ class Tied(ba.UpperProblem):
     def loss_at(
         self, model: nn.Module, batch: ba.Batch, solution: ba.Solution, generator: torch.Generator | None = None
     ) -> Tensor:
+        start: Tensor = solution.output
         moved = ba.logits(model, batch, solution.delta)
-        return self.criterion.value(moved, batch) + self.coefficient * (moved - solution.output).square().mean(1)
+        return self.criterion.value(moved, batch) + self.coefficient * (moved - start).square().mean(1)
 
 
 def problem(

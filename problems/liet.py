@@ -67,7 +67,13 @@ class RandomTargets(ba.Loss):
         return batch.replace(targets=(self.share * draws / total).scatter(1, label, 1 - self.share))
 
     def value(self, output: Tensor, batch: ba.Batch) -> Tensor:
-        return -(batch.more["targets"] * F.log_softmax(output, 1)).sum(1)
+        targets = batch.more["targets"]
+        if targets.shape != output.shape:
+            raise ba.InputError(
+                f"the model gives {tuple(output.shape)}, and this problem was trained with {targets.shape[1]} classes; "
+                "make a new one for another network"
+            )
+        return -(targets * F.log_softmax(output, 1)).sum(1)
 
     def observe(self, step: ba.Hypergradient) -> None:
         self.classes = step.solution.batch.more["targets"].shape[1]
@@ -102,9 +108,8 @@ class OfGreyImages(ba.Anchor):
         if universal is None or old or self.counter.count % self.every == 0:
             universal = self._of_grey(lower, model, base, classes, generator)
         assert y is not None  # the loss has looked at the labels
-        options = {"generator": generator, "dtype": base.dtype, "device": base.device}
-        mask = torch.rand(base.shape, **options)
-        rho, coin = torch.rand(2, **options)
+        mask = torch.rand(base.shape, generator=generator, dtype=base.dtype, device=base.device)
+        rho, coin = torch.rand(2, generator=generator, dtype=base.dtype, device=base.device)
         noise = self.noise.fresh(lower.constraint, base, generator)
         z = torch.where(mask < self.low + (self.high - self.low) * rho, noise, universal[y].to(base))
         z = torch.where(coin < 0.5, -z, z)

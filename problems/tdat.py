@@ -69,7 +69,8 @@ class Relation(ba.UpperProblem):
     def loss_at(
         self, model: nn.Module, batch: ba.Batch, solution: ba.Solution, generator: torch.Generator | None = None
     ) -> Tensor:
-        start, moved = solution.output, ba.logits(model, batch, solution.delta)
+        start: Tensor = solution.output
+        moved = ba.logits(model, batch, solution.delta)
         label = check_classes(moved, batch)[:, None]
         unsure = torch.tanh(1.0000001 - F.softmax(start, 1).gather(1, label).squeeze(1))
         return self.criterion.value(moved, batch) + self.weight * (start - moved).square().sum(1) * unsure

@@ -45,7 +45,7 @@ def plain_moves(proxy, loss, gamma):
 def test_the_published_step_on_fast_at():
     """Weights are moved, the step is taken there, and the move is undone: the authors' order, without weight decay."""
     model, twin, gamma = network(), network(), 0.05
-    problem = awp.problem(EPS, gamma, of="fastat")
+    problem = awp.problem(EPS, gamma, of="fastat", moved_decay=0.0)
     follow(problem, model, 3)
 
     generator = torch.Generator().manual_seed(7)
@@ -64,7 +64,7 @@ def test_the_published_step_on_fast_at():
 def test_the_published_step_on_trades():
     """An inner problem with two passes of its own; its weights are moved from epoch 10 on."""
     model, twin, gamma = network(), network(), 0.05
-    problem = awp.problem(EPS, gamma, of="trades", gamma_from=10)
+    problem = awp.problem(EPS, gamma, of="trades", gamma_from=10, moved_decay=0.0)
     for epoch in (9, 10):
         problem.set_epoch(epoch, 20)
         follow(problem, model, 2)
@@ -92,6 +92,34 @@ def test_the_published_step_on_trades():
             update(twin, moves, rate=-1)
             descend(twin, tradeoff(twin, x, delta, targets))
             update(twin, moves, rate=1)
+    assert_same(model, twin)
+
+
+def test_the_published_weight_decay_acts_on_moved_weights():
+    """SGD with momentum and weight decay takes its step at θ + V, and the move is undone then."""
+    model, twin, gamma, settings = network(), network(), 0.05, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.3}
+    problem, ours = (
+        awp.problem(EPS, gamma, of="fastat", moved_decay=0.3),
+        torch.optim.SGD(model.parameters(), **settings),
+    )
+    generator = seeded(7)
+    for batch in batches(3):
+        ours.zero_grad()
+        ZeroIG().backward(problem, model, batch, generator)
+        ours.step()
+
+    generator, theirs = seeded(7), torch.optim.SGD(twin.parameters(), **settings)
+    for batch in batches(3):
+        x, targets = batch.x, one_hot(batch.y)
+        z = in_range(noise(x, EPS, generator), x).requires_grad_()
+        delta = in_ball(z.detach() + 1.25 * EPS * grad(cross_entropy(twin(x + z), targets).sum(), z).sign(), x)
+        proxy = copy.deepcopy(twin)
+        moves = plain_moves(proxy, cross_entropy(proxy(x + delta), targets).mean(), gamma)
+        update(twin, moves, rate=-1)
+        theirs.zero_grad()
+        cross_entropy(twin(x + delta), targets).mean().backward()
+        theirs.step()
+        update(twin, moves, rate=1)
     assert_same(model, twin)
 
 

@@ -105,6 +105,20 @@ def test_training_goes_on_from_a_checkpoint_to_the_same_bits(variant):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("variant", ["mep", "ep", "bp"])
+def test_memory_does_not_follow_crop_and_flip(variant):
+    """What is remembered of one crop is added to the next as it is, without a projection."""
+    problem, model, batch = fgsm_pgi.problem(EPS, variant), network(), next(batches(1))
+    views = [ba.CropFlip.draw(5, 1, torch.Generator().manual_seed(seed), torch.device("cpu")) for seed in range(2)]
+    crops = [ba.Batch(view.apply(view.pad(batch.x)), batch.y, batch.index, view) for view in views]
+    ZeroIG().backward(problem, model, crops[0])
+    memory = problem.lower.anchor.memory
+    kept = memory.values[:5] if variant == "bp" else memory.values[batch.index]
+    z = ZeroIG().hypergradient(problem, model, crops[1]).solution.anchor
+    assert torch.equal(z, kept)
+    assert (crops[1].x + z).min() < 0  # the border that the crop adds is black
+
+
 def test_a_zero_gradient_leaves_a_finite_momentum():
     model = network()
     model[-1].weight.data.zero_()

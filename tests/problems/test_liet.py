@@ -149,6 +149,14 @@ def test_bad_arguments(arguments, message):
         liet.problem(EPS, **arguments)
 
 
+def test_a_network_of_other_classes_is_refused():
+    problem, batch = liet.problem(EPS), next(batches(1))
+    follow(problem, network(), 1)
+    wider = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 4)).double()
+    with pytest.raises(ba.InputError, match="this problem was trained with 3 classes; make a new one"):
+        ZeroIG().hypergradient(problem, wider, batch)
+
+
 def test_labels_are_checked():
     batch = next(batches(1))
     with pytest.raises(ba.InputError, match="label 9 is out of range: the model has 3 outputs"):
