@@ -84,6 +84,7 @@ def test_cifar10_trains_evaluates_and_records(capsys):
         "step": 4 / 255,
         "mode": "train",
         "draw": "cube",
+        "label_smoothing": 0.0,
     }
     table = Path("runs/cifar10.md").read_text()
     assert "| fastat | 8/255 | 0 |" in table and "[45.49 ± 0.21]" in table and "(n = 2)" in table
