@@ -64,10 +64,10 @@ class KKTSolver(Solver):
         # The value stays ∇_δ g at δ*, which active sets look at; only its derivative in θ is the other one.
         return gradient.detach() + moved - moved.detach()
 
-    def terms(self, attacked: Attacked) -> Terms:
+    def differentiate(self, attacked: Attacked) -> Terms:
         """The direct and the implicit term; with ``cross_at="merged"`` their sum, from two passes at and near δ*."""
         if self.cross_at != "merged" or not attacked.moves:
-            return super().terms(attacked)
+            return super().differentiate(attacked)
         _check_merged(attacked)
         named, solution, gradient = attacked.parameters, attacked.solution, attacked.gradient
         draws = Draws(attacked.generator, solution.delta.device)

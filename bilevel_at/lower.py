@@ -121,11 +121,11 @@ class Linearized(LowerProblem):
         )
 
     def change(self, model: nn.Module, solution: Solution, before: Tensor, after: Tensor) -> Tensor:
-        """⟨D(∇_δ ℓ_atk(θ, z)), after − before⟩ without input gradients of the network: Σ ℓ_atk(θ, z + u) − ℓ_atk(θ, z − u)
-        with u = ½ Jᵀ(after − before), J the derivative of D.
+        """Σ ℓ_atk(θ, z + u) − ℓ_atk(θ, z − u), u = ½ Jᵀ(after − before), with J the derivative of D.
 
-        Its gradient in θ is the inner product's up to third order in u where ℓ_atk is smooth; on networks with kinks
-        (ReLU), only where no unit changes its side between the two points.
+        This stands for ⟨D(∇_δ ℓ_atk(θ, z)), after − before⟩, which has input gradients of the network in it. Their
+        gradients in θ agree up to third order in u where ℓ_atk is smooth; on networks with kinks (ReLU), only where no
+        unit changes its side between the two points.
         """
         slope = solution.attack_gradient
         if slope is None:

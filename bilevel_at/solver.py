@@ -134,10 +134,10 @@ class Solver(Policy):
             )
         moves = gradient is not None and gradient.requires_grad and self.ig_weight != 0
         attacked = Attacked(problem, model, named, seen, solution, gradient, moves, generator, scale)
-        losses, direct, implicit, v = self.terms(attacked)
+        losses, direct, implicit, v = self.differentiate(attacked)
         return Hypergradient(losses.detach(), direct, implicit, _without_graphs(solution), v, scale)
 
-    def terms(self, attacked: Attacked) -> Terms:
+    def differentiate(self, attacked: Attacked) -> Terms:
         """What follows the attack: the losses, ∇_θ f, the implicit term, and v. Must change nothing.
 
         :meth:`direct_terms` and then, where δ* moves with θ, :meth:`implicit_term`.

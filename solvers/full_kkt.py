@@ -75,9 +75,9 @@ class FullKKT(KKTSolver):
             if self.method == "dense":
                 if operator.coupled:
                     raise InputError(
-                        "method=\"dense\" needs samples that share nothing; here one sample's loss depends on another's "
-                        "perturbation (batch normalisation in train mode, a mean over the batch), so that a per-sample "
-                        'Hessian does not exist; use method="cg", or mode="eval" in the lower problem'
+                        'method="dense" needs samples that share nothing; here one sample\'s loss depends on '
+                        "another's perturbation (batch normalisation in train mode, a mean over the batch), so that a "
+                        'per-sample Hessian does not exist; use method="cg", or mode="eval" in the lower problem'
                     )
                 return self._cholesky(dense_hessian(part, solution), diagonal, active, v)
             try:

@@ -10,7 +10,7 @@ from ..errors import InputError
 from ..models import ActivationName
 from ..runs.networks import Which
 from ..runs.recipe import Recipe
-from ..solvers import SolverName
+from ..solvers import PlainName, SolverName
 
 __all__ = ["EvaluateOptions", "RunOptions"]
 
@@ -19,7 +19,8 @@ __all__ = ["EvaluateOptions", "RunOptions"]
 class RunOptions(Recipe):
     """The flags that every problem file has: those of its recipe, and these.
 
-    solver: how the players are coupled: zero-ig, hessian-free-kkt or full-kkt; the file's own choice if not given.
+    solver: how the players are coupled: zero-ig, hessian-free-kkt, full-kkt, ...; the file's own choice if not given.
+    inner: the solver that --solver lazy takes now and then; the file's own choice if not given.
     data: a data set by name, or an .npz with x_train, y_train, x_test, y_test.
     data_dir: where named data sets lie, as NAME.npz or as torchvision keeps them.
     download: fetch a named data set that is not there.
@@ -37,6 +38,7 @@ class RunOptions(Recipe):
     """
 
     solver: SolverName | None = None
+    inner: PlainName | None = None
     data: str = "digits"
     data_dir: str = "data"
     download: bool = True
