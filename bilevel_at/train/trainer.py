@@ -120,6 +120,7 @@ class Trainer:
             examples = sum(len(batch) for batch in group)
             for _ in range(self.recipe.replays):
                 self._follow_schedules(step_number)
+                policy.set_step((self.problem, self.solver), step_number, self.recipe.epochs * self.steps_per_epoch)
                 self.optimizer.zero_grad()
                 for place, batch in enumerate(group, number * self.recipe.accumulate):
                     with self._autocast():
