@@ -27,8 +27,9 @@ class ProjectionAdjoint(KKTSolver):
     It needs ``project`` only, for any closed convex set. Where δ* is about to enter or leave a constraint, P_C has no
     derivative, and this is a mean of its one-sided ones.
 
-    s begins at eps^⅓ ‖u‖, where rounding and curvature matter equally, and is divided by 4 for samples whose two
-    one-sided differences disagree by more than a curved boundary makes them, down to eps^½ ‖u‖.
+    The difference is extrapolated from s and 2s, with s = eps^⅕ ‖u‖ at first, where rounding and curvature matter
+    equally. For samples in whose reach P_C has a kink (the second differences at s and 2s do not fit together) s is
+    divided by 4, down to eps^½ ‖u‖, and the s counts at which they fit best.
 
     Args:
         ig_weight: multiplies the implicit term; 1 is the exact hypergradient.
@@ -57,7 +58,7 @@ class ProjectionAdjoint(KKTSolver):
             u = solution.delta - gradient.detach() / per_sample(lam, gradient)
             if u.dtype in (torch.float16, torch.bfloat16):  # half precisions have no digits to take differences of
                 u, base = u.float(), base.float()
-            length = v.to(u).flatten(1).norm(dim=1)
+            length = _length(v.to(u))
             unit = v.to(u) / per_sample(torch.where(length > 0, length, 1), u)
             slope = _derivative(lower.constraint, u, base, unit)
             w: Tensor = slope * per_sample(length / lam.to(u), u)
@@ -69,20 +70,29 @@ def _derivative(constraint: Constraint, u: Tensor, base: Tensor, unit: Tensor) -
     eps = torch.finfo(u.dtype).eps
     centre = constraint.project(u, base)
     # Projections look at x + δ too, whose rounding a tiny u must not drown in.
-    size = u.flatten(1).norm(dim=1) + eps ** (1 / 3) * (1 + base.flatten(1).norm(dim=1))
-    out = torch.zeros_like(u)
-    relative = eps ** (1 / 3)
+    size = _length(u) + eps ** (1 / 3) * (1 + _length(base))
+    out, best = torch.zeros_like(u), torch.full_like(size, torch.inf)
+    relative = eps ** (1 / 5)
     rows = torch.arange(len(u), device=u.device)
     while True:
-        point, x, along = u[rows], base[rows], unit[rows]
-        s = per_sample(relative * size[rows], point)
-        forward = (constraint.project(point + s * along, x) - centre[rows]) / s
-        backward = (centre[rows] - constraint.project(point - s * along, x)) / s
-        out[rows] = (forward + backward) / 2
-        # A boundary of curvature radius ‖u‖ makes them differ by about s/‖u‖; a kink between them, by much more.
-        gap = (forward - backward).flatten(1).norm(dim=1)
-        either = torch.maximum(forward.flatten(1).norm(dim=1), backward.flatten(1).norm(dim=1))
-        rows = rows[gap > 4 * relative * either]
+        point, x, along = u[rows], base[rows], per_sample(relative * size[rows], u) * unit[rows]
+        central, second = [], []
+        for times in (1, 2):
+            forward = constraint.project(point + times * along, x) - centre[rows]
+            backward = centre[rows] - constraint.project(point - times * along, x)
+            central.append((forward + backward) / times)
+            second.append((forward - backward) / times)
+        # Along a smooth boundary the second grows with s, and what is left of the first is of fourth order.
+        misfit = _length(second[1] - 2 * second[0]) / _length(along).clamp(min=torch.finfo(u.dtype).tiny)
+        slope = (4 * central[0] - central[1]) / 6 / per_sample(relative * size[rows], u)
+        better = misfit < best[rows]
+        out[rows[better]], best[rows[better]] = slope[better], misfit[better]
+        rows = rows[misfit > eps**0.5]
         relative = relative / 4
         if len(rows) == 0 or relative < eps**0.5:
             return out
+
+
+def _length(v: Tensor) -> Tensor:
+    """‖v_i‖₂, ``[B]``."""
+    return v.flatten(1).norm(dim=1)
