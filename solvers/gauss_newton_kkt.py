@@ -166,13 +166,12 @@ class GaussNewtonKKT(KKTSolver):
 
 def _cross_entropy_of(lower: LowerProblem) -> tuple[int, Loss]:
     """(σ, the cross-entropy), where the attack loss is σ times it."""
-    sign, loss = 1, getattr(lower, "attack_loss", None)
-    if loss is not None:
-        loss = as_loss(loss)
+    stated = getattr(lower, "attack_loss", None)
+    sign, loss = 1, None if stated is None else as_loss(stated)
     while isinstance(loss, minus):
         sign, loss = -sign, loss.loss
     if not isinstance(loss, CrossEntropy) or type(loss).value is not CrossEntropy.value:
-        shown = "there is none" if loss is None else f"here it is {loss!r}"
+        shown = "there is none" if stated is None else f"here it is {as_loss(stated)!r}"
         raise InputError(
             f"GaussNewtonKKT needs an attack loss that is plus or minus ba.CrossEntropy; {shown}; use FullKKT"
         )

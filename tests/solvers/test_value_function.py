@@ -7,7 +7,7 @@ import torch
 from examples import examples
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from networks import ATK, F64, Quadratic, batch_of, dense, proximal, taylor, with_batch_norm
+from networks import Quadratic, batch_of, dense, proximal, taylor, with_batch_norm
 from own_constraints import Cylinder, slabs
 from torch import nn
 
@@ -72,14 +72,24 @@ def test_the_error_falls_as_the_square_of_s(lower, constraint):
         assert difference(reference, exact) < 1e-6
     assert hypergradcheck(problem, ValueFunction(1e-4), model, batch, eps=1e-5, rtol=1e-6)
     errors = [
-        difference(ValueFunction(s, tol=1e-13).hypergradient(problem, model, batch), reference) for s in (0.2, 0.1)
+        difference(ValueFunction(s, tol=1e-13).hypergradient(problem, model, batch), reference) for s in (0.02, 0.01)
     ]
-    assert 1e-7 < errors[1] < 0.1 and errors[1] / errors[0] == pytest.approx(0.25, rel=0.1)
+    assert 1e-9 < errors[1] < 1e-2 and errors[1] / errors[0] == pytest.approx(0.25, rel=0.1)
 
 
-class Once(torch.autograd.Function):
-    """tanh, with a derivative and no second one: what fused kernels are."""
+class Slope(torch.autograd.Function):
+    """The derivative of tanh at y = tanh(x), times ``grad``: a kernel without a derivative of its own."""
 
+    @staticmethod
+    def forward(ctx, y, grad):
+        return grad * (1 - y * y)
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise RuntimeError("this kernel has no second derivative")
+
+
+class Kernel(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         y = x.tanh()
@@ -87,25 +97,34 @@ class Once(torch.autograd.Function):
         return y
 
     @staticmethod
+    def backward(ctx, grad):
+        (y,) = ctx.saved_tensors
+        return Slope.apply(y, grad)
+
+
+class Once(Kernel):
+    @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         (y,) = ctx.saved_tensors
         return grad * (1 - y * y)
 
 
-class Fused(nn.Module):
-    def forward(self, x):
-        return Once.apply(x)
+def module(function):
+    return type("Fused", (nn.Module,), {"forward": lambda self, x: function.apply(x)})
 
 
 @pytest.mark.parametrize("problem", [taylor(step=0.3), proximal(lam=3.0)], ids=["taylor", "proximal"])
 def test_a_network_without_double_backward(problem):
     model, batch = dense(6, 8, 3), batch_of(3, 6)
-    fused = dense(6, 8, 3, activation=Fused)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        HessianFreeKKT().hypergradient(problem, fused, batch)
     exact = FullKKT().hypergradient(problem, model, batch)
-    assert difference(ValueFunction(1e-3).hypergradient(problem, fused, batch), exact) < 1e-5
+    kernel, once = (dense(6, 8, 3, activation=module(function)) for function in (Kernel, Once))
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        HessianFreeKKT().hypergradient(problem, kernel, batch)
+    # What torch marks as once_differentiable is a constant to autograd.grad, in silence.
+    assert difference(HessianFreeKKT().hypergradient(problem, once, batch), exact) > 0.05
+    for fused in (kernel, once):
+        assert difference(ValueFunction(1e-3).hypergradient(problem, fused, batch), exact) < 1e-5
 
 
 class Noisy(ba.UpperProblem):
@@ -171,8 +190,4 @@ def test_single_precision():
     exact = HessianFreeKKT().hypergradient(taylor(step=0.3), model, batch)
     batch = ba.Batch(batch.x.float(), batch.y)
     step = ValueFunction().hypergradient(taylor(step=0.3), model.float(), batch)
-    step = ba.Hypergradient(
-        step.losses, step.direct, {n: None if g is None else g.double() for n, g in step.implicit.items()},
-        step.solution, step.v,
-    )
-    assert difference(step, exact) < 1e-2 and ATK is not None and F64 is torch.float64
+    assert difference(step, exact) < 1e-2
