@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .. import policy
 from ..batch import Batch
-from ..data import ImageSet, Loader
+from ..data import Images, ImageSet, Loader
 from ..diagnose import gradient_alignment
 from ..errors import BilevelError, InputError
 from ..evaluate import Attack, robust_correct
@@ -41,7 +41,8 @@ class Trainer:
 
     Randomness depends on ``(seed, epoch)`` alone, so a run resumed from :meth:`state_dict` gives the same weights as
     an unbroken one. precision: "float32", or "bfloat16" for autocast; parameters, perturbations and what is remembered
-    are float32 either way. On a GPU the network's memory format is channels_last.
+    are float32 either way. On a GPU the network's memory format is channels_last. extra: more training images, of which
+    the recipe's ``extra_fraction`` of each batch is drawn.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Trainer:
         attack: Attack,
         seed: int = 0,
         precision: str = "float32",
+        extra: Images | None = None,
     ) -> None:
         if precision not in ("float32", "bfloat16"):
             raise InputError(f"precision {precision!r} is not known; choose float32 or bfloat16")
@@ -63,12 +65,14 @@ class Trainer:
         self.precision, self.device = precision, held_out.device
         if self.device.type == "cuda":
             model.to(memory_format=torch.channels_last)
-        self.loader = Loader(train, recipe.batch_size, seed, recipe.augment)
+        self.loader = Loader(
+            train, recipe.batch_size, seed, recipe.augment, extra=extra, extra_fraction=recipe.extra_fraction
+        )
         self.optimizer = torch.optim.SGD(
             model.parameters(), lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay
         )
-        self.recorder = Recorder(train.y, model)
-        self.average = WeightAverage(model, recipe.ema) if recipe.ema else None
+        self.recorder = Recorder(self.loader.labels, model)
+        self.average = WeightAverage(model, recipe) if recipe.averages else None
         self.done = 0
 
     @property
@@ -79,7 +83,7 @@ class Trainer:
     @property
     def evaluated(self) -> nn.Module:
         """The network that is evaluated and kept: the averaged one where the recipe averages."""
-        return self.model if self.average is None else self.average.network
+        return self.model if self.average is None or not self.average.started else self.average.network
 
     def epochs(self) -> Iterator[Epoch]:
         """Train the epochs that are left, yielding each one's measurements."""
@@ -136,8 +140,10 @@ class Trainer:
                         self._check(step.loss, epoch)
                 self.optimizer.step()
                 if self.average is not None:
-                    self.average.update(self.model)
+                    self.average.after_update(self.model)
                 step_number += 1
+        if self.average is not None:
+            self.average.after_epoch(self.model, epoch + 1, (batch.x for batch in self.loader.epoch(epoch)))
         self.recorder.close_epoch(self.evaluated)
         loss, ratio_mean, cosine_mean = (means / (len(self.loader.images) * self.recipe.replays)).tolist()
         self._check(means[0], epoch)

@@ -37,6 +37,65 @@ def test_every_problem_runs_with_every_solver(problem, solver):
         assert 0 <= results[which]["pgd-2-1"]["accuracy"] <= results[which]["clean"]["accuracy"] <= 1
 
 
+@pytest.mark.parametrize("solver", ["projection-adjoint", "neumann", "value-function", "gauss-newton-kkt"])
+def test_fastbat_runs_with_the_other_solvers(solver):
+    """The file's own weight of the implicit term, 0.1·λ, is theirs too."""
+    flags = {"neumann": ("--terms", "3", "--alpha", "0.2"), "value-function": ("--s", "0.05")}.get(solver, ())
+    if solver == "gauss-newton-kkt":
+        flags = ("--damping", "auto", "--model", "one_layer_cnn")
+    run("problems/fastbat.py", "--solver", solver, *SHORT, "--step", "0.5", "--mode", "eval", *flags, "--out", "out")
+    settings = json.loads(Path("out/config.json").read_text())["solver"]
+    assert settings["name"].lower() == solver.replace("-", "") and settings["ig_weight"] == pytest.approx(0.2)
+    for flag, value in zip(flags[::2], flags[1::2], strict=True):
+        if flag != "--model":
+            assert str(settings[flag[2:]]) == value
+
+
+@pytest.mark.parametrize(
+    ("flags", "inner"),
+    [
+        ((), {"inner": "HessianFreeKKT", "inner_damping": 0.0, "inner_cross_at": "anchor"}),
+        (("--inner", "full-kkt", "--damping", "2"), {"inner": "FullKKT", "inner_damping": 2.0}),
+    ],
+)
+def test_lazy_wraps_the_solver_of_the_file_or_of_a_flag(flags, inner):
+    run("problems/fastbat.py", "--solver", "lazy", "--p", "0.5", *SHORT, "--step", "0.5", *flags, "--out", "out")
+    settings = json.loads(Path("out/config.json").read_text())["solver"]
+    assert {"name": "Lazy", "p": 0.5, "inner_ig_weight": pytest.approx(0.2)}.items() <= settings.items()
+    assert inner.items() <= settings.items()
+    run(
+        "problems/fastbat.py",
+        "--solver",
+        "lazy",
+        "--p",
+        "0.5",
+        *SHORT,
+        "--step",
+        "0.5",
+        *flags,
+        "--out",
+        "out",
+        "--resume",
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (("--solver", "lazy", "--inner", "zero-ig"), "ZeroIG has no implicit term, so there is nothing to leave out"),
+        (("--inner", "full-kkt"), "--inner is the solver that --solver lazy wraps"),
+        (("--solver", "lazy", "--p", "0"), "p is 0; it must be a positive finite number"),
+        (("--solver", "lazy", "--p", "3/2"), "p is 1.5; it must be above 0 and at most 1"),
+        (("--solver", "neumann", "--terms", "0"), "terms is 0; it must be a whole number, at least 1"),
+        (("--solver", "value-function", "--s", "0"), "s is 0; it must be a positive"),
+        (("--solver", "gauss-newton-kkt", "--damping", "-1"), "damping is -1; it must be a finite number, at least 0"),
+        (("--p", "0.5"), "--p is not a flag here"),
+    ],
+)
+def test_mistakes_about_solvers(flags, line):
+    assert line in complaint("problems/fastbat.py", *flags, *SHORT)
+
+
 PUBLISHED = {
     # model, epochs, batch, peak rate, schedule, decays after epochs, weight decay
     "standard": ("preact_resnet18", 20, 128, 0.2, "linear", (), 5e-4),
@@ -64,7 +123,7 @@ EVAL_MODE_ATTACKS = {"atta", "atas", "sgd_bca", "asgd_bca", "remembered_fastbat"
 @pytest.mark.parametrize("problem", PROBLEMS)
 def test_the_published_recipe_is_the_default_on_cifar10(problem):
     plan = understand([f"problems/{problem}.py", "--data", "cifar10"])
-    r = plan.options.recipe()
+    r = plan.options.training()
     stated = (r.model, r.epochs, r.batch_size, r.lr, r.schedule, r.milestones, r.weight_decay)
     assert stated == PUBLISHED[problem]
     assert (r.momentum, r.augment, r.accumulate, r.ema) == (0.9, "crop-flip", 1, 0)
@@ -77,7 +136,7 @@ def test_the_published_recipe_is_the_default_on_cifar10(problem):
         assert other.options.augment == {"svhn": "none", "imagenet": "resized-crop-flip", "fashion_mnist": "none"}.get(
             data, "crop-flip"
         )
-        assert other.problem.lower.constraint.epsilon == pytest.approx(2 / 255 if data == "imagenet" else 8 / 255)
+        assert other.stated.lower.constraint.epsilon == pytest.approx(2 / 255 if data == "imagenet" else 8 / 255)
 
 
 def test_published_settings_beyond_cifar10():
@@ -94,7 +153,7 @@ def test_published_settings_beyond_cifar10():
     assert fastbat.options.model == "imagenet_resnet50"
     for method in ("atta", "atas"):
         imagenet = plan(f"problems/{method}.py", "--data", "imagenet")
-        r = imagenet.options.recipe()
+        r = imagenet.options.training()
         assert (r.model, r.epochs, r.batch_size, r.milestones) == ("imagenet_resnet18", 90, 128, (50, 75))
         assert r.weight_decay == 1e-4 and imagenet.problem.lower.anchor.size == 32
     assert imagenet.problem.lower.step.c == pytest.approx(0.1 * 128)
@@ -146,9 +205,9 @@ def test_solver_flags_reach_the_solver():
     plan = understand(["problems/fastbat.py", "--solver", "full-kkt", "--step", "10", *flags])
     assert plan.solver.ig_weight == pytest.approx(0.2 / 10)
     assert (plan.solver.damping, plan.solver.curvature, plan.solver.method) == (3.0, "lower", "cg")
-    assert understand(["problems/fastbat.py"]).options.recipe().batch_size == 64
+    assert understand(["problems/fastbat.py"]).options.training().batch_size == 64
     cifar = understand(["problems/fastbat.py", "--data", "cifar10"])
-    assert cifar.options.recipe().lr == 0.2 and cifar.options.augment == "crop-flip"
+    assert cifar.options.training().lr == 0.2 and cifar.options.augment == "crop-flip"
     assert cifar.problem.lower.step.value == pytest.approx(5000 / 255)
 
 
@@ -164,3 +223,37 @@ def test_list(capsys):
     shown = capsys.readouterr().out
     for name in (*PROBLEMS, "standard", "preact_resnet18", "digits", "cifar10", "FILE.npz"):
         assert re.search(rf"^  {name} +\S", shown, re.M), name
+
+
+def test_the_radius_of_a_run_grows_and_its_threat_does_not():
+    plan = understand(["problems/fastat.py", "--epsilon-warmup", "10"])
+    constraint, anchor = plan.problem.lower.constraint, plan.problem.lower.anchor
+    for step, share in ((0, 1 / 20), (9, 1 / 2), (19, 1), (59, 1)):
+        plan.problem.set_step(step, 60)  # 30 epochs of two updates
+        assert constraint.radius == pytest.approx(0.2 * share) and anchor.radius.value == pytest.approx(0.2 * share)
+        assert plan.problem.lower.step.size(None, None) == pytest.approx(0.25 * share)
+        assert plan.problem.threat.radius == plan.threat.radius == 0.2
+    assert plan.feasible_set is None
+    svhn = understand(["problems/nfgsm.py" if "nfgsm" in PROBLEMS else "problems/fgsm.py", "--data", "svhn"])
+    assert svhn.options.epsilon_warmup == 5
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_the_modern_recipe(problem):
+    plan = understand([f"problems/{problem}.py", "--data", "cifar10", "--recipe", "modern"])
+    r = plan.options.training()
+    stated = (r.model, r.epochs * r.replays, r.batch_size, r.lr, r.schedule, r.momentum, r.peak_momentum)
+    assert stated[0] == "resnet18" and 96 <= stated[1] <= 100
+    assert stated[2:] == (128, 0.1, "one-cycle-by-epoch", 0.95, 0.85)
+    assert (r.weight_decay, r.ema, r.held_out, r.select) == (5e-4, 0.9995, 1000, "pgd-10-1")
+    assert plan.problem_arguments["label_smoothing"] == 0.4
+    changed = understand([f"problems/{problem}.py", "--recipe=modern", "--ema", "0.5", "--label-smoothing", "0"])
+    assert changed.options.ema == 0.5 and changed.problem_arguments["label_smoothing"] == 0
+    assert changed.options.batch_size == understand([f"problems/{problem}.py"]).options.batch_size
+
+
+def test_the_modern_recipe_of_a_problem_without_smoothing():
+    Path("own.py").write_text(
+        "from bilevel_at.problems import fgsm\ndef problem(epsilon: float = 0.1): return fgsm.problem(epsilon)\n"
+    )
+    run("own.py", "--recipe", "modern", *SHORT, "--out", "out")
