@@ -181,7 +181,8 @@ def _solver_flags(solver: Any, common: Sequence[flags.Flag]) -> list[dict[str, f
     taken = {flag.name for flag in common}
     found = []
     for part, prefix in zip(_parts(solver), ("solver", "inner"), strict=False):
-        fields = flags.flags_of(type(part)) if dataclasses.is_dataclass(part) else []
+        wrapped = ["inner"] if isinstance(part, tuple(WRAPPERS.values())) else []  # it has flags of its own
+        fields = flags.flags_of(type(part), skip=wrapped) if dataclasses.is_dataclass(part) else []
         found.append(
             {
                 field.name: flags.Flag(
