@@ -38,8 +38,8 @@ class Neumann(KKTSolver):
     (on flat constraints) a term. Where H is not positive definite the sum is still that derivative.
 
     Args:
-        terms: K, the number of terms, at least 1; each but the first costs a Hessian-vector product (none where g is
-            linearised, for which one term with α = 1/λ is exact).
+        terms: K, the number of terms, at least 1; each but the first costs a Hessian-vector product, three passes (none
+            where g is linearised, for which one term with α = 1/λ is exact).
         alpha: α, the step; "auto" is 1/(λ + damping) where the Hessian is λI, and elsewhere 1/‖H‖ per sample, as ten
             power iterations from T v measure it.
         curvature: as for :class:`FullKKT`.
@@ -72,7 +72,7 @@ class Neumann(KKTSolver):
         active = self.active(lower, model, solution)
         part, lam = curved_part(problem, model, solution, self.curvature)
         diagonal = self.proximal(replace(solution, lam=lam))
-        if part is None:
+        if part is None or (self.terms == 1 and self.alpha != "auto"):  # the one term has no H in it
             if self.alpha == "auto":
                 self.refuse_flat(lower, diagonal)
             alpha = 1 / diagonal if self.alpha == "auto" else torch.full_like(diagonal, self.alpha)

@@ -94,6 +94,14 @@ def test_coupled_samples_share_one_norm():
         torch.testing.assert_close(got.grads[name], g, rtol=1e-8, atol=1e-12)
 
 
+def test_one_step_differentiation_takes_no_hessian(monkeypatch):
+    def never(*args):
+        raise AssertionError("the first term has no Hessian in it")
+
+    monkeypatch.setattr("bilevel_at.solvers.neumann.CurvatureOperator", never)
+    assert Neumann(1, 0.05).hypergradient(proximal(), dense(6, 5, 3), batch_of(2, 6)).implicit_norm > 0
+
+
 def test_refusals():
     for terms in (0, -1, 2.5):
         with pytest.raises(ba.InputError, match=f"terms is {terms}; it must be a whole number, at least 1"):
