@@ -72,8 +72,8 @@ MUTATIONS = [
     (
         "the mean over the batch",
         "bilevel_at/solver.py",
-        "losses.mean() * scale",
-        "losses.sum() * scale",
+        "losses.mean() * self.scale",
+        "losses.sum() * self.scale",
         PROPERTIES,
     ),
     ("the last epoch's exception", "bilevel_at/anchors.py", " and epoch != epochs - 1", "", ANCHORS),

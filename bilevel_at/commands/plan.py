@@ -170,8 +170,8 @@ def _flags(file: ProblemFile, args: Sequence[str]) -> tuple[list[flags.Flag], li
 
 def _parts(solver: Any) -> list[Any]:
     """The solver and, from the outside in, those it wraps."""
-    parts: list[Any] = [solver]
-    while isinstance(parts[-1], tuple(WRAPPERS.values())):
+    parts = [solver]
+    while type(parts[-1]) in WRAPPERS.values():
         parts.append(parts[-1].inner)
     return parts
 
@@ -181,7 +181,7 @@ def _solver_flags(solver: Any, common: Sequence[flags.Flag]) -> list[dict[str, f
     taken = {flag.name for flag in common}
     found = []
     for part, prefix in zip(_parts(solver), ("solver", "inner"), strict=False):
-        wrapped = ["inner"] if isinstance(part, tuple(WRAPPERS.values())) else []  # it has flags of its own
+        wrapped = ["inner"] if type(part) in WRAPPERS.values() else []  # it has flags of its own
         fields = flags.flags_of(type(part), skip=wrapped) if dataclasses.is_dataclass(part) else []
         found.append(
             {

@@ -30,7 +30,16 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import bilevel_at as ba
-from bilevel_at.solvers import FullKKT, HessianFreeKKT, ZeroIG
+from bilevel_at.solvers import (
+    FullKKT,
+    GaussNewtonKKT,
+    HessianFreeKKT,
+    Lazy,
+    Neumann,
+    ProjectionAdjoint,
+    ValueFunction,
+    ZeroIG,
+)
 from bilevel_at.testing import activity_margin, hypergradcheck
 from bilevel_at.testing import strategies as bst
 
@@ -189,6 +198,12 @@ def test_every_solver_equals_zero_ig_for_sign(s):
         FullKKT(method="cg"),
         FullKKT(curvature="attack"),
         HessianFreeKKT(cross_at="solution"),
+        HessianFreeKKT(cross_at="merged"),
+        ProjectionAdjoint(),
+        Neumann(3),
+        ValueFunction(),
+        GaussNewtonKKT(),
+        Lazy(HessianFreeKKT(), 0.5),
     ]
     for solver in solvers:
         assert_same(grads(s, solver), expected, rtol=0)
