@@ -131,6 +131,7 @@ class Trainer:
                         step = self.solver.backward(
                             self.problem, self.model, batch, generator, weight=len(batch) / examples
                         )
+                    self._check_coupling(step.losses)
                     ratio = step.implicit_norm / step.direct_norm.clamp(min=1e-30)
                     measured = torch.stack([step.loss.double(), ratio.double(), step.implicit_cosine.double()])
                     means += len(batch) * measured
@@ -172,6 +173,14 @@ class Trainer:
             half = " or float32" if self.precision == "bfloat16" else ""
             raise BilevelError(
                 f"the loss is {value} in epoch {epoch + 1}; a lower --lr (now {self.recipe.lr:g}){half} may help"
+            )
+
+    def _check_coupling(self, losses: Tensor) -> None:
+        """Refuse to add up parts of a batch whose examples are coupled: the sum is not the loss of the whole."""
+        if losses.ndim == 0 and self.recipe.accumulate > 1:
+            raise InputError(
+                f"--accumulate is {self.recipe.accumulate}, but the upper loss is one number for all of a batch, which "
+                "has no parts to add up; use --accumulate 1"
             )
 
     def _follow_schedules(self, step: int) -> None:

@@ -44,7 +44,10 @@ def test_the_seed_decides_everything():
     assert same(weights("a"), weights("b")) and not same(weights("a"), weights("c"))
 
 
-@pytest.mark.parametrize("problem", fast(["fastbat", "atas", "asgd_bca", "free"], ["fastbat", "atas"]))
+STATEFUL = ["fastbat", "atas", "asgd_bca", "free", "fgsm_pgi", "tdat", "liet"]
+
+
+@pytest.mark.parametrize("problem", fast(STATEFUL, ["fastbat", "atas"]))
 def test_a_resumed_run_is_the_unbroken_one(problem, monkeypatch):
     args = [f"problems/{problem}.py", "--epochs", "3", *SHORT[2:], "--ema", "0.9"]
     run(*args, "--out", "whole")
