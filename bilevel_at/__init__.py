@@ -15,6 +15,7 @@ from .batch import Batch, CropFlip
 from .constraints import ActiveSet, Constraint, L2Ball, LinfBall, Range
 from .directions import Direction
 from .errors import BilevelError, ConvergenceError, CurvatureError, InputError
+from .kkt import KKTSolver
 from .losses import (
     CrossEntropy,
     Loss,
@@ -33,7 +34,7 @@ from .policy import Counter, Policy, Schedule, policies
 from .polyhedra import Polyhedron
 from .problem import BilevelProblem, LowerProblem, UpperProblem, solve_by_descent
 from .solution import Hypergradient, Solution
-from .solver import KKTSolver, Solver
+from .solver import Solver
 from .steps import Adaptive, Constant, Step
 from .targeted import Targeted
 

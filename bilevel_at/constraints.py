@@ -82,7 +82,10 @@ class Constraint(Composite):
 
     def active(self, delta: Tensor, x: Tensor, gradient: Tensor | None = None) -> ActiveSet:
         """The constraints active at δ*; ``gradient`` is ∇_δ g there, which curved boundaries need."""
-        raise InputError(f"{type(self).__name__} does not define active(delta, x, gradient), which KKT solvers need")
+        raise InputError(
+            f"{type(self).__name__} does not define active(delta, x, gradient), which this solver needs; "
+            "ProjectionAdjoint needs project alone"
+        )
 
     def strict_complementarity(self, delta: Tensor, x: Tensor, gradient: Tensor) -> Tensor:
         """How far δ* is from degenerate activity, ``[B]``: the least slack or multiplier.

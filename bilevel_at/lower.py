@@ -11,7 +11,7 @@ from .anchors import Anchor, Steps, anchor_policy
 from .batch import Batch, per_sample
 from .constraints import Constraint
 from .directions import Direction, direction_of
-from .errors import positive, whole_number
+from .errors import InputError, positive, whole_number
 from .losses import AnyLoss, input_gradient
 from .modes import Mode
 from .policy import Number
@@ -119,6 +119,24 @@ class Linearized(LowerProblem):
             attack_gradient=gradient.detach(),
             kept_output=output,
         )
+
+    def change(self, model: nn.Module, solution: Solution, before: Tensor, after: Tensor) -> Tensor:
+        """Σ ℓ_atk(θ, z + u) − ℓ_atk(θ, z − u), u = ½ Jᵀ(after − before), with J the derivative of D.
+
+        This stands for ⟨D(∇_δ ℓ_atk(θ, z)), after − before⟩, which has input gradients of the network in it. Their
+        gradients in θ agree up to third order in u where ℓ_atk is smooth; on networks with kinks (ReLU), only where no
+        unit changes its side between the two points.
+        """
+        slope = solution.attack_gradient
+        if slope is None:
+            raise InputError(f"a solution of {type(self).__name__} has its attack_gradient; this one has none")
+        with torch.enable_grad():
+            slope = slope.detach().requires_grad_()
+            read = direction_of(self.direction)(slope)
+            (u,) = torch.autograd.grad(read, slope, (after - before) / 2)
+        batch, z = solution.batch, solution.anchor
+        losses = [self.attack_loss(model, batch, point) for point in (z - u, z + u)]
+        return losses[1].sum() - losses[0].sum()
 
     def curvature(self, model: nn.Module, solution: Solution) -> tuple[CurvedPart | None, Tensor | float]:
         return None, solution.lam

@@ -1,4 +1,4 @@
-"""The mode (train or eval statistics) in which attack passes see the model."""
+"""How passes see the model: in train or eval mode, with or without a graph, and with its buffers left alone."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 from .errors import InputError
 
-__all__ = ["Mode", "attack_mode", "no_graph"]
+__all__ = ["Mode", "attack_mode", "no_graph", "same_buffers"]
 
 Mode = Literal["train", "eval"]
 
@@ -44,3 +44,15 @@ def attack_mode(model: nn.Module, mode: Mode) -> Iterator[None]:
     finally:
         for module, training in before:
             module.training = training
+
+
+@contextmanager
+def same_buffers(model: nn.Module) -> Iterator[None]:
+    """On leaving, the model's buffers (the running statistics of batch normalisation) have their values again."""
+    before = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        for buffer, value in before:
+            # Through .data: a graph that has saved the buffer must not find it changed.
+            buffer.data.copy_(value)

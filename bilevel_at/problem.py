@@ -148,6 +148,20 @@ class LowerProblem(Policy):
             solution = self.solve_at(model, seen, anchor.detach(), differentiable)
         return replace(solution, delta=solution.delta.detach(), memo=memo, drawn=drawn)
 
+    def change(self, model: nn.Module, solution: Solution, before: Tensor, after: Tensor) -> Tensor:
+        """Σ_i g(θ, after; z) − g(θ, before; z), for its gradient in θ: what solvers without double backward need.
+
+        A g that has input gradients of the network in it overrides this where first-order passes give the same
+        gradient up to third order in ``after − before``.
+
+        Args:
+            model: the network, in the mode of attack passes.
+            solution: of a differentiable solve: its batch, anchor and λ are those of g.
+            before, after: two perturbations, shaped like δ*.
+        """
+        objective = [self.objective(model, solution.batch, delta, solution.anchor) for delta in (before, after)]
+        return objective[1].sum() - objective[0].sum()
+
     def curvature(self, model: nn.Module, solution: Solution) -> tuple[CurvedPart | None, Tensor | float]:
         """(ℓ, λ) such that ∇²_δδ g = ∇²_δδ ℓ + λI; None for ℓ where the Hessian is λI."""
         return lambda batch, delta, anchor: self.objective(model, batch, delta, anchor), 0.0

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .batch import Batch
 from .errors import InputError
 
-__all__ = ["Hypergradient", "Solution"]
+__all__ = ["Gradients", "Hypergradient", "Solution"]
 
 Gradients = Mapping[str, Tensor | None]
 

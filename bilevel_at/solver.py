@@ -9,26 +9,66 @@ that the active constraints leave free, with v = ∇_δ f and H = ∇²_δδ g. 
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import ClassVar, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from . import policy
-from .batch import Batch, per_sample
-from .constraints import ActiveSet
-from .errors import InputError, at_least, one_of
+from .batch import Batch
+from .errors import InputError
 from .losses import check_prepared, check_values
-from .modes import attack_mode
 from .policy import Policy
-from .problem import BilevelProblem, LowerProblem, attack_mode_of, objective_gradient
-from .solution import Hypergradient, Solution
+from .problem import BilevelProblem, LowerProblem
+from .solution import Gradients, Hypergradient, Solution
 
-__all__ = ["CrossAt", "Curvature", "KKTSolver", "Solver"]
+__all__ = ["Attacked", "Solver", "Terms"]
 
-CrossAt = Literal["anchor", "solution"]
-Curvature = Literal["lower", "attack"]
+
+@dataclass(frozen=True, eq=False)
+class Attacked:
+    """What a solver sees once the attack is over.
+
+    problem, model: the two players and the network.
+    parameters: those that require a gradient, by name.
+    batch: as the upper problem has prepared it.
+    solution: the lower level's.
+    gradient: ∇_δ g, by :meth:`Solver.lower_gradient`; None for solvers with ``implicit`` False.
+    moves: whether δ* depends on θ, so that there is an implicit term.
+    generator: for what the upper loss draws.
+    scale: multiplies the upper loss before anything is differentiated.
+    """
+
+    problem: BilevelProblem
+    model: nn.Module
+    parameters: Mapping[str, nn.Parameter]
+    batch: Batch
+    solution: Solution
+    gradient: Tensor | None
+    moves: bool
+    generator: torch.Generator | None
+    scale: float
+
+    def losses(self, delta: Tensor, generator: torch.Generator | None) -> Tensor:
+        """f at ``delta``: ``[B]``, or one number where the batch is coupled."""
+        losses = self.problem.upper.loss_at(self.model, self.batch, replace(self.solution, delta=delta), generator)
+        check_values("the upper loss", losses, self.batch)
+        return losses
+
+    def total(self, losses: Tensor) -> Tensor:
+        """The mean of f times the scale: what is differentiated."""
+        return losses.mean() * self.scale
+
+
+class Terms(NamedTuple):
+    """What follows an attack, as :class:`~bilevel_at.Hypergradient` has it."""
+
+    losses: Tensor
+    direct: Gradients
+    implicit: Gradients
+    v: Tensor
 
 
 class Solver(Policy):
@@ -83,7 +123,6 @@ class Solver(Policy):
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not named:
             raise InputError("no parameter of the model requires a gradient; there is nothing to differentiate in")
-        parameters = list(named.values())
 
         seen = check_prepared(upper, upper.prepare(model, batch, generator))
         solution = lower.solve(model, batch, anchor, generator, differentiable=self.implicit)
@@ -93,27 +132,40 @@ class Solver(Policy):
                 f"{type(lower).__name__} finds a δ* without a derivative in θ, which {type(self).__name__} needs; use "
                 "ZeroIG"
             )
-        has_implicit = gradient is not None and gradient.requires_grad and self.ig_weight != 0
+        moves = gradient is not None and gradient.requires_grad and self.ig_weight != 0
+        attacked = Attacked(problem, model, named, seen, solution, gradient, moves, generator, scale)
+        losses, direct, implicit, v = self.differentiate(attacked)
+        return Hypergradient(losses.detach(), direct, implicit, _without_graphs(solution), v, scale)
 
+    def differentiate(self, attacked: Attacked) -> Terms:
+        """What follows the attack: the losses, ∇_θ f, the implicit term, and v. Must change nothing.
+
+        :meth:`direct_terms` and then, where δ* moves with θ, :meth:`implicit_term`.
+        """
+        losses, direct, v = self.direct_terms(attacked)
+        implicit = self.implicit_term(attacked, v) if attacked.moves else {}
+        return Terms(losses, direct, implicit, v)
+
+    def direct_terms(self, attacked: Attacked) -> tuple[Tensor, Gradients, Tensor]:
+        """(the losses, ∇_θ f by parameter name, v) from one pass at δ*."""
+        solution, named = attacked.solution, attacked.parameters
         delta = solution.delta.detach().requires_grad_()
-        losses = upper.loss_at(model, seen, replace(solution, delta=delta), generator)
-        check_values("the upper loss", losses, batch)
+        losses = attacked.losses(delta, attacked.generator)
         # A pass that the upper loss shares with the attack belongs to the lower gradient's graph too.
         passes = [solution.kept_output, *solution.batch.more.values()]
-        shared = has_implicit and any(isinstance(p, Tensor) and p.requires_grad for p in passes)
+        shared = attacked.moves and any(isinstance(p, Tensor) and p.requires_grad for p in passes)
         *direct, v = torch.autograd.grad(
-            losses.mean() * scale, [*parameters, delta], allow_unused=True, retain_graph=shared
+            attacked.total(losses), [*named.values(), delta], allow_unused=True, retain_graph=shared
         )
-        v = torch.zeros_like(delta) if v is None else v
+        return losses, dict(zip(named, direct, strict=True)), torch.zeros_like(delta) if v is None else v
 
-        implicit: dict[str, Tensor | None] = {}
-        if has_implicit and gradient is not None:
-            w = self.adjoint(problem, model, replace(solution, gradient=gradient), v)
-            cross = torch.autograd.grad(gradient, parameters, -self.ig_weight * w, allow_unused=True)
-            implicit = dict(zip(named, cross, strict=True))
-        return Hypergradient(
-            losses.detach(), dict(zip(named, direct, strict=True)), implicit, _without_graphs(solution), v, scale
-        )
+    def implicit_term(self, attacked: Attacked, v: Tensor) -> Gradients:
+        """−ig_weight · ∇_θ ⟨∇_δ g, w⟩ by parameter name, with w of :meth:`adjoint`."""
+        named, gradient = attacked.parameters, attacked.gradient
+        assert gradient is not None  # where δ* moves with θ there is one
+        w = self.adjoint(attacked.problem, attacked.model, replace(attacked.solution, gradient=gradient), v)
+        cross = torch.autograd.grad(gradient, list(named.values()), -self.ig_weight * w, allow_unused=True)
+        return dict(zip(named, cross, strict=True))
 
     def backward(
         self,
@@ -146,51 +198,7 @@ class Solver(Policy):
         return step
 
 
-class KKTSolver(Solver):
-    """What the KKT solvers share: their options, and the reduction to the free directions.
-
-    Fields of a subclass: ``ig_weight``, ``damping``, ``cross_at``.
-    """
-
-    damping: float = 0.0
-    cross_at: CrossAt = "anchor"
-
-    def _check(self) -> None:
-        for name in ("ig_weight", "damping"):
-            at_least(name, getattr(self, name))
-        one_of("cross_at", self.cross_at, ("anchor", "solution"))
-
-    def lower_gradient(self, lower: LowerProblem, model: nn.Module, solution: Solution) -> Tensor | None:
-        """∇_δ g at δ*; with ``cross_at="solution"``, of the g that is linearised (or anchored) at δ* instead of z."""
-        gradient = solution.gradient
-        if self.cross_at == "anchor" or gradient is None or not gradient.requires_grad:
-            return gradient
-        with attack_mode(model, attack_mode_of(lower)):
-            moved = objective_gradient(lower, model, solution.batch, solution.delta, solution.delta)
-        # The value stays ∇_δ g at δ*, which active sets look at; only its derivative in θ is the other one.
-        return gradient.detach() + moved - moved.detach()
-
-    @staticmethod
-    def active(lower: LowerProblem, model: nn.Module, solution: Solution) -> ActiveSet:
-        """The constraints that bind at δ*."""
-        with torch.no_grad():
-            base = lower.base(model, solution.batch)
-        gradient = None if solution.gradient is None else solution.gradient.detach()
-        return lower.constraint.active(solution.delta, base, gradient)
-
-    def diagonal(self, lam: Tensor | float, solution: Solution, active: ActiveSet) -> Tensor:
-        """λ + μ + damping for each row of δ*."""
-        delta = solution.delta
-        total = torch.zeros(len(delta), dtype=delta.dtype, device=delta.device) + lam + self.damping
-        return total if active.curvature is None else total + active.curvature
-
-
 def _without_graphs(solution: Solution) -> Solution:
     more = {name: value.detach() for name, value in solution.batch.more.items()}
     gradient = None if solution.gradient is None else solution.gradient.detach()
     return replace(solution, gradient=gradient, kept_output=None, batch=solution.batch.replace(**more))
-
-
-def scalar_adjoint(diagonal: Tensor, active: ActiveSet, v: Tensor) -> Tensor:
-    """w = T v / diagonal, the adjoint where H is a multiple of the identity."""
-    return active.tangent(v) / per_sample(diagonal, v)

@@ -22,7 +22,7 @@ import torch
 import bilevel_at as ba
 from bilevel_at.modes import Mode
 from bilevel_at.runs.recipe import CIFAR, DIGITS, Recipe
-from bilevel_at.solvers import FullKKT, HessianFreeKKT, SolverName, ZeroIG
+from bilevel_at.solvers import SOLVERS, PlainName
 
 
 def attacker(
@@ -58,13 +58,12 @@ def problem(
     )
 
 
-def solver(name: SolverName = "zero-ig", step: float = 2 / 255) -> ZeroIG | HessianFreeKKT | FullKKT:
+def solver(name: PlainName = "zero-ig", step: float = 2 / 255) -> ba.Solver:
     """ZeroIG as published."""
-    if name == "hessian-free-kkt":
-        return HessianFreeKKT(damping=1 / step)
-    if name == "full-kkt":
-        return FullKKT(damping=1 / step)
-    return ZeroIG()
+    made: ba.Solver = SOLVERS[name]()
+    if isinstance(made, ba.KKTSolver):
+        made.damping = 1 / step
+    return made
 
 
 def recipe() -> dict[str, Recipe]:

@@ -28,7 +28,7 @@ from bilevel_at.modes import Mode
 from bilevel_at.policy import Number, last_number
 from bilevel_at.problems.fastat import Draw, uniform
 from bilevel_at.runs.recipe import CIFAR, DIGITS, IMAGENET, Recipe
-from bilevel_at.solvers import FullKKT, HessianFreeKKT, SolverName, ZeroIG
+from bilevel_at.solvers import SOLVERS, FullKKT, Neumann, PlainName, ZeroIG
 
 Scheme = Literal["gradient-step", "uniform", "corner", "sign-step"]
 
@@ -73,12 +73,12 @@ def problem(
 
 
 def solver(
-    name: SolverName = "hessian-free-kkt", epsilon: float = 8 / 255, step: float | None = None, ig_factor: float = 0.1
-) -> ZeroIG | HessianFreeKKT | FullKKT:
-    """Hessian-free as published; full-kkt is the Hessian-aware variant.
+    name: PlainName = "hessian-free-kkt", epsilon: float = 8 / 255, step: float | None = None, ig_factor: float = 0.1
+) -> ba.Solver:
+    """Hessian-free as published; full-kkt and gauss-newton-kkt are the Hessian-aware variant.
 
-    With the published 1/λ, ∇²ℓ_atk + λI is seldom positive definite on a large network: full-kkt then says so, and
-    needs a ``damping``, which adds to λ.
+    With the published 1/λ, ∇²ℓ_atk + λI is seldom positive definite on a large network: they then say so, and need a
+    ``damping``, which adds to λ.
 
     Args:
         ig_factor: the published α₂/(λα₁); the solver's ig_weight is this times λ.
@@ -86,9 +86,10 @@ def solver(
     weight = ig_factor / (published_step(epsilon) if step is None else step)
     if name == "zero-ig":
         return ZeroIG()
-    if name == "full-kkt":
-        return FullKKT(curvature="attack", ig_weight=weight)
-    return HessianFreeKKT(ig_weight=weight)
+    made: ba.Solver = SOLVERS[name](ig_weight=weight)
+    if isinstance(made, FullKKT | Neumann):
+        made.curvature = "attack"
+    return made
 
 
 def recipe() -> dict[str, Recipe]:

@@ -16,7 +16,7 @@ from bilevel_at.errors import positive
 from bilevel_at.modes import Mode
 from bilevel_at.problems import atta, fastbat
 from bilevel_at.runs.recipe import DIGITS, Recipe
-from bilevel_at.solvers import FullKKT, HessianFreeKKT, SolverName, ZeroIG
+from bilevel_at.solvers import PlainName
 
 
 def problem(
@@ -50,11 +50,11 @@ def problem(
 
 
 def solver(
-    name: SolverName = "hessian-free-kkt",
+    name: PlainName = "hessian-free-kkt",
     epsilon: float = 8 / 255,
     max_step: float | None = None,
     ig_factor: float = 0.1,
-) -> ZeroIG | HessianFreeKKT | FullKKT:
+) -> ba.Solver:
     """Fast-BAT's, with 1/λ at its largest.
 
     Args:

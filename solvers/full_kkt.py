@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from bilevel_at.constraints import ActiveSet
-from bilevel_at.errors import CurvatureError, InputError, name_samples, one_of
-from bilevel_at.losses import as_loss
+from bilevel_at.errors import BilevelError, CurvatureError, InputError, name_samples, one_of
+from bilevel_at.kkt import CrossAt, Curvature, KKTSolver, curved_part, scalar_adjoint, with_multiplier
 from bilevel_at.modes import attack_mode
-from bilevel_at.problem import BilevelProblem, CurvedPart, attack_mode_of
+from bilevel_at.problem import BilevelProblem, attack_mode_of
 from bilevel_at.solution import Solution
-from bilevel_at.solver import CrossAt, Curvature, KKTSolver, scalar_adjoint
 
 from .linear import CurvatureOperator, conjugate_gradients, dense_hessian
 
@@ -29,8 +28,9 @@ class FullKKT(KKTSolver):
 
     Args:
         method: "dense" forms H per sample with torch.func and factorises it; "cg" needs only Hessian-vector products;
-            "auto" is dense up to ``dense_limit`` values per input where samples share nothing, else cg. Where they
-            share something (batch statistics), cg solves the batch as one system.
+            "auto" is cg, and where that meets non-positive curvature or does not converge, dense decides, up to
+            ``dense_limit`` values per input and where samples share nothing. Where they share something (batch
+            statistics), cg solves the batch as one system.
         curvature: "lower" is the Hessian of the g that was solved (λI where that is linearised); "attack" is
             ∇²ℓ_atk + λI, the paper's Hessian-aware Fast-BAT.
         damping: added to the Hessian's diagonal.
@@ -38,7 +38,7 @@ class FullKKT(KKTSolver):
         cross_at: as for :class:`HessianFreeKKT`.
         tol: of cg, relative to ‖v‖ per sample; None is eps^¾ of the dtype.
         max_iter: of cg; None is 10 d.
-        dense_limit: the largest d that "auto" treats densely.
+        dense_limit: the largest d for which "auto" forms H, which takes B·d² numbers.
 
     Raises:
         CurvatureError: where the matrix is not positive definite on T, naming the samples (cg sees that only in the
@@ -54,7 +54,7 @@ class FullKKT(KKTSolver):
     cross_at: CrossAt = "anchor"
     tol: float | None = None
     max_iter: int | None = None
-    dense_limit: int = 32
+    dense_limit: int = 128
 
     def __post_init__(self) -> None:
         self._check()
@@ -65,41 +65,33 @@ class FullKKT(KKTSolver):
         """w ``[B, ...]`` with T(H + (μ + damping)I)T w = T v."""
         lower = problem.lower
         active = self.active(lower, model, solution)
-        part, lam = self._curvature(problem, model, solution)
-        diagonal = self.diagonal(lam, solution, active)
+        part, lam = curved_part(problem, model, solution, self.curvature)
+        diagonal = with_multiplier(self.proximal(replace(solution, lam=lam)), active)
         if part is None:
             self._refuse(diagonal <= 0)
             return scalar_adjoint(diagonal, active, v)
         with attack_mode(model, attack_mode_of(lower)):
             operator = CurvatureOperator(part, solution, diagonal, active)
-            if self.method == "dense" and operator.coupled:
-                raise InputError(
-                    "method=\"dense\" needs samples that share nothing; here one sample's loss depends on another's "
-                    "perturbation (batch normalisation in train mode, a mean over the batch), so that a per-sample "
-                    'Hessian does not exist; use method="cg", or mode="eval" in the lower problem'
+            if self.method == "dense":
+                if operator.coupled:
+                    raise InputError(
+                        'method="dense" needs samples that share nothing; here one sample\'s loss depends on '
+                        "another's perturbation (batch normalisation in train mode, a mean over the batch), so that a "
+                        'per-sample Hessian does not exist; use method="cg", or mode="eval" in the lower problem'
+                    )
+                return self._cholesky(dense_hessian(part, solution), diagonal, active, v)
+            try:
+                return conjugate_gradients(
+                    operator, active.tangent(v), v, tol=self.tol, max_iter=self.max_iter, coupled=operator.coupled
                 )
-            small = v[0].numel() <= self.dense_limit and not operator.coupled
-            if self.method == "dense" or (self.method == "auto" and small):
+            except BilevelError as doubt:
+                if self.method == "cg" or operator.coupled or v[0].numel() > self.dense_limit:
+                    raise
                 try:
                     hessian = dense_hessian(part, solution)
-                except InputError:
-                    if self.method == "dense":
-                        raise
-                else:
-                    return self._cholesky(hessian, diagonal, active, v)
-            return conjugate_gradients(
-                operator, active.tangent(v), v, tol=self.tol, max_iter=self.max_iter, coupled=operator.coupled
-            )
-
-    def _curvature(
-        self, problem: BilevelProblem, model: nn.Module, solution: Solution
-    ) -> tuple[CurvedPart | None, Tensor | float]:
-        if self.curvature == "lower":
-            return problem.lower.curvature(model, solution)
-        loss = getattr(problem.lower, "attack_loss", None)
-        if loss is None:
-            raise InputError(f'curvature="attack" needs an attack_loss, and {type(problem.lower).__name__} has none')
-        return lambda batch, delta, anchor: as_loss(loss)(model, batch, delta), solution.lam
+                except InputError:  # torch.func cannot take this network
+                    raise doubt from None
+            return self._cholesky(hessian, diagonal, active, v)
 
     def _cholesky(self, hessian: Tensor, diagonal: Tensor, active: ActiveSet, v: Tensor) -> Tensor:
         exact = torch.float64 if v.dtype == torch.float64 else torch.float32  # half precisions are not factorised

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from bilevel_at.errors import CurvatureError, name_samples
+from bilevel_at.kkt import CrossAt, KKTSolver, scalar_adjoint, with_multiplier
 from bilevel_at.problem import BilevelProblem
 from bilevel_at.solution import Solution
-from bilevel_at.solver import CrossAt, KKTSolver, scalar_adjoint
 
 __all__ = ["HessianFreeKKT"]
 
@@ -25,7 +24,8 @@ class HessianFreeKKT(KKTSolver):
             uses 0.1·λ.
         damping: added to λ; needed where g has no proximal term (λ = 0).
         cross_at: "anchor" differentiates the g that was solved; "solution" takes the cross derivative at δ*, as the
-            paper's equation 13 is written.
+            paper's equation 13 is written; "merged" approximates that with first-order passes alone, exact to first
+            order in ig_weight/λ (:class:`~bilevel_at.KKTSolver` has its error, and what it needs).
 
     Raises:
         CurvatureError: where λ + damping is 0.
@@ -41,12 +41,6 @@ class HessianFreeKKT(KKTSolver):
     def adjoint(self, problem: BilevelProblem, model: nn.Module, solution: Solution, v: Tensor) -> Tensor:
         """w = T v / (λ + μ + damping), ``[B, ...]``."""
         active = self.active(problem.lower, model, solution)
-        diagonal = self.diagonal(solution.lam, solution, active)
-        flat = (diagonal <= 0).nonzero().flatten().tolist()
-        if flat:
-            raise CurvatureError(
-                f"{type(problem.lower).__name__} has no proximal term (λ = 0) on {name_samples(flat)}, so λI has no "
-                "inverse; give HessianFreeKKT a damping above 0, or use ZeroIG",
-                flat,
-            )
+        diagonal = with_multiplier(self.proximal(solution), active)
+        self.refuse_flat(problem.lower, diagonal)
         return scalar_adjoint(diagonal, active, v)

@@ -14,7 +14,7 @@ from bilevel_at.errors import ConvergenceError, CurvatureError, InputError, name
 from bilevel_at.problem import CurvedPart
 from bilevel_at.solution import Solution
 
-__all__ = ["CurvatureOperator", "conjugate_gradients", "dense_hessian"]
+__all__ = ["CurvatureOperator", "conjugate_gradients", "coupled_samples", "dense_hessian"]
 
 
 def dense_hessian(part: CurvedPart, solution: Solution) -> Tensor:
@@ -51,11 +51,30 @@ def dense_hessian(part: CurvedPart, solution: Solution) -> Tensor:
     return hessian.detach().reshape(len(delta), d, d)
 
 
+def coupled_samples(values: Tensor, delta: Tensor) -> bool:
+    """Whether a sample's value depends on another's δ (batch statistics in train mode, a mean over the batch).
+
+    Asked by differentiating samples' values in other samples' δ, which is exactly 0 where they are independent.
+    """
+    if len(delta) == 1:
+        return False  # a single δ is one system
+    if values.ndim == 0:
+        return True
+    # Every two samples differ in a digit of their binary numbers: the losses of those with a 0 there are
+    # differentiated in the δ of those with a 1, and the other way round.
+    number = torch.arange(len(values), device=values.device)
+    for digit in range((len(values) - 1).bit_length()):
+        for ones in ((number >> digit) & 1 == 1, (number >> digit) & 1 == 0):
+            (across,) = torch.autograd.grad(values[ones].sum(), delta, retain_graph=True)
+            if bool(across[~ones].any()):
+                return True
+    return False
+
+
 class CurvatureOperator:
     """p ↦ T(∇²part + diagonal)T p, one backward pass over a graph that is built once.
 
-    coupled: whether a sample's ``part`` depends on another's δ (batch statistics in train mode, a mean over the batch).
-        Asked by differentiating samples' values in other samples' δ, which is exactly 0 where they are independent.
+    coupled: as :func:`coupled_samples` has it.
     """
 
     def __init__(self, part: CurvedPart, solution: Solution, diagonal: Tensor, active: ActiveSet) -> None:
@@ -63,23 +82,8 @@ class CurvatureOperator:
         with torch.enable_grad():
             self.delta = solution.delta.detach().requires_grad_()
             values = part(solution.batch, self.delta, solution.anchor)
-            self.coupled = self._coupled(values)
+            self.coupled = coupled_samples(values, self.delta)
             (self.gradient,) = torch.autograd.grad(values.sum(), self.delta, create_graph=True)
-
-    def _coupled(self, values: Tensor) -> bool:
-        if len(self.delta) == 1:
-            return False  # a single δ is one system
-        if values.ndim == 0:
-            return True
-        # Every two samples differ in a digit of their binary numbers: the losses of those with a 0 there are
-        # differentiated in the δ of those with a 1, and the other way round.
-        number = torch.arange(len(values), device=values.device)
-        for digit in range((len(values) - 1).bit_length()):
-            for ones in ((number >> digit) & 1 == 1, (number >> digit) & 1 == 0):
-                (across,) = torch.autograd.grad(values[ones].sum(), self.delta, retain_graph=True)
-                if bool(across[~ones].any()):
-                    return True
-        return False
 
     def __call__(self, p: Tensor) -> Tensor:
         product: Tensor | None = None

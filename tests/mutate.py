@@ -35,14 +35,14 @@ MUTATIONS = [
     ),
     (
         "the point of the cross derivative",
-        "bilevel_at/solver.py",
-        'if self.cross_at == "anchor" or gradient is None',
+        "bilevel_at/kkt.py",
+        'if self.cross_at != "solution" or gradient is None',
         "if gradient is None",
         PROPERTIES,
     ),
     (
         "λ in the Hessian-free adjoint",
-        "bilevel_at/solver.py",
+        "bilevel_at/kkt.py",
         "active.tangent(v) / per_sample(diagonal, v)",
         "active.tangent(v) * per_sample(diagonal, v)",
         PROPERTIES,
@@ -72,8 +72,8 @@ MUTATIONS = [
     (
         "the mean over the batch",
         "bilevel_at/solver.py",
-        "losses.mean() * scale",
-        "losses.sum() * scale",
+        "losses.mean() * self.scale",
+        "losses.sum() * self.scale",
         PROPERTIES,
     ),
     ("the last epoch's exception", "bilevel_at/anchors.py", " and epoch != epochs - 1", "", ANCHORS),

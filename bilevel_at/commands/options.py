@@ -10,7 +10,7 @@ from ..errors import InputError
 from ..models import ActivationName
 from ..runs.networks import Which
 from ..runs.recipe import Recipe
-from ..solvers import SolverName
+from ..solvers import PlainName, SolverName
 
 __all__ = ["EvaluateOptions", "RunOptions"]
 
@@ -20,7 +20,8 @@ class RunOptions(Recipe):
     """The flags that every problem file has: those of its recipe, and these.
 
     recipe: published settings of the method; or modern, those of a benchmark of fast methods (docs/methods.md).
-    solver: how the players are coupled: zero-ig, hessian-free-kkt or full-kkt; the file's own choice if not given.
+    solver: how the players are coupled: zero-ig, hessian-free-kkt, full-kkt, ...; the file's own choice if not given.
+    inner: the solver that --solver lazy takes now and then; the file's own choice if not given.
     data: a data set by name, or an .npz with x_train, y_train, x_test, y_test.
     data_dir: where named data sets lie, as NAME.npz or as torchvision keeps them.
     download: fetch a named data set that is not there.
@@ -39,6 +40,7 @@ class RunOptions(Recipe):
 
     recipe: Literal["published", "modern"] = "published"
     solver: SolverName | None = None
+    inner: PlainName | None = None
     data: str = "digits"
     data_dir: str = "data"
     download: bool = True

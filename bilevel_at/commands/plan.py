@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from ..runs.problem_file import ProblemFile, packaged_problems
 from ..runs.provenance import machine, today, versions
 from ..runs.recipe import modern
 from ..solver import Solver
-from ..solvers import SOLVERS
+from ..solvers import SOLVERS, WRAPPERS
 from . import flags
 from .options import RunOptions
 
@@ -77,7 +77,7 @@ class Plan:
             "file": str(self.file.path),
             "file_sha256": self.file.sha256,
             "problem": self.problem_arguments,
-            "solver": {"name": type(self.solver).__name__, **vars(self.solver)},
+            "solver": _settings_of(self.solver),
             "options": {k: v for k, v in vars(self.options).items() if k not in ("out", "problem", "resume")},
             "constraint": Threat.of(self.threat).asdict(),
             **({} if self.feasible_set is None else {"feasible_set": self.feasible_set}),
@@ -125,12 +125,12 @@ def understand(args: Sequence[str]) -> Plan:
         if not {"-h", "--help"} & set(rest):  # help is shown even if required flags are missing
             raise
     of_solver = _solver_flags(solver, common)
-    values = flags.parse([*of_problem, *of_factory, *of_solver.values(), *own], rest, prog, about)
+    fields = [flag for part in of_solver for flag in part.values()]
+    values = flags.parse([*of_problem, *of_factory, *fields, *own], rest, prog, about)
 
     options = RunOptions(**{flag.name: values[flag.name] for flag in own})
-    given = {name: values[flag.name] for name, flag in of_solver.items() if values[flag.name] is not None}
-    if given:
-        solver = dataclasses.replace(solver, **given)
+    given = [{n: values[f.name] for n, f in part.items() if values[f.name] is not None} for part in of_solver]
+    solver = _with_fields(solver, given)
     trained = problem
     if options.epsilon_warmup:
         trained = _warming_up(file, problem_arguments, problem, options.epsilon_warmup / options.epochs)
@@ -168,20 +168,56 @@ def _flags(file: ProblemFile, args: Sequence[str]) -> tuple[list[flags.Flag], li
     return of_problem, of_factory, own
 
 
-def _solver_flags(solver: Any, common: Sequence[flags.Flag]) -> dict[str, flags.Flag]:
-    """The fields of the chosen solver as flags, by field; with a prefix if the name is taken."""
-    fields = flags.flags_of(type(solver)) if dataclasses.is_dataclass(solver) else []
+def _parts(solver: Any) -> list[Any]:
+    """The solver and, from the outside in, those it wraps."""
+    parts = [solver]
+    while type(parts[-1]) in WRAPPERS.values():
+        parts.append(parts[-1].inner)
+    return parts
+
+
+def _solver_flags(solver: Any, common: Sequence[flags.Flag]) -> list[dict[str, flags.Flag]]:
+    """The fields of the chosen solver, and of the one it wraps, as flags; with a prefix if the name is taken."""
     taken = {flag.name for flag in common}
-    return {
-        field.name: flags.Flag(
-            f"solver_{field.name}" if field.name in taken else field.name,
-            field.type | None,
-            None,
-            field.help,
-            "default: what the solver has",
+    found = []
+    for part, prefix in zip(_parts(solver), ("solver", "inner"), strict=False):
+        wrapped = ["inner"] if type(part) in WRAPPERS.values() else []  # it has flags of its own
+        fields = flags.flags_of(type(part), skip=wrapped) if dataclasses.is_dataclass(part) else []
+        found.append(
+            {
+                field.name: flags.Flag(
+                    f"{prefix}_{field.name}" if field.name in taken else field.name,
+                    field.type | None,
+                    None,
+                    field.help,
+                    "default: what the solver has",
+                )
+                for field in fields
+            }
         )
-        for field in fields
-    }
+        taken |= {flag.name for flag in found[-1].values()}
+    return found
+
+
+def _with_fields(solver: Any, given: Sequence[Mapping[str, Any]]) -> Any:
+    """The solver with these fields, and the one it wraps with those that follow."""
+    fields = dict(given[0])
+    if any(given[1:]):
+        fields["inner"] = _with_fields(solver.inner, given[1:])
+    return dataclasses.replace(solver, **fields) if fields else solver
+
+
+def _settings_of(solver: Solver) -> dict[str, Any]:
+    """The solver's name and fields; those of a wrapped solver by ``inner_FIELD``."""
+    settings: dict[str, Any] = {"name": type(solver).__name__}
+    for name, value in vars(solver).items():
+        if isinstance(value, Solver):
+            wrapped = _settings_of(value)
+            settings[name] = wrapped.pop("name")
+            settings |= {f"{name}_{field}": setting for field, setting in wrapped.items()}
+        else:
+            settings[name] = value
+    return settings
 
 
 def known_names() -> str:
@@ -209,8 +245,17 @@ def _peek(args: Sequence[str], name: str) -> str | None:
 
 
 def _make_solver(file: ProblemFile, values: dict[str, Any]) -> Any:
-    """The solver made by the file's ``solver(...)``, which takes the name given by ``--solver``, if any."""
-    name = values["solver"]
+    """The solver of ``--solver``, around that of ``--inner`` if it wraps one, or the file's own choice."""
+    name, inner = values["solver"], values["inner"]
+    if name in WRAPPERS:
+        return WRAPPERS[name](_named_solver(file, values, inner))
+    if inner is not None:
+        raise InputError(f"--inner is the solver that --solver {' or '.join(WRAPPERS)} wraps; here nothing wraps one")
+    return _named_solver(file, values, name)
+
+
+def _named_solver(file: ProblemFile, values: dict[str, Any], name: str | None) -> Any:
+    """The solver made by the file's ``solver(...)``, which takes ``name``, if any."""
     if file.solver is None:
         return SOLVERS[name or "zero-ig"]()
     parameters = inspect.signature(file.solver).parameters

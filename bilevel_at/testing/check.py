@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from ..batch import Batch
 from ..errors import InputError
+from ..modes import same_buffers
 from ..problem import BilevelProblem, LowerProblem
 from ..solution import Solution
 from ..solver import Solver
@@ -36,7 +36,7 @@ def activity_margin(problem: BilevelProblem, model: nn.Module, batch: Batch, anc
     At 0 strict complementarity fails and dδ*/dθ does not exist. Property tests should stay away from it.
     """
     lower = problem.lower
-    with _same_buffers(model):
+    with same_buffers(model):
         solution = lower.solve(model, batch, anchor=anchor, differentiable=True)
     if solution.gradient is None:
         raise InputError(f"{type(lower).__name__} finds a δ* without a derivative; it has no activity margin")
@@ -99,7 +99,7 @@ def hypergradcheck(
     if generator is None:
         generator = torch.Generator(batch.x.device).manual_seed(int(torch.randint(2**31, ())))
     draws = generator.get_state()
-    with _same_buffers(model):
+    with same_buffers(model):
         if anchor is None:
             anchor = solver.hypergradient(problem, model, batch, generator=generator).solution.anchor
         z = anchor.detach().clone()
@@ -196,15 +196,3 @@ class _MeanLoss:
             with torch.no_grad():
                 parameter.copy_(original)
         return (values[0] - values[1]) / (2 * eps)
-
-
-@contextmanager
-def _same_buffers(model: nn.Module) -> Iterator[None]:
-    """Batch statistics move during passes in train mode; put them back."""
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                buffer.copy_(buffers[name])

@@ -6,8 +6,8 @@ test of this file, or of the file named with it:
 1. the sign of the implicit term (``solver.py``: ``-self.ig_weight * w`` without its minus)
 2. the mask of active coordinates (``constraints.py``: ``tangent`` returns v)
 3. the polyhedron's normals (``constraints.py``: ``tangent`` ignores them)
-4. the point of the cross derivative (``solver.py``: taken at δ* where "anchor" was asked)
-5. λ in the Hessian-free adjoint (``solver.py``: ``scalar_adjoint`` multiplies instead of dividing)
+4. the point of the cross derivative (``kkt.py``: taken at δ* where "anchor" was asked)
+5. λ in the Hessian-free adjoint (``kkt.py``: ``scalar_adjoint`` multiplies instead of dividing)
 6. λ of the closed form (``lower.py``: ``lam`` is the step, not its inverse)
 7. the ℓ2 ball's curvature μ (``constraints.py``: ``curvature`` left out)
 8. the diagonal of the conjugate gradients' operator (``solvers/linear.py``: not added)
@@ -30,7 +30,16 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import bilevel_at as ba
-from bilevel_at.solvers import FullKKT, HessianFreeKKT, ZeroIG
+from bilevel_at.solvers import (
+    FullKKT,
+    GaussNewtonKKT,
+    HessianFreeKKT,
+    Lazy,
+    Neumann,
+    ProjectionAdjoint,
+    ValueFunction,
+    ZeroIG,
+)
 from bilevel_at.testing import activity_margin, hypergradcheck
 from bilevel_at.testing import strategies as bst
 
@@ -189,6 +198,12 @@ def test_every_solver_equals_zero_ig_for_sign(s):
         FullKKT(method="cg"),
         FullKKT(curvature="attack"),
         HessianFreeKKT(cross_at="solution"),
+        HessianFreeKKT(cross_at="merged"),
+        ProjectionAdjoint(),
+        Neumann(3),
+        ValueFunction(),
+        GaussNewtonKKT(),
+        Lazy(HessianFreeKKT(), 0.5),
     ]
     for solver in solvers:
         assert_same(grads(s, solver), expected, rtol=0)

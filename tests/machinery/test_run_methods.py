@@ -42,6 +42,65 @@ def test_every_problem_runs_with_every_solver(problem, solver):
         assert 0 <= results[which]["pgd-2-1"]["accuracy"] <= results[which]["clean"]["accuracy"] <= 1
 
 
+@pytest.mark.parametrize("solver", ["projection-adjoint", "neumann", "value-function", "gauss-newton-kkt"])
+def test_fastbat_runs_with_the_other_solvers(solver):
+    """The file's own weight of the implicit term, 0.1·λ, is theirs too."""
+    flags = {"neumann": ("--terms", "3", "--alpha", "0.2"), "value-function": ("--s", "0.05")}.get(solver, ())
+    if solver == "gauss-newton-kkt":
+        flags = ("--damping", "auto", "--model", "one_layer_cnn")
+    run("problems/fastbat.py", "--solver", solver, *SHORT, "--step", "0.5", "--mode", "eval", *flags, "--out", "out")
+    settings = json.loads(Path("out/config.json").read_text())["solver"]
+    assert settings["name"].lower() == solver.replace("-", "") and settings["ig_weight"] == pytest.approx(0.2)
+    for flag, value in zip(flags[::2], flags[1::2], strict=True):
+        if flag != "--model":
+            assert str(settings[flag[2:]]) == value
+
+
+@pytest.mark.parametrize(
+    ("flags", "inner"),
+    [
+        ((), {"inner": "HessianFreeKKT", "inner_damping": 0.0, "inner_cross_at": "anchor"}),
+        (("--inner", "full-kkt", "--damping", "2"), {"inner": "FullKKT", "inner_damping": 2.0}),
+    ],
+)
+def test_lazy_wraps_the_solver_of_the_file_or_of_a_flag(flags, inner):
+    run("problems/fastbat.py", "--solver", "lazy", "--p", "0.5", *SHORT, "--step", "0.5", *flags, "--out", "out")
+    settings = json.loads(Path("out/config.json").read_text())["solver"]
+    assert {"name": "Lazy", "p": 0.5, "inner_ig_weight": pytest.approx(0.2)}.items() <= settings.items()
+    assert inner.items() <= settings.items()
+    run(
+        "problems/fastbat.py",
+        "--solver",
+        "lazy",
+        "--p",
+        "0.5",
+        *SHORT,
+        "--step",
+        "0.5",
+        *flags,
+        "--out",
+        "out",
+        "--resume",
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (("--solver", "lazy", "--inner", "zero-ig"), "ZeroIG has no implicit term, so there is nothing to leave out"),
+        (("--inner", "full-kkt"), "--inner is the solver that --solver lazy wraps"),
+        (("--solver", "lazy", "--p", "0"), "p is 0; it must be a positive finite number"),
+        (("--solver", "lazy", "--p", "3/2"), "p is 1.5; it must be above 0 and at most 1"),
+        (("--solver", "neumann", "--terms", "0"), "terms is 0; it must be a whole number, at least 1"),
+        (("--solver", "value-function", "--s", "0"), "s is 0; it must be a positive"),
+        (("--solver", "gauss-newton-kkt", "--damping", "-1"), "damping is -1; it must be a finite number, at least 0"),
+        (("--p", "0.5"), "--p is not a flag here"),
+    ],
+)
+def test_mistakes_about_solvers(flags, line):
+    assert line in complaint("problems/fastbat.py", *flags, *SHORT)
+
+
 PUBLISHED = {
     # model, epochs, batch, peak rate, schedule, decays after epochs, weight decay
     "standard": ("preact_resnet18", 20, 128, 0.2, "linear", (), 5e-4),

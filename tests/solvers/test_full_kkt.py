@@ -51,6 +51,40 @@ def test_full_kkt_names_the_samples_it_refuses(method):
     FullKKT(method=method, damping=1.0).hypergradient(problem, dense(3, 3), batch)
 
 
+def test_auto_takes_conjugate_gradients_and_lets_dense_decide_where_they_doubt(monkeypatch):
+    x = torch.full((4, 3), 0.9, dtype=F64)
+    x[1, 0] = x[3, 2] = 0.2
+    indefinite = ba.Batch(x, torch.tensor([0, 1, 2, 0]))
+    saddle = ba.BilevelProblem(ba.UpperProblem(), Saddle())
+    with pytest.raises(ba.CurvatureError, match="free directions of samples 1, 3; raise λ or damping") as error:
+        FullKKT().hypergradient(saddle, dense(3, 3), indefinite)
+    assert error.value.samples == (1, 3)
+    # where it is not affordable, what conjugate gradients met stands
+    with pytest.raises(ba.CurvatureError, match="conjugate gradients met non-positive curvature"):
+        FullKKT(dense_limit=2).hypergradient(saddle, dense(3, 3), indefinite)
+
+    model, batch, problem = dense(6, 5, 3), batch_of(4, 6), proximal()
+    expected = FullKKT(method="dense").hypergradient(problem, model, batch)
+    late = FullKKT(max_iter=1, tol=1e-14).hypergradient(problem, model, batch)
+    for name, g in expected.grads.items():
+        assert torch.equal(late.grads[name], g)
+    with pytest.raises(ba.ConvergenceError, match="did not reach tol"):
+        FullKKT(max_iter=1, tol=1e-14, dense_limit=5).hypergradient(problem, model, batch)
+    dropout = nn.Sequential(nn.Flatten(), nn.Linear(6, 5), nn.Dropout(0.5), nn.Tanh(), nn.Linear(5, 3)).double().train()
+    with pytest.raises(ba.ConvergenceError, match="did not reach tol"):  # torch.func cannot take it
+        FullKKT(curvature="attack", max_iter=1, tol=1e-14).hypergradient(
+            taylor(step=0.005, mode="train"), dropout, batch_of(3, 6)
+        )
+
+    def never(*args):
+        raise AssertionError("no Hessian is formed where conjugate gradients converge")
+
+    monkeypatch.setattr("bilevel_at.solvers.full_kkt.dense_hessian", never)
+    quick = FullKKT(tol=1e-12).hypergradient(problem, model, batch)
+    for name, g in expected.grads.items():
+        torch.testing.assert_close(quick.grads[name], g, rtol=1e-9, atol=1e-13)
+
+
 def test_hessian_aware_is_the_attack_hessian_plus_lambda():
     """curvature="attack" on a linearised problem: H = ∇²ℓ_atk(θ, δ*) + λI, transcribed."""
     model, batch, problem = dense(6, 5, 3), batch_of(3, 6), taylor(epsilon=0.01, step=0.05)
