@@ -34,6 +34,7 @@ import bilevel_at as ba
 from bilevel_at.errors import at_least, positive, whole_number
 from bilevel_at.policy import Number, checked, number
 from bilevel_at.runs.recipe import CIFAR, DIGITS, Recipe
+from bilevel_at.steps import step_policy
 
 WIDTH = 64
 
@@ -119,7 +120,9 @@ class Generated(ba.Anchor):
                 # δ* = P_C(z + step · sign), where the gradient's sign is constant in φ.
                 gradient = solution.attack_gradient
                 assert gradient is not None
-                delta = lower.constraint.project(z - lower.step.size(batch, gradient) * gradient.sign(), batch.x)
+                delta = lower.constraint.project(
+                    z - step_policy(lower.step).size(batch, gradient) * gradient.sign(), batch.x
+                )
             loss = upper.loss_at(model, batch, replace(solution, delta=delta)).mean()
             gradients = torch.autograd.grad(-loss, list(network.parameters()))
         for parameter, gradient in zip(network.parameters(), gradients, strict=True):

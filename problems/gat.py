@@ -45,7 +45,8 @@ class Guided(ba.UpperProblem):
     """f = ℓ(f(x)) + weight · ‖p(x) − p(x + δ)‖², ``[B]``; x + δ passes first. weight: λ_e, by epoch."""
 
     def __init__(self, weight: ba.Schedule, criterion: ba.CrossEntropy = ba.cross_entropy) -> None:
-        self.weight, self.criterion = weight, criterion
+        self.weight = weight
+        self.criterion: ba.CrossEntropy = criterion
 
     def loss_at(
         self, model: nn.Module, batch: ba.Batch, solution: ba.Solution, generator: torch.Generator | None = None

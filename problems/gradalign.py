@@ -121,14 +121,15 @@ def problem(
         mode: train or eval batch statistics in attack passes.
     """
     ball, loss = ba.LinfBall(epsilon), ba.CrossEntropy(label_smoothing)
+    attack_loss = ba.minus(loss)
     if step is None:
         step = 1.25 * epsilon if steps == 1 else epsilon / 2
     begin = uniform(epsilon, draw) if start == "uniform" else start
-    lower = ba.Linearized.pgd(ba.minus(loss), ball, steps, step, begin, mode=mode)
+    lower = ba.Linearized.pgd(attack_loss, ball, steps, step, begin, mode=mode)
     weight = published_coefficient(epsilon) if coefficient is None else coefficient
     constant = steps == 1 if detach is None else detach
     at_zero = steps == 1 and start == "zero"
-    return ba.BilevelProblem(GradAlign(lower.attack_loss, epsilon, weight, constant, mode, at_zero, loss), lower)
+    return ba.BilevelProblem(GradAlign(attack_loss, epsilon, weight, constant, mode, at_zero, loss), lower)
 
 
 def solver() -> ZeroIG:

@@ -81,7 +81,8 @@ class Nuclear(ba.UpperProblem):
     """
 
     def __init__(self, weight: ba.Schedule, divisor: float, criterion: ba.CrossEntropy = ba.cross_entropy) -> None:
-        self.weight, self.divisor, self.criterion = weight, positive("divisor", divisor), criterion
+        self.weight, self.divisor = weight, positive("divisor", divisor)
+        self.criterion: ba.CrossEntropy = criterion
 
     def loss_at(
         self, model: nn.Module, batch: ba.Batch, solution: ba.Solution, generator: torch.Generator | None = None

@@ -33,7 +33,7 @@ class QuadraticBound(ba.UpperProblem):
     """
 
     def __init__(self, criterion: ba.CrossEntropy = ba.cross_entropy, decreasing: bool = False) -> None:
-        self.criterion = criterion
+        self.criterion: ba.CrossEntropy = criterion
         self.share = ba.Schedule(lambda epoch, epochs: epoch / epochs) if decreasing else None
 
     def prepare(self, model: nn.Module, batch: ba.Batch, generator: torch.Generator | None) -> ba.Batch:

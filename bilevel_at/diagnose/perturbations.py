@@ -61,7 +61,7 @@ def perturbation_sizes(
         raise InputError(
             f"the constraint is a {type(constraint).__name__}; sizes are measured in an LinfBall or L2Ball"
         )
-    epsilon = constraint.epsilon
+    epsilon = constraint.radius
     if epsilon == 0:
         raise InputError("epsilon is 0; there are no sizes relative to it")
     if delta.numel() == 0 or not delta.isfinite().all():

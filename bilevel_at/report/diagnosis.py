@@ -77,7 +77,7 @@ def loss_around_images(groups: Sequence[Group], folder: Path, images: Sequence[i
         if beyond or not images:
             raise InputError(f"--images {beyond or 'names none'}; there are {len(subject.images)}, from 0 on")
         few = subject.images[torch.tensor(list(images), device=subject.images.device)]
-        epsilon = subject.space.epsilon
+        epsilon = subject.space.radius
         flat = isinstance(subject.space, LinfBall)
         reach = 2 * epsilon if flat else 2 * epsilon / math.sqrt(math.prod(few.shape))
         points = 41 if math.prod(few.shape) <= 1_000 else 21
@@ -133,12 +133,12 @@ def perturbations(groups: Sequence[Group], folder: Path) -> Section | None:
         parts.append(
             Figure(
                 path,
-                f"{subject.said}, under {ATTACK}: " + _held(sizes, subject.space.epsilon),
+                f"{subject.said}, under {ATTACK}: " + _held(sizes, subject.space.radius),
                 f"Histograms of perturbation sizes, {subject.said}",
             )
         )
         if place == 0 and isinstance(subject.space, LinfBall):
-            parts.append(_random_step(subject.model, few, subject.space.epsilon, subject.said, folder))
+            parts.append(_random_step(subject.model, few, subject.space.radius, subject.said, folder))
     return Section("How large perturbations are", [*parts, *left_out]) if parts or unusable else None
 
 

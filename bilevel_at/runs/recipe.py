@@ -177,10 +177,11 @@ def modern(data: str, published: Recipe, smooths: bool = True) -> Recipe:
         smooths: whether ``problem(...)`` takes ``label_smoothing``.
     """
     arguments = {**published.problem, "label_smoothing": 0.4} if smooths else published.problem
-    small = data in ("digits", "imagenet")
+    if data not in ("digits", "imagenet"):
+        epochs = max(1, 100 // published.replays)
+        published = replace(published, model="resnet18", epochs=epochs, batch_size=128)
     return replace(
         published,
-        **({} if small else {"model": "resnet18", "epochs": max(1, 100 // published.replays), "batch_size": 128}),
         lr=0.1,
         schedule="one-cycle-by-epoch",
         milestones=(),
