@@ -53,6 +53,15 @@ def test_epoch_times_every_method_beside_a_plain_epoch():
     assert set(script("epoch").METHODS) >= {"fastbat", "gradalign", "trades", "mart", "beta", "standard"}
 
 
+def test_full_kkt_compares_its_two_forms():
+    script("full_kkt").command(["--examples", "4", "--repeats", "1", "--write", "results/full-kkt.md"])
+    rows = re.findall(r"^\| (\d+) \| ([\d.]+) \| (\S+) \|$", Path("results/full-kkt.md").read_text(), re.M)
+    assert [int(d) for d, *_ in rows] == list(script("full_kkt").SIZES)
+    assert all(float(ratio) > 0 and float(gap) < 1e-4 for _, ratio, gap in rows)
+    with pytest.raises(ba.InputError, match="--repeats is 0; it must be at least 1"):
+        script("full_kkt").command(["--repeats", "0"])
+
+
 def test_cifar10_trains_evaluates_and_records(capsys):
     flags = [
         "--epochs",
