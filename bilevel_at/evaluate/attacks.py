@@ -196,7 +196,8 @@ def _of_reach(name: str, constraint: Constraint, reach: float) -> list[Stage]:
     close = difflib.get_close_matches(name, known, 1)
     raise InputError(
         f"attack {name!r} is not known; attacks are clean, fgsm, pgd-STEPS-RESTARTS such as pgd-50-10, beta-STEPS, "
-        f"nearest-STEPS-CLASSES such as nearest-40-3-2, {', '.join([*COMPONENTS, *VERSIONS])} and transfer:RUN{f'; did you mean {close[0]}?' if close else ''}"
+        f"nearest-STEPS-CLASSES such as nearest-40-3-2, {', '.join([*COMPONENTS, *VERSIONS])} and transfer:RUN"
+        f"{f'; did you mean {close[0]}?' if close else ''}"
     )
 
 

@@ -211,8 +211,8 @@ def compare_traces(traces: Mapping[str, Trace], attacks: Mapping[str, Attack]) -
     Returns:
         ``square-after-all``, the share of images that AutoAttack's square breaks after the parts with a gradient;
         ``black-box-after-all``, the share that the square attack or transfers break and no gradient attack does.
-        Gradient attacks count from 20 steps of PGD and of the nearest classes, or 10 of BETA, and so do AutoAttack's parts. ``images``: the number
-        of images. Empty if there is nothing to compare.
+        Gradient attacks count from 20 steps of PGD and of the nearest classes, or 10 of BETA, and so do AutoAttack's
+        parts. ``images``: the number of images. Empty if there is nothing to compare.
     """
     measured: dict[str, float] = {}
     black, white = [], []
