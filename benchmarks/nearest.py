@@ -84,7 +84,20 @@ def cases(data_dir: str | None) -> list[Case]:
     digits = [Case(f"digits, {m}", (f"problems/{m}.py",), "digits", 0.2) for m in ("fastat", "fastbat", "minmax")]
     if data_dir is None:
         return digits
-    words = "--data cifar10 --model small_resnet --examples 10000 --epochs 12 --batch-size 64 --lr 0.1".split()
+    words = [
+        "--data",
+        "cifar10",
+        "--model",
+        "small_resnet",
+        "--examples",
+        "10000",
+        "--epochs",
+        "12",
+        "--batch-size",
+        "64",
+        "--lr",
+        "0.1",
+    ]
     words += ["--select", "pgd-5-1", "--test-examples", "100", "--data-dir", data_dir]
     return [*digits, Case("CIFAR-10, fastat, small_resnet", ("problems/fastat.py", *words), "cifar10", 8 / 255)]
 
