@@ -84,27 +84,14 @@ def cases(data_dir: str | None) -> list[Case]:
     digits = [Case(f"digits, {m}", (f"problems/{m}.py",), "digits", 0.2) for m in ("fastat", "fastbat", "minmax")]
     if data_dir is None:
         return digits
-    words = [
-        "--data",
-        "cifar10",
-        "--model",
-        "small_resnet",
-        "--examples",
-        "10000",
-        "--epochs",
-        "12",
-        "--batch-size",
-        "64",
-        "--lr",
-        "0.1",
-    ]
-    words += ["--select", "pgd-5-1", "--test-examples", "100", "--data-dir", data_dir]
+    words = ["--data", "cifar10", "--data-dir", data_dir, "--model", "small_resnet", "--examples", "10000"]
+    words += ["--epochs", "12", "--batch-size", "64", "--lr", "0.1", "--select", "pgd-5-1", "--test-examples", "100"]
     return [*digits, Case("CIFAR-10, fastat, small_resnet", ("problems/fastat.py", *words), "cifar10", 8 / 255)]
 
 
 def measure(case: Case, folder: Path, data_dir: str | None, examples: int) -> dict[str, tuple[float, float, float]]:
     """Attack -> (accuracy, gradients of an image, forward passes of an image)."""
-    out = folder / case.title.replace(", ", "-")
+    out = folder / case.title.replace(", ", "-").replace(" ", "-")
     if not (out / "results.json").exists():
         resume = ["--resume"] if (out / "config.json").exists() else []
         main_job.run([*case.words, "--attacks", "clean", "--out", str(out), *resume])
