@@ -13,7 +13,7 @@ import re
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from ..evaluate.robust import Trace, attack_examples
 from ..evaluate.stages import OnSurrogate
 from ..evaluate.threat import Threat
 from .directory import RESULTS, RunDir
-from .headline import WORST, WorstCase, under_threat, worst_case
+from .headline import WorstCase, under_threat, worst_case
 from .provenance import device_name, fingerprint, today, versions
 
 __all__ = ["FOLDER", "Store", "score_from"]
@@ -177,41 +177,19 @@ class Store:
 
         None if there is none yet.
         """
-        return self._worst_case(self.results()[self.which])
-
-    def _worst_case(self, entries: Mapping[str, Any]) -> WorstCase | None:
+        entries = self.results()[self.which]
+        current = {k: v for k, v in entries.items() if score_from(v) is not None and self._current(v)}
         try:
-            return worst_case(self.run.path, self._in_threat(entries))
+            return worst_case(self.run.path, under_threat(current, self.usual or Threat("linf"), self.data))
         except InputError:  # a damaged file of another attack, which is made anew when it is asked for
             return None
 
-    def _in_threat(self, entries: Mapping[str, Any]) -> dict[str, Any]:
-        """The entries of this network and these images in the run's threat, by attack."""
-        current = {k: v for k, v in entries.items() if score_from(v) is not None and self._current(v)}
-        return dict(under_threat(current, self.usual or Threat("linf"), self.data))
-
     def _keep(self, name: str, score: Score) -> None:
-        """Write a score to ``results.json``, and the headline where there are several attacks."""
+        """Write a score to ``results.json``."""
         results = self.results()
         # Results for other weights are stale: the checkpoint has been replaced since.
         current = {k: v for k, v in results[self.which].items() if self._current(v)}
         current[name] = score.asdict()
-        worst = self._worst_case(current)
-        first = score_from(current.get(WORST))
-        few = first is not None and first.n > len(self.images)
-        headline = f"{WORST}[n={len(self.images)}]" if few else WORST
-        current.pop(headline, None)
-        if worst is not None and len(worst.attacks) > 1:
-            chosen = self._in_threat(current)
-            entries = [chosen[attack] for attack in worst.attacks]
-            current[headline] = {
-                **{key: entries[0].get(key) for key in ("epsilon", "norm", "data", "weights")},
-                "accuracy": worst.accuracy,
-                "n": worst.n,
-                "seconds": sum(entry.get("seconds", 0.0) for entry in entries),
-                "attacks": list(worst.attacks),
-                "date": today(),
-            }
         results[self.which] = current
         self.run.write_json(RESULTS, results)
 
@@ -228,7 +206,8 @@ class Store:
             path = self._file(name)
             self._write(path, identity, attack, trace)
             self.traces[name], self.attacks[name], self.copied[name] = trace, attack, twin
-            return dataclasses.replace(entry, file=str(path.relative_to(self.run.path).as_posix()))
+            epsilon = math.nan if entry.epsilon is None else entry.epsilon  # as JSON has it
+            return dataclasses.replace(entry, epsilon=epsilon, file=str(path.relative_to(self.run.path).as_posix()))
         return None
 
     def _place(self, attack: Attack) -> tuple[str, Score | None]:

@@ -15,10 +15,7 @@ from ..evaluate.threat import Threat
 from .numbers import number
 from .outcomes import outcomes
 
-__all__ = ["WORST", "WorstCase", "attack_and_radius", "per_example", "under_threat", "worst_case"]
-
-WORST = "worst-case"
-"""The name of the headline in ``results.json``, beside the attacks that it is of."""
+__all__ = ["WorstCase", "attack_and_radius", "per_example", "under_threat", "worst_case"]
 
 Entry = Mapping[str, Any]
 
@@ -66,7 +63,7 @@ def under_threat(entries: Mapping[str, Entry], threat: Threat, data: str | None 
     chosen: dict[str, Entry] = {}
     for full, entry in entries.items():
         name, few, _ = full.rpartition("[n=") if full.endswith("]") else (full, "", "")
-        if full.startswith(WORST) or (entry.get("data") != data if data is not None else few):
+        if entry.get("data") != data if data is not None else few:
             continue
         name = name if few else full
         attack, at = attack_and_radius(name)

@@ -12,11 +12,11 @@ from ..errors import InputError
 from ..evaluate.threat import Threat
 from .commands import read_commands
 from .directory import CHECKS, CONFIG, METRICS, RESULTS, RunDir
-from .headline import WORST, attack_and_radius, under_threat
+from .headline import WorstCase, attack_and_radius, under_threat, worst_case
 from .metrics import Collapse, catastrophic_overfitting, rank
 from .numbers import number
 
-__all__ = ["WHICH", "Run", "attack_and_radius", "number", "read", "read_all"]
+__all__ = ["WHICH", "Run", "attack_and_radius", "headline", "number", "read", "read_all"]
 
 WHICH = ("best", "last", "last_good", "model")  # checkpoints in a reader's order; "model": one without a run
 
@@ -215,8 +215,6 @@ def _results(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
                     f"{folder / RESULTS}: {which!r}, {name!r} has no accuracy between 0 and 1; "
                     "bilevel_at.evaluate writes one"
                 )
-    # The headline is formed anew from the attacks.
-    results = {w: {k: e for k, e in rows.items() if not k.startswith(WORST)} for w, rows in results.items()}
     return {w: results[w] for w in sorted(results, key=lambda w: (WHICH.index(w) if w in WHICH else len(WHICH), w))}
 
 
@@ -226,3 +224,20 @@ def _metrics(folder: Path) -> list[dict[str, Any]]:
         if not isinstance(line, dict) or math.isnan(number(line.get("epoch"))):
             raise InputError(f"{folder / METRICS}: line {place} is not an epoch; each is a JSON object with one")
     return lines
+
+
+def headline(path: str | Path, which: str = "best") -> WorstCase | None:
+    """The accuracy of a run to quote: the worst case of all attacks in its threat, from ``results.json`` and its files.
+
+    Args:
+        path: the run directory.
+        which: the checkpoint's name.
+
+    Returns:
+        None if no attack was made on that checkpoint.
+
+    Raises:
+        InputError: if the directory is not a run, or one of its files is damaged.
+    """
+    run = read(path)
+    return worst_case(run.path, run.under_threat(which))
