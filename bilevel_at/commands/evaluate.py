@@ -16,6 +16,7 @@ from rich.table import Table
 from ..constraints import Constraint
 from ..data import ImageSet
 from ..errors import InputError
+from ..evaluate.active import checks_asked
 from ..evaluate.attacks import ATTACKS, Attack
 from ..evaluate.evaluation import attacks_at
 from ..evaluate.result import Finding, Score, result_name
@@ -172,13 +173,17 @@ class Job:
             bar = bars.add_task(f"{name}: checks", total=None, said="")
             checked = self._checked()
             other = bool(self.spaces) and norm_of(checked) not in (None, self.usual.norm)
+            passive, active = checks_asked(self.options.checks)
+            key = f"{name}-{norm_of(checked)}" if other else name
             self.said[name] = record_checks(
                 self.target.run,
                 store,
                 self.images,
                 checked,
-                self.options.checks,
-                key=f"{name}-{norm_of(checked)}" if other else name,
+                passive,
+                active=active,
+                attacks=self.attacks,
+                key=key,
                 again=self.options.again,
                 progress=lambda what: bars.update(bar, said=what),
             )
