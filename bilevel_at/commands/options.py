@@ -79,7 +79,8 @@ class EvaluateOptions:
     norm: linf or l2; that of the run's threat if not given.
     which: checkpoints of the run; all that it has if not given.
     examples: attack this many test examples only.
-    checks: examples that the checks for masked gradients look at, 0 for none; active, or active:50, tests each attack on adversarial examples that are planted.
+    checks: examples that the checks for masked gradients look at, 0 for none; active, or active:50, tests each
+        attack on adversarial examples that are planted.
     data: the run's own if not given.
     data_dir: the run's own if not given.
     download: fetch a named data set that is not there.

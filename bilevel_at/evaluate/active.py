@@ -49,9 +49,10 @@ TOO_EASY = 0.5  # a share found by random search that makes the test say little
 
 
 def checks_asked(words: Sequence[str]) -> tuple[int, int]:
-    """How many images the checks look at, and how many the active test: ``100``, ``active``, ``active:20``, ``0 active``.
+    """How many images the checks look at, and how many the active test.
 
-    100 and 0 where nothing is given; ``active`` alone is :data:`ACTIVE` images.
+    Words are a number of images, ``active`` (:data:`ACTIVE` images) or ``active:20``; ``0 active`` is the active test
+    alone. What is not named is 100 images for the checks and none for the active test.
 
     Raises:
         InputError: for anything else.
