@@ -34,8 +34,8 @@ ROOT = Path(__file__).resolve().parent.parent
 GROUPS = {
     "no attack": ("standard",),
     "one pass": ("free",),
-    "one step": ("fgsm", "fastat", "gradalign"),
-    "one step, remembered": ("atta", "atas", "sgd_bca", "asgd_bca", "remembered_fastbat"),
+    "one step": ("fgsm", "fastat", "nfgsm", "zerograd", "ssat", "gradalign"),
+    "one step, remembered": ("atta", "atas", "sgd_bca", "asgd_bca", "remembered_fastbat", "fgsm_pgi", "tdat", "liet"),
     "two steps": ("fastbat", "fastbat-zero-ig"),
     "many steps": ("minmax", "trades", "mart", "beta", "smooth_beta"),
 }

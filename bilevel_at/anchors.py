@@ -19,7 +19,7 @@ from .directions import Direction, direction_of
 from .errors import InputError, at_least, positive, whole_number
 from .losses import AnyLoss, input_gradient
 from .memory import SampleMemory
-from .policy import Policy
+from .policy import Number, Policy, checked, number
 from .solution import Hypergradient
 from .steps import Step, step_policy
 
@@ -83,22 +83,22 @@ class Uniform(Start):
     cube (Wong et al., 2020); BETA (Algorithm 1) in C.
 
     Args:
-        radius: r ≥ 0; by default the draw is from the constraint.
+        radius: r ≥ 0, a number or a :class:`~bilevel_at.Schedule`; by default the draw is from the constraint.
         clip: whether x + z is clipped to the constraint's ``bounds``, where it has any.
     """
 
-    radius: float | None = None
+    radius: Number | None = None
     clip: bool = True
 
     def __post_init__(self) -> None:
         if self.radius is not None:
-            at_least("radius", self.radius)
+            checked(at_least, "radius", self.radius)
 
     def fresh(self, constraint: Constraint, base: Tensor, generator: Generator) -> Tensor:
         if self.radius is None:
             return constraint.sample(base, generator)
         unit = torch.rand(base.shape, generator=generator, dtype=base.dtype, device=base.device)
-        return _clipped((2 * unit - 1) * self.radius, constraint, base, self.clip)
+        return _clipped((2 * unit - 1) * number(self.radius), constraint, base, self.clip)
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,25 +106,26 @@ class Corner(Start):
     """z a fair random corner of C(x) (Fast-BAT, Table A4); with a radius r, of the cube {−r, r}^d.
 
     Args:
-        radius: r ≥ 0; by default the corners are the constraint's, which must be a box.
+        radius: r ≥ 0, a number or a :class:`~bilevel_at.Schedule`; by default the corners are the constraint's, which
+            must be a box.
         clip: whether x + z is clipped to the constraint's ``bounds``, where a radius is given.
 
     Raises:
         InputError: from a draw, where the constraint is no box and no radius is given.
     """
 
-    radius: float | None = None
+    radius: Number | None = None
     clip: bool = True
 
     def __post_init__(self) -> None:
         if self.radius is not None:
-            at_least("radius", self.radius)
+            checked(at_least, "radius", self.radius)
 
     def fresh(self, constraint: Constraint, base: Tensor, generator: Generator) -> Tensor:
         down = torch.rand(base.shape, generator=generator, device=base.device) < 0.5
         if self.radius is not None:
             signs = torch.where(down, -1.0, 1.0).to(base)  # a radius here would be rounded to float32
-            return _clipped(self.radius * signs, constraint, base, self.clip)
+            return _clipped(number(self.radius) * signs, constraint, base, self.clip)
         if not isinstance(constraint, Box):
             raise InputError(
                 f"{type(constraint).__name__} has no random corner; give the corner anchor a radius, or use a LinfBall"

@@ -7,7 +7,7 @@ curvature that a curved boundary adds to the Hessian. Every solver is written in
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .batch import per_sample
 from .errors import InputError, at_least
-from .policy import Composite
+from .policy import Composite, Number, checked, number
 
 __all__ = ["ActiveSet", "Constraint", "L2Ball", "LinfBall", "Range"]
 
@@ -106,9 +106,9 @@ class Constraint(Composite):
         return 1e-10 if like.dtype == torch.float64 else 1e-7
 
 
-def check_epsilon(epsilon: Any) -> float:
+def check_epsilon(name: str, epsilon: Any) -> float:
     """ε as a finite float of at least 0, or an :class:`InputError`."""
-    return at_least("epsilon", epsilon, hint=" (such as 8/255)")
+    return at_least(name, epsilon, hint=" (such as 8/255)")
 
 
 def check_bounds(bounds: tuple[float, float] | None) -> tuple[float, float] | None:
@@ -203,7 +203,7 @@ class LinfBall(Box):
     Source: Fast-BAT paper, equation 10.
 
     Args:
-        epsilon: ε ≥ 0.
+        epsilon: ε ≥ 0, a number or a :class:`~bilevel_at.Schedule`.
         bounds: the input range, (0, 1) by default, or None for none.
         tol: within what distance of a bound a coordinate is active.
 
@@ -212,25 +212,27 @@ class LinfBall(Box):
             the data is not looked at).
     """
 
-    epsilon: float
+    epsilon: Number
     bounds: tuple[float, float] | None = (0.0, 1.0)
     tol: float | None = None
-
-    radius: float = field(init=False, repr=False, compare=False)
 
     steepest = "sign"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "epsilon", check_epsilon(self.epsilon))
-        object.__setattr__(self, "radius", self.epsilon)
+        object.__setattr__(self, "epsilon", checked(check_epsilon, "epsilon", self.epsilon))
         object.__setattr__(self, "bounds", check_bounds(self.bounds))
+
+    @property
+    def radius(self) -> float:  # type: ignore[override]
+        """ε now."""
+        return check_epsilon("epsilon", number(self.epsilon))
 
     def box(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if self.bounds is None:
-            high = torch.full_like(x, self.epsilon)
+            high = torch.full_like(x, self.radius)
             return -high, high
         low, high = input_range(x, self.bounds)
-        return low.clamp(min=-self.epsilon), high.clamp(max=self.epsilon)
+        return low.clamp(min=-self.radius), high.clamp(max=self.radius)
 
     def unbounded(self) -> LinfBall:
         return replace(self, bounds=None)
@@ -246,7 +248,7 @@ class L2Ball(Constraint):
     Numerical Optimization, section 12.5).
 
     Args:
-        epsilon: ε ≥ 0, the radius per sample.
+        epsilon: ε ≥ 0, the radius per sample, a number or a :class:`~bilevel_at.Schedule`.
         bounds: the input range, None by default.
         tol: within what distance of a bound a coordinate is active.
 
@@ -254,18 +256,20 @@ class L2Ball(Constraint):
         InputError: as :class:`LinfBall` does.
     """
 
-    epsilon: float
+    epsilon: Number
     bounds: tuple[float, float] | None = None
     tol: float | None = None
-
-    radius: float = field(init=False, repr=False, compare=False)
 
     steepest = "normalized"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "epsilon", check_epsilon(self.epsilon))
-        object.__setattr__(self, "radius", self.epsilon)
+        object.__setattr__(self, "epsilon", checked(check_epsilon, "epsilon", self.epsilon))
         object.__setattr__(self, "bounds", check_bounds(self.bounds))
+
+    @property
+    def radius(self) -> float:  # type: ignore[override]
+        """ε now."""
+        return check_epsilon("epsilon", number(self.epsilon))
 
     def project(self, delta: Tensor, x: Tensor) -> Tensor:
         u = delta.flatten(1)
@@ -281,13 +285,13 @@ class L2Ball(Constraint):
             if bool((now == clipped).all()):
                 return point.reshape(delta.shape)
             clipped = now
-            left = (self.epsilon**2 - point.masked_fill(~clipped, 0).square().sum(1)).clamp(min=0).sqrt()
+            left = (self.radius**2 - point.masked_fill(~clipped, 0).square().sum(1)).clamp(min=0).sqrt()
             grown = self._shrink(u.masked_fill(clipped, 0).norm(dim=1), left)
             scale = torch.maximum(scale, grown)
 
     def _shrink(self, norm: Tensor, radius: Tensor | float | None = None) -> Tensor:
         """min(1, radius / norm), 1 at norm 0."""
-        radius = self.epsilon if radius is None else radius
+        radius = self.radius if radius is None else radius
         return torch.where(norm > radius, radius / norm, torch.ones_like(norm))
 
     def sample(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -295,7 +299,7 @@ class L2Ball(Constraint):
         direction = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
         unit = direction / per_sample(direction.flatten(1).norm(dim=1), direction)
         radius = torch.rand(len(x), generator=generator, dtype=x.dtype, device=x.device) ** (1 / x[0].numel())
-        delta = self.epsilon * per_sample(radius, x) * unit
+        delta = self.radius * per_sample(radius, x) * unit
         if self.bounds is None:
             return delta
         return torch.clamp(delta, *input_range(x, self.bounds))
@@ -308,8 +312,8 @@ class L2Ball(Constraint):
             low, high = input_range(x, self.bounds)
             free = (delta > low + tol) & (delta < high - tol)
         # A projected point is on the sphere up to rounding, which grows with the radius.
-        rounding = 32 * torch.finfo(delta.dtype).eps * self.epsilon
-        on_sphere = delta.flatten(1).norm(dim=1) >= self.epsilon - max(tol, rounding)
+        rounding = 32 * torch.finfo(delta.dtype).eps * self.radius
+        on_sphere = delta.flatten(1).norm(dim=1) >= self.radius - max(tol, rounding)
         return free, on_sphere, (delta * free).flatten(1)
 
     def active(self, delta: Tensor, x: Tensor, gradient: Tensor | None = None) -> ActiveSet:
@@ -332,7 +336,7 @@ class L2Ball(Constraint):
         free, on_sphere, radial = self._parts(delta, x)
         mu = torch.where(on_sphere, self._multiplier(gradient, radial), 0)
         norm = delta.flatten(1).norm(dim=1)
-        least = torch.where(on_sphere, mu * self.epsilon, self.epsilon - norm)
+        least = torch.where(on_sphere, mu * self.radius, self.radius - norm)
         if self.bounds is not None:
             low, high = input_range(x, self.bounds)
             multiplier = (gradient + per_sample(mu, delta) * delta).abs()

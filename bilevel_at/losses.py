@@ -8,15 +8,15 @@ usual attack loss. A plain function of that signature is a loss too.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .batch import Batch
-from .errors import InputError
-from .policy import Policy
+from .errors import InputError, one_of
+from .policy import Number, Policy, Schedule, checked, number
 
 __all__ = [
     "AnyLoss",
@@ -181,23 +181,43 @@ def logits(model: nn.Module, batch: Batch, delta: Tensor) -> Tensor:
 
 
 class CrossEntropy(Loss):
-    """−Σ_k t_k log softmax(f_θ(x + δ))_k, ``[B]``, with t the label, smoothed.
+    """−Σ_k t_k log softmax(f_θ(x + δ))_k, ``[B]``, with t the label, smoothed by a share s.
+
+    over="all": t_y = 1 − s + s/K and s/K elsewhere, as in ``torch.nn.CrossEntropyLoss``.
+    over="others": t_y = 1 − s and s/(K − 1) elsewhere.
 
     Args:
-        label_smoothing: the share that is spread evenly over all classes, as in ``torch.nn.CrossEntropyLoss``.
+        label_smoothing: s, from 0 to 1, a number or a :class:`~bilevel_at.Schedule`.
+        over: the classes that share s evenly.
+
+    Raises:
+        InputError: for values outside these ranges.
     """
 
-    def __init__(self, label_smoothing: float = 0.0) -> None:
-        if not 0 <= label_smoothing <= 1:
-            raise InputError(f"label_smoothing is {label_smoothing!r}; it must be from 0 to 1")
-        self.label_smoothing = label_smoothing
+    def __init__(self, label_smoothing: Number = 0.0, over: Literal["all", "others"] = "all") -> None:
+        self.label_smoothing = checked(_check_share, "label_smoothing", label_smoothing)
+        self.over = one_of("over", over, ("all", "others"))
 
     def value(self, output: Tensor, batch: Batch) -> Tensor:
         y = check_classes(output, batch)
-        return F.cross_entropy(output, y, reduction="none", label_smoothing=self.label_smoothing)
+        share = _check_share("label_smoothing", number(self.label_smoothing))
+        if share == 0 or self.over == "all":
+            return F.cross_entropy(output, y, reduction="none", label_smoothing=share)
+        # F.cross_entropy would want K s/(K − 1) as its share, which may be above 1.
+        log_p = F.log_softmax(output, 1)
+        own = log_p.gather(1, y[:, None]).squeeze(1)
+        return -(1 - share) * own - share / (output.shape[1] - 1) * (log_p.sum(1) - own)
 
     def __repr__(self) -> str:
-        return f"CrossEntropy({self.label_smoothing:g})" if self.label_smoothing else "cross_entropy"
+        if isinstance(self.label_smoothing, Schedule) or self.label_smoothing:
+            return f"CrossEntropy({self.label_smoothing}{'' if self.over == 'all' else ', over=' + repr(self.over)})"
+        return "cross_entropy"
+
+
+def _check_share(name: str, value: float) -> float:
+    if not 0 <= value <= 1:
+        raise InputError(f"{name} is {value!r}; it must be from 0 to 1")
+    return float(value)
 
 
 cross_entropy = CrossEntropy()

@@ -14,7 +14,7 @@ from .directions import Direction, direction_of
 from .errors import positive, whole_number
 from .losses import AnyLoss, input_gradient
 from .modes import Mode
-from .policy import Schedule
+from .policy import Number
 from .problem import CurvedPart, LowerProblem, solve_by_descent
 from .solution import Solution
 from .steps import Step, step_policy
@@ -50,7 +50,7 @@ class Linearized(LowerProblem):
     constraint: Constraint
     anchor: Anchor | str = "uniform"
     direction: Direction | str = "sign"
-    step: Step | Schedule | float = 8 / 255
+    step: Step | Number = 8 / 255
     mode: Mode = "eval"
     keep_output: bool = False
 
@@ -65,7 +65,7 @@ class Linearized(LowerProblem):
         attack_loss: AnyLoss,
         constraint: Constraint,
         steps: int,
-        step: Step | Schedule | float,
+        step: Step | Number,
         start: Anchor | str = "uniform",
         direction: Direction | str = "sign",
         mode: Mode = "eval",

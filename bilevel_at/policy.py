@@ -1,19 +1,34 @@
 """What may outlive a batch: policies, how they are found, and two small clocks for them to read.
 
 Computing (``solve``, ``hypergradient``) only reads policies. A policy changes in :meth:`Policy.observe`, which
-``backward`` calls once per batch, and in :meth:`Policy.set_epoch`.
+``backward`` calls once per batch, and in :meth:`Policy.set_epoch` and :meth:`Policy.set_step`, its clocks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
-from .errors import InputError
+from .errors import InputError, finite, one_of
 from .solution import Hypergradient
 
-__all__ = ["Composite", "Counter", "Policy", "Schedule", "load_state", "observe", "policies", "set_epoch", "state_of"]
+__all__ = [
+    "Composite",
+    "Counter",
+    "Number",
+    "Policy",
+    "Schedule",
+    "checked",
+    "last_number",
+    "load_state",
+    "number",
+    "observe",
+    "policies",
+    "set_epoch",
+    "set_step",
+    "state_of",
+]
 
 
 class Composite:
@@ -36,6 +51,9 @@ class Policy(Composite):
 
     def set_epoch(self, epoch: int, epochs: int) -> None:
         """Called as epoch ``epoch`` of ``epochs`` (from 0) begins."""
+
+    def set_step(self, step: int, steps: int) -> None:
+        """Called before update ``step`` of all the ``steps`` (from 0) that training makes."""
 
     def state_dict(self) -> dict[str, Any]:
         """What outlives a batch: tensors and plain values only."""
@@ -106,6 +124,12 @@ def set_epoch(root: Any, epoch: int, epochs: int) -> None:
         policy.set_epoch(epoch, epochs)
 
 
+def set_step(root: Any, step: int, steps: int) -> None:
+    """Tell every policy of ``root`` that update ``step`` of ``steps`` (from 0) is next."""
+    for policy in policies(root).values():
+        policy.set_step(step, steps)
+
+
 def state_of(root: Any) -> dict[str, Any]:
     """The state of every policy of ``root`` that has one, by path."""
     states = {path: policy.state_dict() for path, policy in policies(root).items()}
@@ -129,25 +153,72 @@ def load_state(root: Any, state: Mapping[str, Any]) -> None:
         by_path[path].load_state_dict(value)
 
 
-@dataclass
+@dataclass(eq=False)
 class Schedule(Policy):
-    """A number that depends on the epoch, for a loss's weight or a step.
+    """A number that depends on time: for a loss's weight, a step, a radius.
+
+    ``k * schedule`` and ``schedule / k`` are schedules too, so that what is a multiple of ε follows it.
 
     Args:
-        at: ``at(epoch, epochs)``, with epochs counted from 0.
+        at: ``at(epoch, epochs)``, or with ``by="step"`` ``at(step, steps)``, each counted from 0.
+        by: "epoch", or "step" for the updates of the whole training.
     """
 
     at: Callable[[int, int], float]
-    epoch: int = field(default=0, init=False, repr=False)
-    epochs: int = field(default=1, init=False, repr=False)
+    by: Literal["epoch", "step"] = "epoch"
+    now: int = field(default=0, init=False, repr=False)
+    total: int = field(default=1, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        one_of("by", self.by, ("epoch", "step"))
 
     @property
     def value(self) -> float:
-        """The number of the current epoch."""
-        return self.at(self.epoch, self.epochs)
+        """The number of the current epoch or step."""
+        return self.at(self.now, self.total)
+
+    @property
+    def last(self) -> float:
+        """The number of the last epoch or step."""
+        return self.at(self.total - 1, self.total)
 
     def set_epoch(self, epoch: int, epochs: int) -> None:
-        self.epoch, self.epochs = epoch, epochs
+        if self.by == "epoch":
+            self.now, self.total = epoch, epochs
+
+    def set_step(self, step: int, steps: int) -> None:
+        if self.by == "step":
+            self.now, self.total = step, steps
+
+    def __mul__(self, factor: float) -> Schedule:
+        at, factor = self.at, finite("the factor of a schedule", factor)
+        scaled = Schedule(lambda now, total: factor * at(now, total), self.by)
+        scaled.now, scaled.total = self.now, self.total
+        return scaled
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: float) -> Schedule:
+        return self * (1 / divisor)
+
+
+Number = Schedule | float
+"""A number, or one that depends on time."""
+
+
+def number(value: Number) -> float:
+    """The number now."""
+    return value.value if isinstance(value, Schedule) else value
+
+
+def last_number(value: Number) -> float:
+    """The number that a schedule ends at, for settings that are chosen by it once."""
+    return value.last if isinstance(value, Schedule) else value
+
+
+def checked(check: Callable[[str, Any], float], name: str, value: Number) -> Number:
+    """``check(name, value)`` of a number; a schedule as it is, whose numbers are checked as they are read."""
+    return value if isinstance(value, Schedule) else check(name, value)
 
 
 @dataclass

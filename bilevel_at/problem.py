@@ -263,6 +263,10 @@ class BilevelProblem(Composite):
         """Say that epoch ``epoch`` of ``epochs`` (from 0) begins; warm-ups, schedules and resets follow it."""
         policy.set_epoch(self, epoch, epochs)
 
+    def set_step(self, step: int, steps: int) -> None:
+        """Say that update ``step`` of all ``steps`` (from 0) is next, for schedules that change with every update."""
+        policy.set_step(self, step, steps)
+
     def state_dict(self) -> dict[str, Any]:
         """What outlives a batch, by path: tensors and plain values only."""
         return policy.state_of(self)

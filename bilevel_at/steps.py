@@ -12,7 +12,7 @@ from torch import Tensor
 from .batch import Batch
 from .errors import InputError, at_least, positive, whole_number
 from .memory import SampleMemory
-from .policy import Policy, Schedule
+from .policy import Number, Policy, checked, number
 from .solution import Hypergradient
 
 __all__ = ["Adaptive", "Constant", "Step", "step_policy"]
@@ -42,17 +42,17 @@ class Constant(Step):
         InputError: where a step is not positive.
     """
 
-    value: Tensor | Schedule | float
+    value: Tensor | Number
 
     def __post_init__(self) -> None:
         if isinstance(self.value, Tensor):
             if not (self.value > 0).all():
                 raise InputError(f"step has values down to {self.value.min().item():g}; every step must be positive")
-        elif not isinstance(self.value, Schedule):
-            object.__setattr__(self, "value", positive("step", self.value))
+        else:
+            object.__setattr__(self, "value", checked(positive, "step", self.value))
 
     def size(self, batch: Batch, gradient: Tensor) -> Tensor | float:
-        return positive("step", self.value.value) if isinstance(self.value, Schedule) else self.value
+        return self.value if isinstance(self.value, Tensor) else positive("step", number(self.value))
 
 
 @dataclass(eq=False)
@@ -62,13 +62,13 @@ class Adaptive(Step):
     v is remembered per example (``batch.index``) and starts at 0. Source: ATAS (Huang et al., 2023), equations 3 and 4.
 
     Args:
-        gamma: γ > 0.
+        gamma: γ > 0, a number or a :class:`~bilevel_at.Schedule`.
         c: c > 0, on the scale of **per-sample** gradients: values published for gradients of a batch mean are to be
             multiplied by that batch size.
         beta: β in [0, 1).
         low: the least step, at least 0.
         high: the greatest step, at least ``low``.
-        warmup_step: the step during the warm-up.
+        warmup_step: the step during the warm-up, likewise.
         warmup_epochs: how many epochs the warm-up takes.
         follow_warmup: whether v follows the gradients of the warm-up too, or starts after it.
 
@@ -76,23 +76,23 @@ class Adaptive(Step):
         InputError: for values outside these ranges, and where a batch has no index.
     """
 
-    gamma: float
+    gamma: Number
     c: float
     beta: float = 0.5
     low: float = 0.0
     high: float = math.inf
-    warmup_step: float | None = None
+    warmup_step: Number | None = None
     warmup_epochs: int = 0
     follow_warmup: bool = False
     memory: SampleMemory = field(default_factory=SampleMemory, repr=False)
     epoch: int = field(default=0, repr=False)
 
     def __post_init__(self) -> None:
-        positive("gamma", self.gamma)
+        checked(positive, "gamma", self.gamma)
         positive("c", self.c)
         whole_number("warmup_epochs", self.warmup_epochs, 0)
         if self.warmup_step is not None:
-            positive("warmup_step", self.warmup_step)
+            checked(positive, "warmup_step", self.warmup_step)
         if not 0 <= at_least("beta", self.beta) < 1:
             raise InputError(f"beta is {self.beta:g}; it must be in [0, 1)")
         if not 0 <= self.low <= self.high:
@@ -113,8 +113,8 @@ class Adaptive(Step):
         """γ / (c + √v_i) ``[B]``, or the warm-up step."""
         v = self.square(batch, gradient)  # during the warm-up too, so that a missing index is noticed at once
         if self.warmup_step is not None and self.warming_up:
-            return self.warmup_step
-        return (self.gamma / (self.c + v.sqrt())).clamp(self.low, self.high)
+            return number(self.warmup_step)
+        return (number(self.gamma) / (self.c + v.sqrt())).clamp(self.low, self.high)
 
     def observe(self, step: Hypergradient) -> None:
         gradient, batch = step.solution.attack_gradient, step.solution.batch
@@ -131,6 +131,6 @@ class Adaptive(Step):
         self.memory.load_state_dict(state)
 
 
-def step_policy(step: Step | Schedule | float) -> Step:
+def step_policy(step: Step | Number) -> Step:
     """The policy itself, or :class:`Constant` for a number or a schedule."""
     return step if isinstance(step, Step) else Constant(step)

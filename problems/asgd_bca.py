@@ -22,6 +22,7 @@ from torch import Tensor
 
 import bilevel_at as ba
 from bilevel_at.modes import Mode
+from bilevel_at.policy import number
 from bilevel_at.problems import atta
 from bilevel_at.runs.recipe import DIGITS, Recipe
 from bilevel_at.solvers import ZeroIG
@@ -37,7 +38,7 @@ class NeverLonger(ba.Adaptive):
         self.largest = ba.SampleMemory()
 
     def size(self, batch: ba.Batch, gradient: Tensor) -> Tensor:
-        return self.gamma / (self.c + self._largest(batch, gradient).sqrt())
+        return number(self.gamma) / (self.c + self._largest(batch, gradient).sqrt())
 
     def _largest(self, batch: ba.Batch, gradient: Tensor) -> Tensor:
         v = self.square(batch, gradient)
@@ -63,6 +64,7 @@ def problem(
     eta: float | None = None,
     beta: float = 0.5,
     size: int | None = None,
+    label_smoothing: float = 0.0,
     mode: Mode = "eval",
 ) -> ba.BilevelProblem:
     """Gradient steps of adaptive length from remembered perturbations in an ℓ∞ ball.
@@ -72,13 +74,15 @@ def problem(
         eta: η_x, an ℓ2 length; ε√3072 if not given.
         beta: momentum of v.
         size: keep perturbations resized to size × size; at full size if not given.
+        label_smoothing: share of the label that is spread over all classes, for both players.
         mode: train or eval batch statistics in attack passes.
     """
     length = epsilon * math.sqrt(3072) if eta is None else eta
     policy = NeverLonger(gamma=length, c=TINY, beta=beta)
     anchor = ba.Remembered(size=size)
-    lower = ba.Linearized(ba.minus(ba.cross_entropy), ba.LinfBall(epsilon), anchor, "taylor", policy, mode)
-    return ba.BilevelProblem(ba.UpperProblem(), lower)
+    loss = ba.CrossEntropy(label_smoothing)
+    lower = ba.Linearized(ba.minus(loss), ba.LinfBall(epsilon), anchor, "taylor", policy, mode)
+    return ba.BilevelProblem(ba.UpperProblem(loss), lower)
 
 
 def solver() -> ZeroIG:

@@ -35,6 +35,7 @@ def problem(
     follow_warmup: bool = False,
     reset_every: int = 10,
     size: int | None = None,
+    label_smoothing: float = 0.0,
     mode: Mode = "eval",
 ) -> ba.BilevelProblem:
     """Sign steps of adaptive length from remembered perturbations in an ℓ∞ ball.
@@ -50,6 +51,7 @@ def problem(
         follow_warmup: let v follow the gradients of the warm-up too (Algorithm 1), rather than begin after it.
         reset_every: epochs after which perturbations are drawn anew; 0 for never.
         size: keep perturbations resized to size × size; at full size if not given.
+        label_smoothing: share of the label that is spread over all classes, for both players.
         mode: train or eval batch statistics in attack passes.
     """
     policy = ba.Adaptive(
@@ -63,8 +65,9 @@ def problem(
         follow_warmup=follow_warmup,
     )
     anchor = ba.Remembered(reset_every=reset_every, size=size)
-    lower = ba.Linearized(ba.minus(ba.cross_entropy), ba.LinfBall(epsilon), anchor, "sign", policy, mode)
-    return ba.BilevelProblem(ba.UpperProblem(), lower)
+    loss = ba.CrossEntropy(label_smoothing)
+    lower = ba.Linearized(ba.minus(loss), ba.LinfBall(epsilon), anchor, "sign", policy, mode)
+    return ba.BilevelProblem(ba.UpperProblem(loss), lower)
 
 
 def solver() -> ZeroIG:

@@ -25,6 +25,7 @@ def problem(
     step: float = 4 / 255,
     reset_every: int = 10,
     size: int | None = None,
+    label_smoothing: float = 0.0,
     mode: Mode = "eval",
 ) -> ba.BilevelProblem:
     """Sign steps of constant length from remembered perturbations in an ℓ∞ ball.
@@ -34,11 +35,13 @@ def problem(
         step: length of the sign step.
         reset_every: epochs after which perturbations are drawn anew; 0 for never.
         size: keep perturbations resized to size × size; at full size if not given.
+        label_smoothing: share of the label that is spread over all classes, for both players.
         mode: train or eval batch statistics in attack passes.
     """
     anchor = ba.Remembered(reset_every=reset_every, size=size)
-    lower = ba.Linearized(ba.minus(ba.cross_entropy), ba.LinfBall(epsilon), anchor, "sign", step, mode)
-    return ba.BilevelProblem(ba.UpperProblem(), lower)
+    loss = ba.CrossEntropy(label_smoothing)
+    lower = ba.Linearized(ba.minus(loss), ba.LinfBall(epsilon), anchor, "sign", step, mode)
+    return ba.BilevelProblem(ba.UpperProblem(loss), lower)
 
 
 def solver() -> ZeroIG:

@@ -40,6 +40,7 @@ def problem(
     steps: int = 10,
     step: float = 2 / 255,
     optim: str = "RMSprop",
+    label_smoothing: float = 0.0,
     mode: Mode = "train",
 ) -> ba.BilevelProblem:
     """The negative-margin attacker in an ℓ∞ ball.
@@ -49,9 +50,12 @@ def problem(
         steps: optimiser steps of the attack.
         step: their learning rate.
         optim: the attack's optimiser, a class of torch.optim.
+        label_smoothing: share of the label that is spread over all classes, in the training loss.
         mode: train or eval batch statistics in attack passes.
     """
-    return ba.BilevelProblem(ba.UpperProblem(), attacker(epsilon, steps, step, optim, mode))
+    return ba.BilevelProblem(
+        ba.UpperProblem(ba.CrossEntropy(label_smoothing)), attacker(epsilon, steps, step, optim, mode)
+    )
 
 
 def solver(name: SolverName = "zero-ig", step: float = 2 / 255) -> ZeroIG | HessianFreeKKT | FullKKT:

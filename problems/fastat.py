@@ -30,7 +30,11 @@ def uniform(epsilon: float, draw: Draw) -> ba.Uniform:
 
 
 def problem(
-    epsilon: float = 8 / 255, step: float | None = None, draw: Draw = "cube", mode: Mode = "train"
+    epsilon: float = 8 / 255,
+    step: float | None = None,
+    draw: Draw = "cube",
+    label_smoothing: float = 0.0,
+    mode: Mode = "train",
 ) -> ba.BilevelProblem:
     """One sign step from a uniform draw in an ℓ∞ ball.
 
@@ -38,11 +42,13 @@ def problem(
         epsilon: radius ε of the ball.
         step: length of the sign step, 1.25 ε if not given.
         draw: a uniform start is drawn in the cube [−ε, ε]^d and then clipped to the input range, or in the set C.
+        label_smoothing: share of the label that is spread over all classes, for both players.
         mode: train or eval batch statistics in attack passes.
     """
     step = 1.25 * epsilon if step is None else step
-    lower = ba.Linearized(ba.minus(ba.cross_entropy), ba.LinfBall(epsilon), uniform(epsilon, draw), "sign", step, mode)
-    return ba.BilevelProblem(ba.UpperProblem(), lower)
+    loss = ba.CrossEntropy(label_smoothing)
+    lower = ba.Linearized(ba.minus(loss), ba.LinfBall(epsilon), uniform(epsilon, draw), "sign", step, mode)
+    return ba.BilevelProblem(ba.UpperProblem(loss), lower)
 
 
 def solver() -> ZeroIG:

@@ -25,6 +25,7 @@ from typing import Literal
 
 import bilevel_at as ba
 from bilevel_at.modes import Mode
+from bilevel_at.policy import Number, last_number
 from bilevel_at.problems.fastat import Draw, uniform
 from bilevel_at.runs.recipe import CIFAR, DIGITS, IMAGENET, Recipe
 from bilevel_at.solvers import FullKKT, HessianFreeKKT, SolverName, ZeroIG
@@ -32,9 +33,9 @@ from bilevel_at.solvers import FullKKT, HessianFreeKKT, SolverName, ZeroIG
 Scheme = Literal["gradient-step", "uniform", "corner", "sign-step"]
 
 
-def published_step(epsilon: float) -> float:
+def published_step(epsilon: Number) -> float:
     """1/λ: 5000/255 up to ε = 8/255, 2000/255 above."""
-    return 5000 / 255 if epsilon <= 8 / 255 + 1e-9 else 2000 / 255
+    return 5000 / 255 if last_number(epsilon) <= 8 / 255 + 1e-9 else 2000 / 255
 
 
 def problem(
@@ -42,6 +43,7 @@ def problem(
     step: float | None = None,
     anchor: Scheme = "gradient-step",
     draw: Draw = "cube",
+    label_smoothing: float = 0.0,
     mode: Mode = "train",
 ) -> ba.BilevelProblem:
     """The Taylor-linearised attacker in an ℓ∞ ball.
@@ -51,6 +53,7 @@ def problem(
         step: 1/λ; 5000/255 for ε up to 8/255 and 2000/255 above if not given.
         anchor: linearisation scheme (Table A4).
         draw: a uniform start is drawn in the cube [−ε, ε]^d and then clipped to the input range, or in the set C.
+        label_smoothing: share of the label that is spread over all classes, for both players.
         mode: train or eval batch statistics in attack passes.
     """
     ball = ba.LinfBall(epsilon)
@@ -64,8 +67,9 @@ def problem(
     }
     if anchor not in schemes:
         raise ba.InputError(f"anchor is {anchor!r}; choose from {', '.join(schemes)}")
-    lower = ba.Linearized(ba.minus(ba.cross_entropy), ball, schemes[anchor], "taylor", step, mode)
-    return ba.BilevelProblem(ba.UpperProblem(), lower)
+    loss = ba.CrossEntropy(label_smoothing)
+    lower = ba.Linearized(ba.minus(loss), ball, schemes[anchor], "taylor", step, mode)
+    return ba.BilevelProblem(ba.UpperProblem(loss), lower)
 
 
 def solver(

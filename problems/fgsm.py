@@ -26,6 +26,7 @@ def problem(
     start: Literal["zero", "uniform", "corner"] = "zero",
     step: float | None = None,
     draw: Draw = "cube",
+    label_smoothing: float = 0.0,
     mode: Mode = "train",
 ) -> ba.BilevelProblem:
     """One sign step in an ℓ∞ ball.
@@ -35,12 +36,14 @@ def problem(
         start: the anchor z.
         step: length of the sign step, ε if not given.
         draw: a uniform start is drawn in the cube [−ε, ε]^d and then clipped to the input range, or in the set C.
+        label_smoothing: share of the label that is spread over all classes, for both players.
         mode: train or eval batch statistics in attack passes.
     """
     step = epsilon if step is None else step
     anchor = uniform(epsilon, draw) if start == "uniform" else start
-    lower = ba.Linearized(ba.minus(ba.cross_entropy), ba.LinfBall(epsilon), anchor, "sign", step, mode)
-    return ba.BilevelProblem(ba.UpperProblem(), lower)
+    loss = ba.CrossEntropy(label_smoothing)
+    lower = ba.Linearized(ba.minus(loss), ba.LinfBall(epsilon), anchor, "sign", step, mode)
+    return ba.BilevelProblem(ba.UpperProblem(loss), lower)
 
 
 def solver() -> ZeroIG:

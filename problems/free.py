@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 import bilevel_at as ba
 from bilevel_at.errors import at_least, positive, whole_number
+from bilevel_at.policy import Number, checked, number
 from bilevel_at.runs.recipe import CIFAR, DIGITS, IMAGENET, Recipe
 from bilevel_at.solvers import ZeroIG
 
@@ -36,8 +37,8 @@ class Carried(ba.Anchor):
         restart_every: begin anew at 0 after so many passes; 0 carries δ from batch to batch.
     """
 
-    def __init__(self, step: float, radius: float, restart_every: int = 0) -> None:
-        self.step, self.radius = positive("step", step), at_least("radius", radius)
+    def __init__(self, step: Number, radius: Number, restart_every: int = 0) -> None:
+        self.step, self.radius = checked(positive, "step", step), checked(at_least, "radius", radius)
         self.restart_every = whole_number("restart_every", restart_every, 0)
         self.memory, self.passes = ba.SampleMemory(by="position"), 0
 
@@ -50,7 +51,8 @@ class Carried(ba.Anchor):
     def observe(self, step: ba.Hypergradient) -> None:
         """One sign step up the upper loss, kept in the cube. Rows that a short batch does not use stay."""
         solution = step.solution
-        moved = (solution.anchor + self.step * step.v.sign()).clamp(-self.radius, self.radius)
+        radius = number(self.radius)
+        moved = (solution.anchor + number(self.step) * step.v.sign()).clamp(-radius, radius)
         self.memory.write(solution.batch, moved)
         self.passes += 1
         if self.restart_every and self.passes % self.restart_every == 0:
@@ -64,7 +66,12 @@ class Carried(ba.Anchor):
         self.passes = state["passes"]
 
 
-def problem(epsilon: float = 8 / 255, step: float | None = None, restart_every: int = 0) -> ba.BilevelProblem:
+def problem(
+    epsilon: float = 8 / 255,
+    step: float | None = None,
+    restart_every: int = 0,
+    label_smoothing: float = 0.0,
+) -> ba.BilevelProblem:
     """Batch replay in an ℓ∞ ball.
 
     Args:
@@ -72,9 +79,11 @@ def problem(epsilon: float = 8 / 255, step: float | None = None, restart_every: 
         step: length of the sign step, ε if not given.
         restart_every: begin anew at δ = 0 after so many updates; the number of replays begins each batch there, and 0
             carries δ from batch to batch.
+        label_smoothing: share of the label that is spread over all classes.
     """
+    loss = ba.CrossEntropy(label_smoothing)
     anchor = Carried(epsilon if step is None else step, epsilon, restart_every)
-    return ba.BilevelProblem(ba.UpperProblem(), ba.AtAnchor(ba.LinfBall(epsilon), anchor))
+    return ba.BilevelProblem(ba.UpperProblem(loss), ba.AtAnchor(ba.LinfBall(epsilon), anchor))
 
 
 def solver() -> ZeroIG:

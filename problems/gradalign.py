@@ -26,6 +26,7 @@ from torch import Tensor, nn
 import bilevel_at as ba
 from bilevel_at.errors import at_least
 from bilevel_at.modes import Mode
+from bilevel_at.policy import Number, checked, last_number
 from bilevel_at.problems.fastat import Draw, uniform
 from bilevel_at.runs.recipe import CIFAR, DIGITS, Recipe
 from bilevel_at.solvers import ZeroIG
@@ -45,26 +46,29 @@ class GradAlign(ba.UpperProblem):
             says so.
         mode: in which both gradients see the model; the lower level's.
         starts_at_zero: the lower level is linearised at z = 0, so that its gradient there is ∇ℓ(θ, 0).
+        criterion: ℓ_CE.
     """
 
     def __init__(
         self,
         attack_loss: ba.Loss,
-        radius: float,
+        radius: Number,
         coefficient: float,
         detach: bool = True,
         mode: Mode = "train",
         starts_at_zero: bool = False,
+        criterion: ba.Loss = ba.cross_entropy,
     ) -> None:
-        self.criterion, self.attack_loss = ba.cross_entropy, attack_loss
-        self.radius, self.coefficient = at_least("radius", radius), at_least("coefficient", coefficient)
+        self.criterion: ba.Loss = criterion
+        self.attack_loss = attack_loss
+        self.radius, self.coefficient = checked(at_least, "radius", radius), at_least("coefficient", coefficient)
         self.detach, self.mode, self.starts_at_zero = detach, mode, starts_at_zero
 
     def loss_at(
         self, model: nn.Module, batch: ba.Batch, solution: ba.Solution, generator: torch.Generator | None = None
     ) -> Tensor:
         """f ``[B]``; η is drawn from ``generator``."""
-        losses = ba.cross_entropy(model, batch, solution.delta)
+        losses = self.criterion(model, batch, solution.delta)
         if self.coefficient == 0:
             return losses
         shared = self.detach and self.starts_at_zero and solution.drawn
@@ -84,10 +88,10 @@ class GradAlign(ba.UpperProblem):
             return ba.input_gradient(self.attack_loss, model, batch, delta, create_graph)[0]
 
 
-def published_coefficient(epsilon: float) -> float:
+def published_coefficient(epsilon: Number) -> float:
     """The authors' values for ε = 2, 4, …, 16 (/255), interpolated geometrically, and 2 above."""
     values = (0.036, 0.063, 0.112, 0.200, 0.356, 0.632, 1.124, 2.000)
-    place = min(epsilon * 255 / 2 - 1, len(values) - 1.0)
+    place = min(last_number(epsilon) * 255 / 2 - 1, len(values) - 1.0)
     below = min(max(int(place), 0), len(values) - 2)
     return math.exp(math.log(values[below]) + (place - below) * math.log(values[below + 1] / values[below]))
 
@@ -100,6 +104,7 @@ def problem(
     step: float | None = None,
     detach: bool | None = None,
     draw: Draw = "cube",
+    label_smoothing: float = 0.0,
     mode: Mode = "train",
 ) -> ba.BilevelProblem:
     """FGSM, or PGD, with the alignment regulariser, in an ℓ∞ ball.
@@ -112,17 +117,18 @@ def problem(
         step: length of a sign step; 1.25 ε for one step and ε/2 for more if not given.
         detach: take the gradient at x as a constant of the regulariser; if not given, for one step only, as published.
         draw: a uniform start is drawn in the cube [−ε, ε]^d and then clipped to the input range, or in the set C.
+        label_smoothing: share of the label that is spread over all classes, for both players.
         mode: train or eval batch statistics in attack passes.
     """
-    ball, loss = ba.LinfBall(epsilon), ba.minus(ba.cross_entropy)
+    ball, loss = ba.LinfBall(epsilon), ba.CrossEntropy(label_smoothing)
     if step is None:
         step = 1.25 * epsilon if steps == 1 else epsilon / 2
     begin = uniform(epsilon, draw) if start == "uniform" else start
-    lower = ba.Linearized.pgd(loss, ball, steps, step, begin, mode=mode)
+    lower = ba.Linearized.pgd(ba.minus(loss), ball, steps, step, begin, mode=mode)
     weight = published_coefficient(epsilon) if coefficient is None else coefficient
     constant = steps == 1 if detach is None else detach
     at_zero = steps == 1 and start == "zero"
-    return ba.BilevelProblem(GradAlign(loss, epsilon, weight, constant, mode, at_zero), lower)
+    return ba.BilevelProblem(GradAlign(lower.attack_loss, epsilon, weight, constant, mode, at_zero, loss), lower)
 
 
 def solver() -> ZeroIG:

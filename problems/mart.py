@@ -33,8 +33,8 @@ from bilevel_at.runs.recipe import CIFAR, DIGITS, Recipe
 from bilevel_at.solvers import ZeroIG
 
 
-def boosted_cross_entropy(out: Tensor, y: Tensor) -> Tensor:
-    """−log p_y − log(1 − max_{k≠y} p_k) from logits ``[B, K]``, ``[B]``.
+def second_term(out: Tensor, y: Tensor) -> Tensor:
+    """−log(1 − max_{k≠y} p_k) from logits ``[B, K]``, ``[B]``.
 
     1 − p_k is Σ_{j≠k} p_j, whose logarithm is a logsumexp: finite where 1 − p_k rounds to 0.
     """
@@ -42,27 +42,37 @@ def boosted_cross_entropy(out: Tensor, y: Tensor) -> Tensor:
     label = F.one_hot(y, out.shape[1]).bool()
     rival = out.masked_fill(label, -torch.inf).argmax(1, keepdim=True)
     others = log_p.masked_fill(torch.zeros_like(label).scatter(1, rival, True), -torch.inf)
-    return -log_p.gather(1, y[:, None]).squeeze(1) - others.logsumexp(1)
+    return -others.logsumexp(1)
 
 
-def published_boosted_cross_entropy(out: Tensor, y: Tensor) -> Tensor:
-    """−log p_y − log(1.0001 − max_{k≠y} p_k + 1e-12), ``[B]``, as the authors' code has it."""
+def published_second_term(out: Tensor, y: Tensor) -> Tensor:
+    """−log(1.0001 − max_{k≠y} p_k + 1e-12), ``[B]``, as the authors' code has it."""
     label = F.one_hot(y, out.shape[1]).bool()
     rival = F.softmax(out, 1).masked_fill(label, -torch.inf).amax(1)
-    return F.cross_entropy(out, y, reduction="none") - (1.0001 - rival + 1e-12).log()
+    return -(1.0001 - rival + 1e-12).log()
 
 
 class Misclassification(ba.UpperProblem):
     """f = BCE(p(x + δ), y) + weight · KL(p(x) ‖ p(x + δ)) · (1 − p_y(x)), ``[B]``.
 
+    BCE(p, y) = −log p_y − log(1 − max_{k≠y} p_k), the boosted cross-entropy.
+
     Args:
         weight: at least 0.
         exact: without the authors' constants.
         clean_first: the order of the two passes.
+        criterion: the first term of BCE.
     """
 
-    def __init__(self, weight: float, exact: bool = False, clean_first: bool = True) -> None:
+    def __init__(
+        self,
+        weight: float,
+        exact: bool = False,
+        clean_first: bool = True,
+        criterion: ba.CrossEntropy = ba.cross_entropy,
+    ) -> None:
         self.weight, self.exact, self.clean_first = at_least("weight", weight), exact, clean_first
+        self.criterion: ba.CrossEntropy = criterion
 
     def loss_at(
         self, model: nn.Module, batch: ba.Batch, solution: ba.Solution, generator: torch.Generator | None = None
@@ -71,7 +81,8 @@ class Misclassification(ba.UpperProblem):
         clean = ba.logits(model, batch, zero) if self.weight and self.clean_first else None
         moved = ba.logits(model, batch, solution.delta)
         y = check_classes(moved, batch)
-        boosted = boosted_cross_entropy(moved, y) if self.exact else published_boosted_cross_entropy(moved, y)
+        second = second_term(moved, y) if self.exact else published_second_term(moved, y)
+        boosted = self.criterion.value(moved, batch) + second
         if self.weight == 0:
             return boosted
         clean = ba.logits(model, batch, zero) if clean is None else clean
@@ -93,6 +104,7 @@ def problem(
     clip_start: bool = False,
     exact: bool = False,
     clean_first: bool = True,
+    label_smoothing: float = 0.0,
     mode: Mode = "eval",
 ) -> ba.BilevelProblem:
     """K sign steps up the cross-entropy in an ℓ∞ ball.
@@ -105,12 +117,14 @@ def problem(
         clip_start: project the start onto C before its first gradient.
         exact: compute the loss without the constants of the authors' code.
         clean_first: pass x through the network before x + δ.
+        label_smoothing: share of the label that is spread over all classes, for both players.
         mode: train or eval batch statistics in attack passes.
     """
     step = epsilon / 4 if step is None else step
     start, ball = ba.Gaussian(1e-3, clip=clip_start), ba.LinfBall(epsilon)
-    lower = ba.Linearized.pgd(ba.minus(ba.cross_entropy), ball, steps, step, start, mode=mode)
-    return ba.BilevelProblem(Misclassification(weight, exact, clean_first), lower)
+    loss = ba.CrossEntropy(label_smoothing)
+    lower = ba.Linearized.pgd(ba.minus(loss), ball, steps, step, start, mode=mode)
+    return ba.BilevelProblem(Misclassification(weight, exact, clean_first, loss), lower)
 
 
 def solver() -> ZeroIG:

@@ -22,7 +22,12 @@ from bilevel_at.solvers import ZeroIG
 
 
 def problem(
-    epsilon: float = 8 / 255, steps: int = 10, step: float | None = None, draw: Draw = "cube", mode: Mode = "train"
+    epsilon: float = 8 / 255,
+    steps: int = 10,
+    step: float | None = None,
+    draw: Draw = "cube",
+    label_smoothing: float = 0.0,
+    mode: Mode = "train",
 ) -> ba.BilevelProblem:
     """K-step PGD on the cross-entropy in an ℓ∞ ball.
 
@@ -31,12 +36,14 @@ def problem(
         steps: K, the number of sign steps.
         step: length of a sign step, ε/4 if not given.
         draw: a uniform start is drawn in the cube [−ε, ε]^d and then clipped to the input range, or in the set C.
+        label_smoothing: share of the label that is spread over all classes, for both players.
         mode: train or eval batch statistics in attack passes.
     """
     step = epsilon / 4 if step is None else step
     start, ball = uniform(epsilon, draw), ba.LinfBall(epsilon)
-    lower = ba.Linearized.pgd(ba.minus(ba.cross_entropy), ball, steps, step, start, mode=mode)
-    return ba.BilevelProblem(ba.UpperProblem(), lower)
+    loss = ba.CrossEntropy(label_smoothing)
+    lower = ba.Linearized.pgd(ba.minus(loss), ball, steps, step, start, mode=mode)
+    return ba.BilevelProblem(ba.UpperProblem(loss), lower)
 
 
 def solver() -> ZeroIG:

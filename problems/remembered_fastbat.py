@@ -26,6 +26,7 @@ def problem(
     beta: float = 0.5,
     reset_every: int = 10,
     size: int | None = None,
+    label_smoothing: float = 0.0,
     mode: Mode = "eval",
 ) -> ba.BilevelProblem:
     """The Taylor-linearised attacker from remembered perturbations, with a step for every example, in an ℓ∞ ball.
@@ -37,13 +38,15 @@ def problem(
         beta: momentum of v.
         reset_every: epochs after which perturbations are drawn anew; 0 for never.
         size: keep perturbations resized to size × size; at full size if not given.
+        label_smoothing: share of the label that is spread over all classes, for both players.
         mode: train or eval batch statistics in attack passes.
     """
     top = fastbat.published_step(epsilon) if max_step is None else max_step
     gamma = positive("max_step", top) * positive("c", c)
     policy, anchor = ba.Adaptive(gamma, c, beta), ba.Remembered(reset_every=reset_every, size=size)
-    lower = ba.Linearized(ba.minus(ba.cross_entropy), ba.LinfBall(epsilon), anchor, "taylor", policy, mode)
-    return ba.BilevelProblem(ba.UpperProblem(), lower)
+    loss = ba.CrossEntropy(label_smoothing)
+    lower = ba.Linearized(ba.minus(loss), ba.LinfBall(epsilon), anchor, "taylor", policy, mode)
+    return ba.BilevelProblem(ba.UpperProblem(loss), lower)
 
 
 def solver(

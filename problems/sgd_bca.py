@@ -19,7 +19,11 @@ from bilevel_at.solvers import ZeroIG
 
 
 def problem(
-    epsilon: float = 8 / 255, step: float = 5000 / 255, size: int | None = None, mode: Mode = "eval"
+    epsilon: float = 8 / 255,
+    step: float = 5000 / 255,
+    size: int | None = None,
+    label_smoothing: float = 0.0,
+    mode: Mode = "eval",
 ) -> ba.BilevelProblem:
     """Gradient steps from remembered perturbations in an ℓ∞ ball.
 
@@ -27,11 +31,13 @@ def problem(
         epsilon: radius ε of the ball.
         step: η_x, which multiplies the gradient.
         size: keep perturbations resized to size × size; at full size if not given.
+        label_smoothing: share of the label that is spread over all classes, for both players.
         mode: train or eval batch statistics in attack passes.
     """
     anchor = ba.Remembered(size=size)
-    lower = ba.Linearized(ba.minus(ba.cross_entropy), ba.LinfBall(epsilon), anchor, "taylor", step, mode)
-    return ba.BilevelProblem(ba.UpperProblem(), lower)
+    loss = ba.CrossEntropy(label_smoothing)
+    lower = ba.Linearized(ba.minus(loss), ba.LinfBall(epsilon), anchor, "taylor", step, mode)
+    return ba.BilevelProblem(ba.UpperProblem(loss), lower)
 
 
 def solver() -> ZeroIG:

@@ -28,8 +28,9 @@ class SmoothMargin(ba.UpperProblem):
     ``delta`` has a row per example and class, as :class:`~bilevel_at.Targeted` with ``keep="all"`` returns them.
     """
 
-    def __init__(self, temperature: float = 1.0) -> None:
+    def __init__(self, temperature: float = 1.0, criterion: ba.CrossEntropy = ba.cross_entropy) -> None:
         self.temperature = positive("temperature", temperature)
+        self.criterion: ba.CrossEntropy = criterion
 
     def loss_at(
         self, model: nn.Module, batch: ba.Batch, solution: ba.Solution, generator: torch.Generator | None = None
@@ -44,7 +45,7 @@ class SmoothMargin(ba.UpperProblem):
         own = out.gather(1, y[:, None]).squeeze(1)
         margin = out.gather(1, targets[:, None]).squeeze(1) - own
         weights = torch.softmax(self.temperature * margin.reshape(-1, each), 1)
-        losses = nn.functional.cross_entropy(out, y, reduction="none").reshape(-1, each)
+        losses = self.criterion.value(out, wide).reshape(-1, each)
         return (weights * losses).sum(1)
 
 
@@ -54,6 +55,7 @@ def problem(
     step: float = 2 / 255,
     optim: str = "RMSprop",
     temperature: float = 1.0,
+    label_smoothing: float = 0.0,
     mode: Mode = "train",
 ) -> ba.BilevelProblem:
     """The negative-margin attacker in an ℓ∞ ball, all classes kept.
@@ -64,10 +66,11 @@ def problem(
         step: their learning rate.
         optim: the attack's optimiser, a class of torch.optim.
         temperature: μ, of the softmax over margins.
+        label_smoothing: share of the label that is spread over all classes, in the training loss.
         mode: train or eval batch statistics in attack passes.
     """
     lower = beta.attacker(epsilon, steps, step, optim, mode, keep="all")
-    return ba.BilevelProblem(SmoothMargin(temperature), lower)
+    return ba.BilevelProblem(SmoothMargin(temperature, ba.CrossEntropy(label_smoothing)), lower)
 
 
 def recipe() -> dict[str, Recipe]:

@@ -12,13 +12,15 @@ from bilevel_at.runs.recipe import CIFAR, DIGITS, Recipe
 from bilevel_at.solvers import ZeroIG
 
 
-def problem(epsilon: float = 8 / 255) -> ba.BilevelProblem:
+def problem(epsilon: float = 8 / 255, label_smoothing: float = 0.0) -> ba.BilevelProblem:
     """No attack in training.
 
     Args:
         epsilon: radius ε of the ℓ∞ ball in which the trained network is evaluated.
+        label_smoothing: share of the label that is spread over all classes.
     """
-    return ba.BilevelProblem(ba.UpperProblem(), ba.AtAnchor(ba.LinfBall(epsilon), "zero"))
+    loss = ba.CrossEntropy(label_smoothing)
+    return ba.BilevelProblem(ba.UpperProblem(loss), ba.AtAnchor(ba.LinfBall(epsilon), "zero"))
 
 
 def solver() -> ZeroIG:

@@ -22,23 +22,28 @@ from torch.nn import functional as F
 
 import bilevel_at as ba
 from bilevel_at.errors import at_least
-from bilevel_at.losses import check_classes
 from bilevel_at.modes import Mode
 from bilevel_at.runs.recipe import CIFAR, DIGITS, Recipe
 from bilevel_at.solvers import ZeroIG
 
 
 class Tradeoff(ba.UpperProblem):
-    """f = ℓ_CE(f_θ(x)) + weight · KL(f_θ(x) ‖ f_θ(x + δ)), ``[B]``. weight: at least 0."""
+    """f = ℓ_CE(f_θ(x)) + weight · KL(f_θ(x) ‖ f_θ(x + δ)), ``[B]``.
 
-    def __init__(self, weight: float) -> None:
+    Args:
+        weight: at least 0.
+        criterion: ℓ_CE.
+    """
+
+    def __init__(self, weight: float, criterion: ba.CrossEntropy = ba.cross_entropy) -> None:
         self.weight = at_least("weight", weight)
+        self.criterion: ba.CrossEntropy = criterion
 
     def loss_at(
         self, model: nn.Module, batch: ba.Batch, solution: ba.Solution, generator: torch.Generator | None = None
     ) -> Tensor:
         clean = ba.logits(model, batch, torch.zeros_like(batch.x))
-        losses = F.cross_entropy(clean, check_classes(clean, batch), reduction="none")
+        losses = self.criterion.value(clean, batch)
         if self.weight == 0:
             return losses
         log_clean, log_moved = F.log_softmax(clean, 1), F.log_softmax(ba.logits(model, batch, solution.delta), 1)
@@ -51,6 +56,7 @@ def problem(
     steps: int = 10,
     step: float | None = None,
     clip_start: bool = False,
+    label_smoothing: float = 0.0,
     mode: Mode = "eval",
 ) -> ba.BilevelProblem:
     """K sign steps up the divergence in an ℓ∞ ball.
@@ -61,12 +67,13 @@ def problem(
         steps: K, the number of sign steps.
         step: length of a sign step, ε/4 if not given.
         clip_start: project the start onto C before its first gradient.
+        label_smoothing: share of the label that is spread over all classes, in the natural loss.
         mode: train or eval batch statistics in attack passes.
     """
     step = epsilon / 4 if step is None else step
     start, ball = ba.Gaussian(1e-3, clip=clip_start), ba.LinfBall(epsilon)
     lower = ba.Linearized.pgd(ba.minus(ba.kl_divergence), ball, steps, step, start, mode=mode)
-    return ba.BilevelProblem(Tradeoff(weight), lower)
+    return ba.BilevelProblem(Tradeoff(weight, ba.CrossEntropy(label_smoothing)), lower)
 
 
 def solver() -> ZeroIG:

@@ -20,16 +20,17 @@ __all__ = ["EvaluateOptions", "RunOptions"]
 class RunOptions(Recipe):
     """The flags that every problem file has: those of its recipe, and these.
 
+    recipe: published settings of the method; or modern, those of a benchmark of fast methods (docs/methods.md).
     solver: how the players are coupled: zero-ig, hessian-free-kkt or full-kkt; the file's own choice if not given.
     data: a data set by name, or an .npz with x_train, y_train, x_test, y_test.
     data_dir: where named data sets lie, as NAME.npz or as torchvision keeps them.
     download: fetch a named data set that is not there.
+    extra: an .npz of more training images (x_train and y_train, or image and label), such as generated ones.
     activation: of a network by name.
     dropout: in the blocks of a wide residual network; published adversarial training has none.
     examples: train on this many examples only.
     test_examples: evaluate on this many test examples only.
     attacks: what the final table shows, on the test set: clean, fgsm, pgd-STEPS-RESTARTS.
-    select: the attack on the held-out tenth that picks the best epoch.
     device: cpu, cuda, or auto for a GPU where there is one.
     precision: float32, or bfloat16 for autocast; auto is float32.
     seed: of the weights, the order of the data, and every draw.
@@ -37,16 +38,17 @@ class RunOptions(Recipe):
     resume: go on with the run that is there.
     """
 
+    recipe: Literal["published", "modern"] = "published"
     solver: SolverName | None = None
     data: str = "digits"
     data_dir: str = "data"
     download: bool = True
+    extra: str | None = None
     activation: ActivationName = "relu"
     dropout: float = 0.0
     examples: int | None = None
     test_examples: int | None = None
     attacks: tuple[str, ...] = ("clean", "fgsm", "pgd-50-10")
-    select: str = "pgd-20-1"
     device: str = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     seed: int = 0
@@ -66,7 +68,8 @@ class RunOptions(Recipe):
         if self.examples is not None and self.examples < 20:
             raise InputError(f"--examples is {self.examples}; it must be at least 20, a tenth of which is held out")
 
-    def recipe(self) -> Recipe:
+    def training(self) -> Recipe:
+        """The recipe alone."""
         return Recipe(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Recipe)})
 
 

@@ -15,9 +15,11 @@ from ..data import DATA_NAMES, ImageSet
 from ..errors import InputError
 from ..evaluate import Threat, set_name
 from ..models import MODELS
+from ..policy import Schedule
 from ..problem import BilevelProblem
 from ..runs.problem_file import ProblemFile, packaged_problems
 from ..runs.provenance import machine, today, versions
+from ..runs.recipe import modern
 from ..solver import Solver
 from ..solvers import SOLVERS
 from . import flags
@@ -34,11 +36,16 @@ python -m {PROG} FILE --help lists its flags; --list the methods, models and dat
 
 @dataclass
 class Plan:
-    """The parsed command line of ``run``, with everything a run needs."""
+    """The parsed command line of ``run``, with everything a run needs.
+
+    problem: what is trained; its ε may grow.
+    stated: the same with ε as it is stated, whose threat is that of the run.
+    """
 
     file: ProblemFile
     options: RunOptions
     problem: BilevelProblem
+    stated: BilevelProblem
     solver: Solver
     problem_arguments: dict[str, Any]
     command: list[str]
@@ -51,19 +58,19 @@ class Plan:
             InputError: if the problem does not define one.
         """
         try:
-            return self.problem.threat
+            return self.stated.threat
         except InputError as error:
             raise InputError(f"{self.file.path}: {error}") from None
 
     @property
     def feasible_set(self) -> str | None:
         """The name of the constraint used in training, if it is not the threat."""
-        feasible = getattr(self.problem.lower, "constraint", None)
+        feasible = getattr(self.stated.lower, "constraint", None)
         if feasible is None or Threat.of(feasible).key == Threat.of(self.threat).key:
             return None
         return set_name(feasible)
 
-    def config(self, model: nn.Module, train: ImageSet) -> dict[str, Any]:
+    def config(self, model: nn.Module, train: ImageSet, extra: ImageSet | None = None) -> dict[str, Any]:
         """The content of ``config.json``, sufficient to repeat the run."""
         return {
             "command": self.command,
@@ -78,6 +85,7 @@ class Plan:
             "activation": self.options.activation,
             "parameters": sum(p.numel() for p in model.parameters()),
             "data_sha256": train.sha256(),
+            **({} if extra is None else {"extra_sha256": extra.sha256()}),
             "shape": list(train.shape),
             "classes": train.classes,
             "versions": versions("torchvision", "numpy", "scikit-learn"),
@@ -123,12 +131,33 @@ def understand(args: Sequence[str]) -> Plan:
     given = {name: values[flag.name] for name, flag in of_solver.items() if values[flag.name] is not None}
     if given:
         solver = dataclasses.replace(solver, **given)
-    return Plan(file, options, problem, solver, problem_arguments, [PROG, *args])
+    trained = problem
+    if options.epsilon_warmup:
+        trained = _warming_up(file, problem_arguments, problem, options.epsilon_warmup / options.epochs)
+    return Plan(file, options, trained, problem, solver, problem_arguments, [PROG, *args])
+
+
+def _warming_up(file: ProblemFile, arguments: dict[str, Any], stated: BilevelProblem, share: float) -> BilevelProblem:
+    """The problem with an ε that grows linearly over a share of all updates.
+
+    Raises:
+        InputError: if the problem has no argument ``epsilon``, or does something with it that schedules cannot do.
+    """
+    if not isinstance(arguments.get("epsilon"), float | int):
+        raise InputError(f"--epsilon-warmup is for problems with a number epsilon; {file.path} has none")
+    top = float(arguments["epsilon"])
+    growing = Schedule(lambda step, steps: top * min(1.0, (step + 1) / (share * steps)), by="step")
+    with file.blame("--epsilon-warmup gives it a ba.Schedule as epsilon: "):
+        made = file.make(file.problem, BilevelProblem, **{**arguments, "epsilon": growing})
+    return BilevelProblem(made.upper, made.lower, stated.threat)
 
 
 def _flags(file: ProblemFile, args: Sequence[str]) -> tuple[list[flags.Flag], list[flags.Flag], list[flags.Flag]]:
     """The flags of ``problem(...)``, of ``solver(...)``, and of every run, with defaults from the file's recipe."""
-    recipe = file.recipe(_peek(args, "data") or "digits")
+    data = _peek(args, "data") or "digits"
+    recipe = file.recipe(data)
+    if _peek(args, "recipe") == "modern":
+        recipe = modern(data, recipe, smooths="label_smoothing" in inspect.signature(file.problem).parameters)
     settings = {f.name: getattr(recipe, f.name) for f in dataclasses.fields(recipe) if f.name != "problem"}
     if file.model is not None:
         settings["model"] = "file"

@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from ..batch import Batch
-from ..data import ImageSet, load_data
+from ..data import Images, ImageSet, extra_from_npz, load_data
 from ..errors import InputError
 from ..evaluate import Attack, Threat, attack_from_name, norm_of
 from ..evaluate.threat import check_set
@@ -30,6 +31,7 @@ class Prepared:
 
     model: on the device of the images.
     train, held_out, test: the images.
+    extra: more training images, where there are any.
     attacks: of the final table.
     select: the attack on the held-out images that picks the best epoch.
     threat: the threat model.
@@ -42,6 +44,7 @@ class Prepared:
     attacks: Sequence[Attack]
     select: Attack
     threat: Threat
+    extra: Images | None = None
 
     @property
     def strongest(self) -> Attack:
@@ -61,24 +64,37 @@ def prepare(plan: Plan) -> Prepared:
     attacks = [attack_from_name(name, threat, surrogates=load) for name in dict.fromkeys(options.attacks)]
     select = attack_from_name(options.select, threat, surrogates=load)
     train, held_out, test = _images(plan, device)
+    extra = _extra(plan, train)
     if norm_of(threat) is None:
         with plan.file.blame("the threat cannot be projected onto: "):
             check_set(threat, train[slice(0, 4)].pixels())
     model = _network(plan, train)
     _try_a_step(plan, model, train)
-    return Prepared(model, train, held_out, test, attacks, select, Threat.of(threat))
+    return Prepared(model, train, held_out, test, attacks, select, Threat.of(threat), extra)
 
 
 def _images(plan: Plan, device: torch.device) -> tuple[ImageSet, ImageSet, ImageSet]:
-    """(training, held-out, test) images on the device; a tenth of the training set is held out."""
+    """(training, held-out, test) images on the device."""
     options = plan.options
     train, test = load_data(options.data, options.data_dir, options.download)
     if options.examples is not None:
         train = train.sample(options.examples)
     if options.test_examples is not None:
         test = test.sample(options.test_examples)
-    train, held_out = (part.to(device) for part in train.split(min(0.1, MOST_HELD_OUT / len(train))))
+    if options.held_out >= len(train):
+        raise InputError(f"--held-out is {options.held_out}, and there are {len(train)} training images")
+    share = options.held_out / len(train) if options.held_out else min(0.1, MOST_HELD_OUT / len(train))
+    train, held_out = (part.to(device) for part in train.split(share))
     return train, held_out, test.to(device)
+
+
+def _extra(plan: Plan, train: ImageSet) -> Images | None:
+    """The images of ``--extra``, on the device of the training images."""
+    if plan.options.extra is None:
+        return None
+    if not isinstance(train, Images):
+        raise InputError(f"--extra is for images in memory; {plan.options.data} is streamed from files")
+    return extra_from_npz(Path(plan.options.extra), train).to(train.device)
 
 
 def _network(plan: Plan, train: ImageSet) -> nn.Module:

@@ -45,7 +45,7 @@ def run(args: Sequence[str]) -> int:
     prepared = prepare(plan)
     run_dir = run_directory(plan.options, plan.file.path.stem)
     trainer = _trainer(plan, prepared)
-    config = plan.config(prepared.model, prepared.train)
+    config = plan.config(prepared.model, prepared.train, prepared.extra)
     if plan.options.resume:
         resume(run_dir, config, trainer, prepared.test.device)
     else:
@@ -77,15 +77,17 @@ def _trainer(plan: Plan, prepared: Prepared) -> Trainer:
         prepared.model,
         prepared.train,
         prepared.held_out,
-        options.recipe(),
+        options.training(),
         prepared.select,
         options.seed,
         "float32" if options.precision == "auto" else options.precision,
+        prepared.extra,
     )
 
 
 def _opening(plan: Plan, prepared: Prepared) -> str:
-    sizes = f"{len(prepared.train)} training, {len(prepared.held_out)} held-out, {len(prepared.test)} test images"
+    more = "" if prepared.extra is None else f" (and {len(prepared.extra)} extra)"
+    sizes = f"{len(prepared.train)} training{more}, {len(prepared.held_out)} held-out, {len(prepared.test)} test images"
     size = _size(prepared.threat) + ("" if plan.feasible_set is None else f" (trained in {plan.feasible_set})")
     return (
         f"{plan.file.path.stem} with {type(plan.solver).__name__}, {size}, on {plan.options.data}: "

@@ -82,8 +82,9 @@ def _same_settings(run: RunDir, before: Any, now: dict[str, Any]) -> None:
         raise InputError(f"{run}/config.json is not one of bilevel_at.run; choose another --out") from None
     if file != now["file_sha256"]:
         raise InputError(f"{run} was started with another {before.get('file')}; it has changed since")
-    if before.get("data_sha256") != now["data_sha256"]:
-        raise InputError(f"{run} was started with other training images; the data has changed since")
+    for key, what in (("data_sha256", "training"), ("extra_sha256", "extra")):
+        if before.get(key) != now.get(key):
+            raise InputError(f"{run} was started with other {what} images; the data has changed since")
     for section, saved in settings.items():
         for key in sorted({*saved, *now[section]}):
             old, new = saved.get(key), now[section].get(key)

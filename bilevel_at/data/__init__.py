@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from .loader import Augment, Loader
 from .named import DATA_NAMES, load_data
+from .npz import extra_from_npz
 from .sets import Images, ImageSet
 from .stream import Streamed
 
-__all__ = ["DATA_NAMES", "Augment", "ImageSet", "Images", "Loader", "Streamed", "load_data"]
+__all__ = ["DATA_NAMES", "Augment", "ImageSet", "Images", "Loader", "Streamed", "extra_from_npz", "load_data"]

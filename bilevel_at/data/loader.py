@@ -26,14 +26,25 @@ class Loader:
         None: what is remembered per example stays as it is and does not move with the crop, which is how ATAS treats
         ImageNet, resizing its perturbations only.
     augment="none" is what evaluation sees, for both.
+    extra: more images of the same shape, for images in memory. ``extra_fraction`` of each batch is then drawn from
+        them, without replacement until all were seen, and the rest from ``images``. An epoch has as many batches as
+        without them, so it sees ``1 − extra_fraction`` of ``images``. Extra image i has index ``len(images) + i``.
 
     The order of an epoch and each example's crop depend on ``(seed, epoch)`` and its position in the set alone, so a
     resumed run sees what an unbroken one would have, whatever the number of workers. The global generators are not
-    drawn from. Raises :class:`InputError` for an ``augment`` that the set does not have.
+    drawn from. Raises :class:`InputError` for an ``augment`` that the set does not have, and for extra images beside
+    streamed ones.
     """
 
     def __init__(
-        self, images: ImageSet, batch_size: int, seed: int = 0, augment: Augment = "none", padding: int = 4
+        self,
+        images: ImageSet,
+        batch_size: int,
+        seed: int = 0,
+        augment: Augment = "none",
+        padding: int = 4,
+        extra: Images | None = None,
+        extra_fraction: float = 0.0,
     ) -> None:
         if augment not in get_args(Augment):
             raise InputError(f"augment {augment!r} is not known; choose from {', '.join(get_args(Augment))}")
@@ -42,12 +53,20 @@ class Loader:
         if augment == has_not:
             where = "streamed from files" if streamed else "in memory"
             raise InputError(f"augment {augment!r} is not for images {where}; choose {has!r} or 'none'")
+        if streamed and extra is not None:
+            raise InputError("extra images are for images in memory; these are streamed from files")
         self.images, self.batch_size, self.seed = images, batch_size, seed
+        self.extra, self.extra_fraction = extra, extra_fraction
         self.augment, self.padding = augment, padding
 
     def __len__(self) -> int:
         full, left = divmod(len(self.images), self.batch_size)
         return full + (left > 1 or (left == 1 and full == 0))  # a last one joins the batch before it
+
+    @property
+    def labels(self) -> torch.Tensor:
+        """The label of every index, those of extra images at the end."""
+        return self.images.y if self.extra is None else torch.cat([self.images.y, self.extra.y])
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
         """The batches of epoch ``epoch``."""
@@ -64,16 +83,40 @@ class Loader:
         if self.batch_size > 1 and len(batches) > 1 and len(batches[-1]) == 1:
             # One example has no batch statistics: it joins the batch before it.
             batches[-2:] = [torch.cat(batches[-2:])]
+        if self.extra is not None:
+            batches = self._mixed(batches, order, len(self.extra), generator)
         return batches, generator
+
+    def _mixed(
+        self, batches: list[torch.Tensor], own: torch.Tensor, extra: int, generator: torch.Generator
+    ) -> list[torch.Tensor]:
+        """Batches of the same sizes, of which a share is extra images."""
+        shares = [round(self.extra_fraction * len(batch)) for batch in batches]
+        kept = [len(batch) - share for batch, share in zip(batches, shares, strict=True)]
+        rounds = -(-sum(shares) // extra)  # as many permutations as are needed
+        drawn = [torch.randperm(extra, generator=generator, device=own.device) for _ in range(rounds)]
+        more = torch.cat([own.new_empty(0), *drawn])[: sum(shares)] + len(own)
+        pairs = zip(own[: sum(kept)].split(kept), more.split(shares), strict=True)
+        return [torch.cat(pair) for pair in pairs]
 
     def _in_memory(self, images: Images, epoch: int) -> Iterator[Batch]:
         batches, generator = self._order(epoch, images.device)
         for index in batches:
-            x, view = images[index].pixels(), None
+            x, y = self._examples(images, index)
+            view = None
             if self.augment == "crop-flip":
                 view = CropFlip.draw(len(index), self.padding, generator, images.device)
                 x = view.apply(view.pad(x))
-            yield Batch(x, images.y[index], index, view)
+            yield Batch(x, y, index, view)
+
+    def _examples(self, images: Images, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(pixels, labels) of these indices; own images come before extra ones in a batch."""
+        if self.extra is None:
+            part = images[index]
+            return part.pixels(), part.y
+        own = index < len(images)
+        parts = images[index[own]], self.extra[index[~own] - len(images)]
+        return torch.cat([part.pixels() for part in parts]), torch.cat([part.y for part in parts])
 
     def _streamed(self, images: Streamed, epoch: int) -> Iterator[Batch]:
         batches, _ = self._order(epoch, torch.device("cpu"))

@@ -13,10 +13,11 @@ from torch import Tensor
 from ..errors import InputError
 from .sets import Images
 
-__all__ = ["ARRAYS", "checked", "from_npz"]
+__all__ = ["ARRAYS", "checked", "extra_from_npz", "from_npz"]
 
 MAX_CLASSES = 1_000_000  # a label beyond it is a mistake, and would ask for that many outputs
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
+GENERATED = ("image", "label")  # what published files of generated images call theirs
 
 
 def from_npz(path: Path) -> tuple[Images, Images]:
@@ -26,15 +27,46 @@ def from_npz(path: Path) -> tuple[Images, Images]:
     """
     if not path.is_file():
         raise InputError(f"data file {path} does not exist; --data takes a known name or an .npz file")
+    return checked(str(path), _arrays(path, ARRAYS))
+
+
+def extra_from_npz(path: Path, like: Images) -> Images:
+    """More training images of the same shape and classes as ``like``: ``x_train`` and ``y_train`` of an ``.npz``, or
+    ``image`` and ``label``, as published files of generated images have it.
+
+    Raises:
+        InputError: where the file cannot be read, or its images or labels do not fit.
+    """
+    if not path.is_file():
+        raise InputError(f"--extra {path} does not exist; it is an .npz with x_train and y_train, or image and label")
+    x, y = _arrays(path, ARRAYS[:2], GENERATED).values()
+    arrays = {"x_train": x, "y_train": y}
+    _check_labels(str(path), arrays, "train")
+    pixels = _pixels(str(path), arrays, "train")
+    if pixels.shape[1:] != like.shape:
+        raise InputError(
+            f"--extra {path} has images of {tuple(pixels.shape[1:])}; the training images are {like.shape}"
+        )
+    if y.max() >= like.classes:
+        raise InputError(f"--extra {path} has the label {y.max()}; the training set has labels 0 … {like.classes - 1}")
+    if pixels.dtype != like.x.dtype:
+        raise InputError(f"--extra {path} has {pixels.dtype} images; the training images are {like.x.dtype}")
+    return Images(pixels, torch.from_numpy(y.astype(np.int64)), like.classes)
+
+
+def _arrays(path: Path, *choices: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """The arrays of the first choice of names that the file has; pickled ones are refused."""
+    needs = " or ".join(", ".join(names) for names in choices)
     try:
         archive = np.load(path, allow_pickle=False)
         if isinstance(archive, np.ndarray):
-            raise InputError(f"{path} is a single array; an .npz with {', '.join(ARRAYS)} is needed")
+            raise InputError(f"{path} is a single array; an .npz with {needs} is needed")
         with archive:
-            missing = [key for key in ARRAYS if key not in archive.files]
+            names = next((names for names in choices if set(names) <= set(archive.files)), choices[0])
+            missing = [key for key in names if key not in archive.files]
             if missing:
-                raise InputError(f"{path} has no array {', '.join(missing)}; it needs {', '.join(ARRAYS)}")
-            arrays = {key: archive[key] for key in ARRAYS}
+                raise InputError(f"{path} has no array {', '.join(missing)}; it needs {needs}")
+            return {key: archive[key] for key in names}
     except ValueError as error:
         if isinstance(error, InputError):
             raise
@@ -43,7 +75,6 @@ def from_npz(path: Path) -> tuple[Images, Images]:
         raise InputError(f"{path} cannot be read: {error}") from None
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
         raise InputError(f"{path} is not an .npz file that can be read: {error}") from None
-    return checked(str(path), arrays)
 
 
 def checked(where: str, arrays: dict[str, np.ndarray]) -> tuple[Images, Images]:

@@ -13,7 +13,7 @@ from ..data import ImageSet
 from ..errors import InputError
 from .activations import ACTIVATIONS, ActivationName
 from .imagenet import imagenet_resnet
-from .residual import preact_resnet, resnet
+from .residual import preact_resnet, resnet, small_resnet
 from .small import one_layer_cnn, small_cnn
 from .wide import wide_resnet
 
@@ -56,6 +56,7 @@ class Architecture:
 MODELS = {
     "small_cnn": Architecture(small_cnn, "two convolutions and a hidden layer, for digits and 28×28", scale=False),
     "one_layer_cnn": Architecture(one_layer_cnn, "one convolution of four filters (GradAlign's analysis)", scale=False),
+    "small_resnet": Architecture(small_resnet, "a PreActResNet of three blocks, for CIFAR on a CPU"),
     **{
         f"preact_resnet{depth}": Architecture(partial(preact_resnet, depth), f"PreActResNet-{depth}, CIFAR form")
         for depth in (18, 34, 50)

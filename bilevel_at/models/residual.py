@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .activations import Activation
 
-__all__ = ["preact_resnet", "resnet"]
+__all__ = ["preact_resnet", "resnet", "small_resnet"]
 
 
 def conv3(inside: int, outside: int, stride: int = 1) -> nn.Conv2d:
@@ -99,3 +99,22 @@ def preact_resnet(depth: int, shape: tuple[int, int, int], classes: int, activat
     blocks, features = _stages(PreActBlock, *DEPTHS[depth], activation)
     head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(features, classes)]
     return nn.Sequential(conv3(shape[0], 64), *blocks, *head)
+
+
+def small_resnet(
+    shape: tuple[int, int, int], classes: int, activation: Activation = nn.ReLU, width: int = 29
+) -> nn.Module:
+    """A PreActResNet of three blocks for two CPU cores, 253,000 parameters on CIFAR-10.
+
+    Its first convolution has stride 2 on images of 16×16 or more, which costs a quarter: a forward pass of a 32×32
+    image takes a fiftieth of a PreActResNet-18's operations.
+    """
+    return nn.Sequential(
+        conv3(shape[0], width, 2 if min(shape[1:]) >= 16 else 1),
+        PreActBlock(width, width, 1, False, activation),
+        PreActBlock(width, 2 * width, 2, False, activation),
+        PreActBlock(2 * width, 4 * width, 2, False, activation),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4 * width, classes),
+    )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .. import policy
 from ..batch import Batch
-from ..data import ImageSet, Loader
+from ..data import Images, ImageSet, Loader
 from ..diagnose import gradient_alignment
 from ..errors import BilevelError, InputError
 from ..evaluate import Attack, robust_correct
@@ -41,7 +41,8 @@ class Trainer:
 
     Randomness depends on ``(seed, epoch)`` alone, so a run resumed from :meth:`state_dict` gives the same weights as
     an unbroken one. precision: "float32", or "bfloat16" for autocast; parameters, perturbations and what is remembered
-    are float32 either way. On a GPU the network's memory format is channels_last.
+    are float32 either way. On a GPU the network's memory format is channels_last. extra: more training images, of which
+    the recipe's ``extra_fraction`` of each batch is drawn.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Trainer:
         attack: Attack,
         seed: int = 0,
         precision: str = "float32",
+        extra: Images | None = None,
     ) -> None:
         if precision not in ("float32", "bfloat16"):
             raise InputError(f"precision {precision!r} is not known; choose float32 or bfloat16")
@@ -63,12 +65,14 @@ class Trainer:
         self.precision, self.device = precision, held_out.device
         if self.device.type == "cuda":
             model.to(memory_format=torch.channels_last)
-        self.loader = Loader(train, recipe.batch_size, seed, recipe.augment)
+        self.loader = Loader(
+            train, recipe.batch_size, seed, recipe.augment, extra=extra, extra_fraction=recipe.extra_fraction
+        )
         self.optimizer = torch.optim.SGD(
             model.parameters(), lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay
         )
-        self.recorder = Recorder(train.y, model)
-        self.average = WeightAverage(model, recipe.ema) if recipe.ema else None
+        self.recorder = Recorder(self.loader.labels, model)
+        self.average = WeightAverage(model, recipe) if recipe.averages else None
         self.done = 0
 
     @property
@@ -79,7 +83,7 @@ class Trainer:
     @property
     def evaluated(self) -> nn.Module:
         """The network that is evaluated and kept: the averaged one where the recipe averages."""
-        return self.model if self.average is None else self.average.network
+        return self.model if self.average is None or not self.average.started else self.average.network
 
     def epochs(self) -> Iterator[Epoch]:
         """Train the epochs that are left, yielding each one's measurements."""
@@ -120,12 +124,14 @@ class Trainer:
             examples = sum(len(batch) for batch in group)
             for _ in range(self.recipe.replays):
                 self._follow_schedules(step_number)
+                policy.set_step((self.problem, self.solver), step_number, self.recipe.epochs * self.steps_per_epoch)
                 self.optimizer.zero_grad()
                 for place, batch in enumerate(group, number * self.recipe.accumulate):
                     with self._autocast():
                         step = self.solver.backward(
                             self.problem, self.model, batch, generator, weight=len(batch) / examples
                         )
+                    self._check_coupling(step.losses)
                     ratio = step.implicit_norm / step.direct_norm.clamp(min=1e-30)
                     measured = torch.stack([step.loss.double(), ratio.double(), step.implicit_cosine.double()])
                     means += len(batch) * measured
@@ -135,8 +141,10 @@ class Trainer:
                         self._check(step.loss, epoch)
                 self.optimizer.step()
                 if self.average is not None:
-                    self.average.update(self.model)
+                    self.average.after_update(self.model)
                 step_number += 1
+        if self.average is not None:
+            self.average.after_epoch(self.model, epoch + 1, (batch.x for batch in self.loader.epoch(epoch)))
         self.recorder.close_epoch(self.evaluated)
         loss, ratio_mean, cosine_mean = (means / (len(self.loader.images) * self.recipe.replays)).tolist()
         self._check(means[0], epoch)
@@ -165,6 +173,14 @@ class Trainer:
             half = " or float32" if self.precision == "bfloat16" else ""
             raise BilevelError(
                 f"the loss is {value} in epoch {epoch + 1}; a lower --lr (now {self.recipe.lr:g}){half} may help"
+            )
+
+    def _check_coupling(self, losses: Tensor) -> None:
+        """Refuse to add up parts of a batch whose examples are coupled: the sum is not the loss of the whole."""
+        if losses.ndim == 0 and self.recipe.accumulate > 1:
+            raise InputError(
+                f"--accumulate is {self.recipe.accumulate}, but the upper loss is one number for all of a batch, which "
+                "has no parts to add up; use --accumulate 1"
             )
 
     def _follow_schedules(self, step: int) -> None:

@@ -44,6 +44,24 @@ def test_label_smoothing_is_a_share(smoothing):
         ba.CrossEntropy(smoothing)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.4, 0.95, 1.0])
+def test_label_smoothing_over_the_other_classes_leaves_the_rest_on_the_label(smoothing):
+    model, batch, delta = dense(6, 5, 3), batch_of(4, 6), 0.1 * torch.randn(4, 6, dtype=F64)
+    target = torch.full((4, 3), smoothing / 2, dtype=F64).scatter(1, batch.y[:, None], 1 - smoothing)
+    ours = ba.CrossEntropy(smoothing, over="others")(model, batch, delta)
+    torch.testing.assert_close(ours, -(target * F.log_softmax(model(batch.x + delta), 1)).sum(1))
+
+
+def test_label_smoothing_may_change_by_epoch():
+    model, batch = dense(6, 5, 3), batch_of(4, 6)
+    loss = ba.CrossEntropy(ba.Schedule(lambda epoch, epochs: epoch / epochs))
+    problem = ba.BilevelProblem(ba.UpperProblem(loss), ba.AtAnchor(ba.LinfBall(0.1)))
+    for epoch in range(3):
+        problem.set_epoch(epoch, 4)
+        want = F.cross_entropy(model(batch.x), batch.y, label_smoothing=epoch / 4)
+        torch.testing.assert_close(ZeroIG().hypergradient(problem, model, batch).loss, want.detach())
+
+
 def test_smoothing_of_the_upper_level_trains_on_it():
     model, batch = dense(6, 5, 3), batch_of(4, 6)
     upper = ba.UpperProblem(ba.CrossEntropy(0.2))

@@ -96,7 +96,7 @@ STEPPED = {"lower.attack_loss", "lower.anchor", "lower.anchor.start", "lower.anc
     ("problem", "expected"),
     [
         (fastbat.problem(), {"upper.criterion", *STEPPED}),  # the step is the anchor's and the problem's
-        (trades.problem(), {"lower.attack_loss.loss", *STEPPED}),
+        (trades.problem(), {"upper.criterion", "lower.attack_loss.loss", *STEPPED}),
         (atas.problem(), {"upper.criterion", "lower.attack_loss", "lower.anchor", "lower.anchor.start", "lower.step"}),
         (gradalign.problem(), {"upper.criterion", "upper.attack_loss", "lower.anchor", "lower.step"}),
         (free.problem(), {"upper.criterion", "lower.anchor"}),
@@ -280,3 +280,49 @@ def test_solvers_have_policies_too():
     problem = ba.BilevelProblem(ba.UpperProblem(), ba.Linearized(ATK, ba.LinfBall(0.3), "zero", "taylor", 0.5))
     step = solver.backward(problem, dense(6, 5, 3), batch_of(3, 6))
     assert solver.norms == [step.implicit_norm.item()] and solver.norms[0] > 0
+
+
+# Numbers that depend on time.
+
+
+def ramp(top, share):
+    """``top``, reached linearly after a share of all steps."""
+    return ba.Schedule(lambda step, steps: top * min(1.0, (step + 1) / (share * steps)), by="step")
+
+
+def test_a_schedule_follows_its_own_clock_and_so_do_its_multiples():
+    by_epoch, by_step = ba.Schedule(lambda epoch, epochs: epoch / epochs), ramp(0.4, 0.5)
+    parts = Noting(a=by_epoch, b=by_step, c=3 * by_step, d=by_epoch / 2, e=by_step * 2)
+    for policy in ba.policies(parts).values():
+        policy.set_epoch(1, 4)
+        policy.set_step(2, 20)
+    assert (by_epoch.value, parts.d.value) == (0.25, 0.125)
+    assert (by_step.value, by_step.last) == (pytest.approx(0.12), 0.4)
+    assert (parts.c.value, parts.e.last) == (pytest.approx(0.36), 0.8)
+    with pytest.raises(ba.InputError, match="by is 'batch'; choose from 'epoch', 'step'"):
+        ba.Schedule(lambda step, steps: 1.0, by="batch")
+
+
+@pytest.mark.parametrize("ball", [ba.LinfBall, ba.L2Ball])
+def test_a_radius_may_grow(ball):
+    x, space = torch.full((2, 6), 0.5, dtype=torch.float64), ball(ramp(0.4, 0.5))
+    problem = ba.BilevelProblem(ba.UpperProblem(), ba.AtAnchor(space, ba.Uniform(ramp(0.8, 0.5))), ball(0.4))
+    far = torch.full_like(x, 3.0)
+    for step, radius in ((0, 0.04), (4, 0.2), (9, 0.4), (19, 0.4)):
+        problem.set_step(step, 20)
+        plain = ball(radius)
+        assert space.radius == pytest.approx(radius) and problem.threat.radius == 0.4
+        torch.testing.assert_close(space.project(far, x), plain.project(far, x))
+        torch.testing.assert_close(space.sample(x, seeded(1)), plain.sample(x, seeded(1)))
+        z, _ = problem.lower.anchor.draw(problem.lower, None, ba.Batch(x), seeded(1))
+        torch.testing.assert_close(z, ba.Uniform(2 * radius).fresh(plain, x, seeded(1)))
+    assert space.unbounded().radius == pytest.approx(0.4)
+
+
+def test_a_radius_below_0_is_an_error_when_it_is_reached():
+    space = ba.LinfBall(ba.Schedule(lambda epoch, epochs: 0.1 - 0.1 * epoch))
+    problem = ba.BilevelProblem(ba.UpperProblem(), ba.AtAnchor(space))
+    assert space.radius == 0.1
+    problem.set_epoch(2, 4)
+    with pytest.raises(ba.InputError, match="epsilon is -0.1; it must be a finite number, at least 0"):
+        space.project(torch.zeros(1, 2), torch.zeros(1, 2))

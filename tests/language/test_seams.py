@@ -6,316 +6,18 @@ updates. None of them needs anything of the core that another one does not.
 
 from __future__ import annotations
 
-import copy
-from dataclasses import replace
-
 import pytest
 import torch
-from torch import nn
-from torch.func import functional_call
+from plain_loops import EPS, batches, grad, in_ball, network
 from torch.nn import functional as F
 
 import bilevel_at as ba
+from bilevel_at.problems.fgsm_pgi import Tied
+from bilevel_at.problems.ssat import Shortened
 from bilevel_at.solvers import HessianFreeKKT, ZeroIG
 from bilevel_at.testing import hypergradcheck
 
-EPS, CLASSES = 0.1, 3
-
-
-def network():
-    torch.manual_seed(1)
-    layers = [nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Tanh(), nn.Flatten(), nn.Linear(16, CLASSES)]
-    return nn.Sequential(*layers).double().train()
-
-
-def batches(count, size=5):
-    g = torch.Generator().manual_seed(3)
-    for _ in range(count):
-        index = torch.randperm(8, generator=g)[:size]
-        x = torch.rand((8, 1, 4, 4), generator=torch.Generator().manual_seed(4), dtype=torch.float64)[index]
-        yield ba.Batch(x, index % CLASSES, index)
-
-
-def update(model, gradients, rate=0.1):
-    with torch.no_grad():
-        for p, g in zip(model.parameters(), gradients, strict=True):
-            p -= rate * g
-
-
-def train(problem, solver, model, count=3, generator=None):
-    for batch in batches(count):
-        step = solver.backward(problem, model, batch, generator)
-        update(model, [p.grad for p in model.parameters()])
-        model.zero_grad()
-    return step
-
-
-def grad(value, at):
-    return torch.autograd.grad(value, at, retain_graph=True)[0]
-
-
-def in_ball(delta, x):
-    return torch.clamp(x + delta.clamp(-EPS, EPS), 0, 1) - x
-
-
-def assert_same(model, twin):
-    for (name, a), b in zip(model.state_dict().items(), twin.state_dict().values(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13, msg=lambda text, name=name: f"{name}: {text}")
-
-
-# FGSM-MEP (Jia et al., 2022): a start and a momentum for every example, and one pass at the start for both players.
-
-
-class Smoothed(ba.CrossEntropy):
-    """Targets with 0.6 on the label and the rest shared by the others."""
-
-    def value(self, output, batch):
-        targets = torch.full_like(output, 0.4 / (CLASSES - 1)).scatter(1, batch.y[:, None], 0.6)
-        return -(targets * F.log_softmax(output, 1)).sum(1)
-
-
-class Momentum(ba.Remembered):
-    """What is remembered is a step along the momentum of gradients, not δ*."""
-
-    def __init__(self, ball, step, decay=0.3):
-        super().__init__(ba.Corner(step, clip=False), view=False, clip=False)
-        self.ball, self.step, self.decay, self.momentum = ball, step, decay, ba.SampleMemory()
-
-    def observe(self, step):
-        solution = step.solution
-        gradient = -solution.attack_gradient  # the attack loss is minus the cross-entropy
-        before = self.momentum.read(solution.batch, torch.zeros_like(gradient))
-        momentum = gradient / gradient.abs().sum() + self.decay * before
-        moved = solution.anchor + self.step * momentum.sign()
-        self.memory.write(solution.batch, self.ball.project(moved, solution.batch.x))
-        self.momentum.write(solution.batch, momentum)
-
-
-class Tether(ba.UpperProblem):
-    """The smoothed cross-entropy at δ, and how far the logits there are from those at z."""
-
-    def loss_at(self, model, batch, solution, generator=None):
-        output = model(batch.x + solution.delta)
-        return Smoothed().value(output, batch) + 10 / CLASSES * (output - solution.output).square().sum(1)
-
-
-def test_fgsm_mep_with_its_memory_over_three_batches():
-    model, twin, ball = network(), network(), ba.LinfBall(EPS)
-    anchor = Momentum(ball, EPS)
-    lower = ba.Linearized(ba.minus(Smoothed()), ball, anchor, "sign", EPS, "train", keep_output=True)
-    train(ba.BilevelProblem(Tether(), lower), ZeroIG(), model, 3, torch.Generator().manual_seed(7))
-
-    generator, starts, momenta = torch.Generator().manual_seed(7), {}, {}
-    for batch in batches(3):
-        x, loss = batch.x, Smoothed()
-        corners = EPS * torch.where(torch.rand(x.shape, generator=generator) < 0.5, -1.0, 1.0).double()
-        z = torch.stack([starts.get(int(i), c) for i, c in zip(batch.index, corners, strict=True)]).requires_grad_()
-        reference = twin(x + z)
-        gradient = grad(loss.value(reference, batch).sum(), z)
-        old = torch.stack([momenta.get(int(i), torch.zeros_like(x[0])) for i in batch.index])
-        momentum = gradient / gradient.abs().sum() + 0.3 * old
-        delta = in_ball(z.detach() + EPS * gradient.sign(), x)
-        output = twin(x + delta)
-        mse = (output - reference).square().mean()
-        total = loss.value(output, batch).mean() + 10 * mse
-        update(twin, torch.autograd.grad(total, list(twin.parameters())))
-        for i, start, m in zip(batch.index, in_ball(z.detach() + EPS * momentum.sign(), x), momentum, strict=True):
-            starts[int(i)], momenta[int(i)] = start, m
-    assert_same(model, twin)
-
-
-# NuAT (Sriramanan et al., 2021): an attack that alternates by batch, against a reference in another mode.
-
-
-class Nuclear(ba.CrossEntropy):
-    """Minus the attack's loss: the nuclear norm is in it in every second batch, with a weight that grows."""
-
-    def __init__(self, counter, weight):
-        super().__init__()
-        self.counter, self.weight = counter, weight
-
-    def prepare(self, model, batch, generator):
-        with ba.attack_mode(model, "train"), torch.no_grad():
-            return batch.replace(reference=model(batch.x))
-
-    def value(self, output, batch):
-        total = super().value(output, batch).sum()
-        if self.counter.count % 2:
-            total = total + self.weight.value * torch.linalg.matrix_norm(batch.more["reference"] - output, "nuc")
-        return -total
-
-
-class NuclearUpper(ba.UpperProblem):
-    """The cross-entropy at x, and the nuclear norm of the batch's change: one number."""
-
-    def __init__(self, weight, size):
-        self.weight, self.size = weight, size
-
-    def loss_at(self, model, batch, solution, generator=None):
-        moved, clean = model(batch.x + solution.delta), model(batch.x)
-        change = torch.linalg.matrix_norm(clean - moved, "nuc")
-        return F.cross_entropy(clean, batch.y) + self.weight.value * change / self.size
-
-
-def test_nuat_alternates_and_takes_its_reference_in_train_mode():
-    model, twin = network(), network()
-    counter, weight = ba.Counter(), ba.Schedule(lambda epoch, epochs: 4.5 * epoch / 90)
-    attack = Nuclear(counter, weight)
-    lower = ba.Linearized(attack, ba.LinfBall(EPS), ba.Corner(EPS / 2), "sign", EPS, "eval")
-    problem = ba.BilevelProblem(NuclearUpper(weight, 5), lower)
-    problem.set_epoch(40, 100)
-    assert sum(p is weight for p in ba.policies(problem).values()) == 1  # shared, and told once
-    train(problem, ZeroIG(), model, 3, torch.Generator().manual_seed(7))
-
-    generator, lam = torch.Generator().manual_seed(7), 4.5 * 40 / 90
-    for number, batch in enumerate(batches(3)):
-        x, y = batch.x, batch.y
-        reference = twin(x).detach()
-        corner = EPS / 2 * torch.where(torch.rand(x.shape, generator=generator) < 0.5, -1.0, 1.0).double()
-        z = (torch.clamp(x + corner, 0, 1) - x).requires_grad_()
-        twin.eval()
-        output = twin(x + z)
-        total = F.cross_entropy(output, y, reduction="sum")
-        if number % 2:
-            total = total + lam * torch.linalg.matrix_norm(reference - output, "nuc")
-        delta = in_ball(z.detach() + EPS * grad(total, z).sign(), x)
-        twin.train()
-        moved = twin(x + delta)
-        clean = twin(x)
-        loss = F.cross_entropy(clean, y) + lam * torch.linalg.matrix_norm(clean - moved, "nuc") / 5
-        update(twin, torch.autograd.grad(loss, list(twin.parameters())))
-    assert_same(model, twin)
-
-
-# YOPO (Zhang et al., 2019): a solver of its own, which sums gradients at several points.
-
-
-class YOPO(ba.Solver):
-    """K full passes, each followed by n steps that go through the first layer alone."""
-
-    implicit = False
-
-    def __init__(self, first, passes, steps, size):
-        self.first, self.passes, self.steps, self.size = first, passes, steps, size
-
-    def hypergradient(self, problem, model, batch, anchor=None, generator=None, *, scale=1.0):
-        first, rest = getattr(model, self.first), model[1:]
-        solution = problem.lower.solve(model, batch, anchor, generator)
-        eta, names = solution.delta, dict(model.named_parameters())
-        total = {name: torch.zeros_like(p) for name, p in names.items()}
-        for _ in range(self.passes):
-            hidden = first(batch.x + eta)
-            losses = F.cross_entropy(rest(hidden), batch.y, reduction="none")
-            *gradients, p = torch.autograd.grad(losses.mean() * scale, [*names.values(), hidden])
-            for _ in range(self.steps):
-                eta = eta.detach().requires_grad_()
-                slope = grad((p * first(torch.clamp(batch.x + eta, 0, 1))).sum(), eta)
-                eta = problem.lower.constraint.project(eta.detach() + self.size * slope.sign(), batch.x)
-            last = (p * first(torch.clamp(batch.x + eta, 0, 1))).sum()
-            for name, gradient in zip(names, gradients, strict=True):
-                total[name] += gradient
-            for (name, _), gradient in zip(
-                first.named_parameters(), torch.autograd.grad(last, list(first.parameters())), strict=True
-            ):
-                total[f"{self.first}.{name}"] += gradient
-        v = torch.zeros_like(eta)
-        return ba.Hypergradient(losses.detach(), total, {}, replace(solution, delta=eta), v, scale)
-
-
-def test_yopo_is_a_solver_of_its_own():
-    model, twin = network(), network()
-    lower = ba.AtAnchor(ba.LinfBall(EPS), "uniform")
-    problem = ba.BilevelProblem(ba.UpperProblem(), lower)
-    train(problem, YOPO("0", passes=3, steps=2, size=0.02), model, 2, torch.Generator().manual_seed(7))
-
-    generator = torch.Generator().manual_seed(7)
-    for batch in batches(2):
-        x, y = batch.x, batch.y
-        eta = ba.LinfBall(EPS).sample(x, generator)
-        twin.zero_grad()
-        for _ in range(3):
-            hidden = twin[0](x + eta)
-            hidden.retain_grad()
-            F.cross_entropy(twin[1:](hidden), y).backward()
-            p = hidden.grad.detach()
-            for _ in range(2):
-                eta = eta.detach().requires_grad_()
-                slope = grad((p * twin[0](torch.clamp(x + eta, 0, 1))).sum(), eta)
-                eta = in_ball(eta.detach() + 0.02 * slope.sign(), x)
-            (p * twin[0](torch.clamp(x + eta, 0, 1))).sum().backward()
-        update(twin, [q.grad for q in twin.parameters()])
-    assert_same(model, twin)
-
-
-# AWP (Wu et al., 2020): an upper problem whose weights are moved against the loss first.
-
-
-class Perturbed(ba.UpperProblem):
-    """f(θ + V, δ), V_l = γ ‖W_l‖ G_l/‖G_l‖ with G = ∇_θ f on copies of the buffers; V is a constant."""
-
-    def __init__(self, gamma, moved=None):
-        self.criterion, self.gamma, self.moved = ba.cross_entropy, gamma, moved
-
-    def direction(self, model, batch, delta):
-        weights = {n: p.detach().requires_grad_() for n, p in model.named_parameters() if p.ndim > 1}
-        buffers = {n: b.clone() for n, b in model.named_buffers()}
-        loss = self.criterion(lambda x: functional_call(model, {**weights, **buffers}, (x,)), batch, delta).mean()
-        gradients = torch.autograd.grad(loss, list(weights.values()))
-        return {n: self.gamma * w.norm() * g / g.norm() for (n, w), g in zip(weights.items(), gradients, strict=True)}
-
-    def loss_at(self, model, batch, solution, generator=None):
-        moved = self.moved or self.direction(model, batch, solution.delta.detach())
-        weights = {n: p + moved[n].detach() if n in moved else p for n, p in model.named_parameters()}
-        return self.criterion(lambda x: functional_call(model, weights, (x,)), batch, solution.delta)
-
-
-def fast_at():
-    return ba.Linearized(ba.minus(ba.cross_entropy), ba.LinfBall(EPS), ba.Uniform(EPS), "sign", 1.25 * EPS, "train")
-
-
-def test_awp_is_an_upper_problem():
-    model, twin, gamma = network(), network(), 0.05
-    train(ba.BilevelProblem(Perturbed(gamma), fast_at()), ZeroIG(), model, 3, torch.Generator().manual_seed(7))
-
-    generator = torch.Generator().manual_seed(7)
-    for batch in batches(3):
-        x, y = batch.x, batch.y
-        draw = (2 * torch.rand(x.shape, generator=generator, dtype=x.dtype) - 1) * EPS
-        z = (torch.clamp(x + draw, 0, 1) - x).requires_grad_()
-        delta = in_ball(z.detach() + 1.25 * EPS * grad(F.cross_entropy(twin(x + z), y), z).sign(), x)
-        proxy = copy.deepcopy(twin)
-        gradients = torch.autograd.grad(F.cross_entropy(proxy(x + delta), y), list(proxy.parameters()))
-        moves = [
-            gamma * p.norm() * g / g.norm() if p.ndim > 1 else torch.zeros_like(p)
-            for p, g in zip(proxy.parameters(), gradients, strict=True)
-        ]
-        update(twin, moves, rate=-1)
-        loss = F.cross_entropy(twin(x + delta), y)
-        final = torch.autograd.grad(loss, list(twin.parameters()))
-        update(twin, moves, rate=1)
-        update(twin, final)
-    assert_same(model, twin)
-
-
-def test_awp_without_a_perturbation_is_the_plain_step_bit_for_bit():
-    moved, plain = network(), network()
-    train(ba.BilevelProblem(Perturbed(0.0), fast_at()), ZeroIG(), moved, 2, torch.Generator().manual_seed(7))
-    train(ba.BilevelProblem(ba.UpperProblem(), fast_at()), ZeroIG(), plain, 2, torch.Generator().manual_seed(7))
-    assert all(torch.equal(a, b) for a, b in zip(moved.parameters(), plain.parameters(), strict=True))
-
-
-def test_awp_has_the_jacobian_of_the_attack_at_theta():
-    """v is at θ + V and the cross derivative at θ, with V constant."""
-    model, batch = network().eval(), next(batches(1))
-    model[4].weight.data *= 20
-    lower = ba.Linearized(ba.minus(ba.cross_entropy), ba.LinfBall(0.4, None), "zero", "taylor", 0.3)
-    moved = Perturbed(0.05).direction(model, batch, torch.zeros_like(batch.x))
-    problem = ba.BilevelProblem(Perturbed(0.05, moved), lower)
-    assert HessianFreeKKT().hypergradient(problem, model, batch).implicit_norm > 1e-3
-    assert hypergradcheck(problem, HessianFreeKKT(), model, batch, rtol=1e-6)
-
-
-# Starts that are not clipped, and solutions that have no derivative.
+# Starts that are not clipped, outputs that are shared, and solutions that have no derivative.
 
 
 @pytest.mark.parametrize("start", [ba.Uniform(3 * EPS, clip=False), ba.Corner(3 * EPS, clip=False)])
@@ -332,17 +34,7 @@ def test_starts_that_are_not_clipped_leave_the_range(start):
     torch.testing.assert_close(solution.delta, in_ball(z + EPS * slope.sign(), batch.x))
 
 
-class Shortened(ba.Linearized):
-    """SSAT (Kim et al., 2021): the shortest of three lengths of the perturbation that changes the prediction."""
-
-    def solve_at(self, model, batch, anchor, differentiable):
-        solution = super().solve_at(model, batch, anchor, False)
-        length = torch.ones(len(batch), dtype=solution.delta.dtype)
-        with torch.no_grad():
-            for share in (2 / 3, 1 / 3):
-                wrong = model(batch.x + share * solution.delta).argmax(1) != batch.y
-                length = torch.where(wrong, share, length)
-        return replace(solution, delta=length[:, None, None, None] * solution.delta)
+SMOOTHED = ba.CrossEntropy(0.4, over="others")
 
 
 def test_a_kkt_solver_refuses_a_solution_without_a_derivative():
@@ -355,16 +47,16 @@ def test_a_kkt_solver_refuses_a_solution_without_a_derivative():
 
 
 def test_reading_an_output_that_was_not_kept_is_an_error():
-    lower = ba.Linearized(ba.minus(Smoothed()), ba.LinfBall(EPS), "uniform", "sign", EPS)
+    lower = ba.Linearized(ba.minus(SMOOTHED), ba.LinfBall(EPS), "uniform", "sign", EPS)
     with pytest.raises(ba.InputError, match="keep_output=True"):
-        ZeroIG().hypergradient(ba.BilevelProblem(Tether(), lower), network(), next(batches(1)))
+        ZeroIG().hypergradient(ba.BilevelProblem(Tied(SMOOTHED, 10), lower), network(), next(batches(1)))
 
 
 def test_a_kept_output_and_an_implicit_term_go_together():
     model, batch = network().eval(), next(batches(1))
     model[4].weight.data *= 20
     ball = ba.LinfBall(0.4, None)
-    lower = ba.Linearized(ba.minus(Smoothed()), ball, "zero", "taylor", 0.3, keep_output=True)
-    problem = ba.BilevelProblem(Tether(), lower)
+    lower = ba.Linearized(ba.minus(SMOOTHED), ball, "zero", "taylor", 0.3, keep_output=True)
+    problem = ba.BilevelProblem(Tied(SMOOTHED, 10), lower)
     assert HessianFreeKKT().hypergradient(problem, model, batch).implicit_norm > 1e-3
     assert hypergradcheck(problem, HessianFreeKKT(), model, batch, rtol=1e-6)

@@ -33,6 +33,42 @@ def test_batches_in_memory_are_what_they_were():
         assert (batch.view.top.tolist(), batch.view.left.tolist()) == tuple(offsets.tolist())
 
 
+def coloured(n, start=0):
+    """Images of one pixel that say which one they are."""
+    x = torch.arange(start, start + n, dtype=torch.uint8).reshape(n, 1, 1, 1)
+    return Images(x, torch.arange(start, start + n) % 3, 3)
+
+
+@given(
+    sizes=st.tuples(st.integers(1, 40), st.integers(1, 40), st.integers(1, 9)),
+    fraction=st.sampled_from([0.0, 0.3, 0.5, 0.7, 1.0]),
+    epoch=st.integers(0, 3),
+)
+def test_a_share_of_each_batch_is_extra(sizes, fraction, epoch):
+    n, m, size = sizes
+    own, extra = coloured(n), coloured(m, 100)
+    plain, mixed = Loader(own, size, 3), Loader(own, size, 3, extra=extra, extra_fraction=fraction)
+    seen = list(mixed.epoch(epoch))
+    assert [len(batch) for batch in seen] == [len(batch) for batch in plain.epoch(epoch)]
+    for batch in seen:
+        assert (batch.index >= n).sum() == round(fraction * len(batch))
+        shown = torch.where(batch.index < n, batch.index, batch.index - n + 100)
+        assert torch.equal((255 * batch.x).round().long().flatten(), shown)
+        assert torch.equal(batch.y, mixed.labels[batch.index])
+    index = torch.cat([batch.index for batch in seen])
+    used = index[index >= n].bincount(minlength=n + m)[n:]
+    assert used.max() - used.min() <= 1  # none again before all were seen
+    assert index[index < n].unique().numel() == (index < n).sum()
+    again = torch.cat([batch.index for batch in mixed.epoch(epoch)])
+    assert torch.equal(index, again)
+
+
+def test_no_extra_images_change_nothing():
+    own = coloured(23)
+    for a, b in zip(Loader(own, 4, 1).epoch(2), Loader(own, 4, 1, extra_fraction=0.7).epoch(2), strict=True):
+        assert torch.equal(a.index, b.index)
+
+
 @given(
     shape=st.tuples(st.integers(1, 4), st.sampled_from([1, 3]), st.integers(1, 9), st.integers(1, 9)),
     padding=st.integers(0, 5),

@@ -16,14 +16,20 @@ from bilevel_at.problems import (
     fastat,
     fastbat,
     fgsm,
+    fgsm_pgi,
     free,
     gradalign,
+    liet,
     mart,
     minmax,
+    nfgsm,
     remembered_fastbat,
     sgd_bca,
+    ssat,
     standard,
+    tdat,
     trades,
+    zerograd,
 )
 from bilevel_at.solvers import HessianFreeKKT, ZeroIG
 
@@ -127,6 +133,14 @@ COSTS = {
     "Free-AT, a replay": (free.problem(), ZeroIG(), 1.01),
     "TRADES": (trades.problem(), ZeroIG(), (1 + 20 + 6) / 3 + 0.01),
     "MART": (mart.problem(), ZeroIG(), (20 + 6) / 3 + 0.01),
+    "N-FGSM": (nfgsm.problem(), ZeroIG(), 1.68),
+    "ZeroGrad": (zerograd.problem(), ZeroIG(), 1.68),
+    "MultiGrad": (zerograd.problem(variant="multigrad"), ZeroIG(), 3.01),
+    "SSAT": (ssat.problem(), ZeroIG(), (2 + 2 + 3) / 3 + 0.01),  # if every prediction at a checkpoint is right
+    # with gradients through a pass that the attack shares, whose backward pass to the input is one of its own
+    "FGSM-PGI": (fgsm_pgi.problem(), ZeroIG(), (2 + 3 + 2) / 3 + 0.01),
+    "TDAT": (tdat.problem(), ZeroIG(), (2 + 3 + 2) / 3 + 0.01),
+    "LIET": (liet.problem(), ZeroIG(), (2 + 3 + 2) / 3 + 0.01),
 }
 
 
@@ -134,10 +148,15 @@ COSTS = {
 def test_a_step_costs_its_passes(method):
     """Floating-point operations of a PreActResNet-18 step, as a multiple of a standard training step."""
     torch.manual_seed(0)
-    model = build_model("preact_resnet18", (3, 32, 32), 10).train()
-    batch = ba.Batch(torch.rand(2, 3, 32, 32), torch.tensor([3, 7]), torch.arange(2))
+    model = build_model("preact_resnet18", (3, 32, 32), 10)
+    x = torch.rand(2, 3, 32, 32)
+    # Labels that the network predicts, so that SSAT makes every pass that it may have to make.
+    batch = ba.Batch(x, model.eval()(x).argmax(1), torch.arange(2))
+    model.train()
     base = flops(standard.problem(), ZeroIG(), model, batch)
     problem, solver, limit = COSTS[method]
+    if method == "LIET":
+        solver.backward(problem, model, batch)  # which sees the grey images too, as every 20th step does
     multiple = flops(problem, solver, model, batch) / base
     print(f"{method}: {multiple:.3f} × a standard step")
     assert multiple <= limit

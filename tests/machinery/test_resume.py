@@ -44,7 +44,10 @@ def test_the_seed_decides_everything():
     assert same(weights("a"), weights("b")) and not same(weights("a"), weights("c"))
 
 
-@pytest.mark.parametrize("problem", fast(["fastbat", "atas", "asgd_bca", "free"], ["fastbat", "atas"]))
+STATEFUL = ["fastbat", "atas", "asgd_bca", "free", "fgsm_pgi", "tdat", "liet"]
+
+
+@pytest.mark.parametrize("problem", fast(STATEFUL, ["fastbat", "atas"]))
 def test_a_resumed_run_is_the_unbroken_one(problem, monkeypatch):
     args = [f"problems/{problem}.py", "--epochs", "3", *SHORT[2:], "--ema", "0.9"]
     run(*args, "--out", "whole")
@@ -144,3 +147,30 @@ def test_a_line_that_was_being_written_is_forgotten():
     Path("out/metrics.jsonl").write_text(whole + '{"epoch": 2, "lo')
     run(*args, "--resume")
     assert Path("out/metrics.jsonl").read_text() == whole
+
+
+def test_a_run_with_every_part_of_the_recipe_is_resumed(monkeypatch):
+    """Extra images, an ε that grows, an equal average with its own statistics, one cycle."""
+    args = ["problems/atas.py", "--data", npz(), "--extra", npz("extra.npz", x_test=None, y_test=None), "--epochs", "3"]
+    args += ["--extra-fraction", "0.4", "--epsilon-warmup", "2", "--average-from", "2", "--reestimate"]
+    args += ["--schedule", "one-cycle", "--peak-momentum", "0.85", "--held-out", "12", "--model", "small_resnet"]
+    args += ["--label-smoothing", "0.3", "--batch-size", "10", *SHORT[4:]]
+    run(*args, "--out", "whole")
+    epoch = Trainer.train_epoch
+
+    def interrupted(self, number):
+        if number == 2:
+            raise KeyboardInterrupt
+        return epoch(self, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_epoch", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(*args, "--out", "halves")
+    run(*args, "--out", "halves", "--resume")
+    assert same(weights("whole"), weights("halves"))
+    averages = [torch.load(Path(out) / "last.pt", weights_only=True)["average"] for out in ("whole", "halves")]
+    assert same(*averages) and not same(averages[0], weights("whole"))
+    npz("extra.npz", y_train=np.arange(60) % 2, x_test=None, y_test=None)
+    says = complaint(*args, "--out", "halves", "--resume")
+    assert says == "halves was started with other extra images; the data has changed since"

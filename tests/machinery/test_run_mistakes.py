@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("elsewhere")
         (["0.1"], "'0.1' is one argument too many"),
         (["--solver", "newton"], "invalid choice 'newton' for argument '--solver'. Expected one of ("),
         (["--damping", "-1"], "damping is -1; it must be a finite number, at least 0"),
-        (["--model", "resnet"], "model 'resnet' is not known; choose from small_cnn, one_layer_cnn, preact_resnet18"),
+        (["--model", "resnet"], "model 'resnet' is not known; choose from small_cnn, one_layer_cnn, small_resnet"),
         (["--model", "file"], "defines no model(shape, classes)"),
         (["--data", "mnist"], "data 'mnist' is not known; choose from digits"),
         (
@@ -43,6 +43,12 @@ pytestmark = pytest.mark.usefixtures("elsewhere")
         (["--epochs", "0"], "--epochs is 0; it must be a whole number, at least 1"),
         (["--accumulate", "0"], "--accumulate is 0; it must be a whole number, at least 1"),
         (["--ema", "1"], "--ema is 1; the decay of an average is at least 0 and below 1"),
+        (["--epsilon-warmup", "31"], "--epsilon-warmup is 31, and there are 30 epochs"),
+        (["--extra-fraction", "1.5"], "--extra-fraction is 1.5; it must be from 0 to 1"),
+        (["--extra", "none.npz"], "--extra none.npz does not exist; it is an .npz with x_train and y_train"),
+        (["--held-out", "5000"], "--held-out is 5000, and there are 1437 training images"),
+        (["--label-smoothing", "2"], "label_smoothing is 2.0; it must be from 0 to 1"),
+        (["--recipe", "best"], "invalid choice 'best' for argument '--recipe'"),
         (["--dropout", "0.3"], "model small_cnn has no dropout; the wide residual networks do"),
         (["--augment", "resized-crop-flip"], "augment 'resized-crop-flip' is not for images in memory"),
         (["--schedule", "multistep"], "--schedule multistep needs --milestones"),
@@ -88,6 +94,39 @@ def bad_npz():
 @pytest.mark.parametrize(("changes", "says"), [pytest.param(c, s, id=i) for i, c, s in bad_npz()])
 def test_bad_data_files(changes, says):
     assert says in complaint("problems/fastat.py", "--data", npz(**changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (
+            {"x_train": np.zeros((60, 9, 9, 3), np.uint8)},
+            "has images of (3, 9, 9); the training images are (3, 8, 8)",
+        ),
+        ({"y_train": np.arange(60) % 7}, "has the label 6; the training set has labels 0 … 2"),
+        ({"y_train": None}, "has no array y_train; it needs x_train, y_train or image, label"),
+        ({"y_train": np.arange(60) / 2}, "y_train is float64 of shape (60,); labels are a vector of integers"),
+        (
+            {"x_train": np.zeros((60, 8, 8, 3), np.float32)},
+            "has torch.float32 images; the training images are torch.ui",
+        ),
+        ({"y_train": np.array([{}] * 60, dtype=object)}, "holds pickled objects, which are never loaded"),
+    ],
+)
+def test_extra_images_that_do_not_fit(changes, says):
+    extra = npz("extra.npz", x_test=None, y_test=None, **changes)
+    assert says in complaint("problems/fastat.py", "--data", npz(), "--extra", extra)
+
+
+def test_a_radius_that_cannot_grow():
+    Path("fixed.py").write_text("from bilevel_at.problems import fastat\ndef problem(): return fastat.problem(0.1)\n")
+    says = complaint("fixed.py", "--epsilon-warmup", "2")
+    assert says == "--epsilon-warmup is for problems with a number epsilon; fixed.py has none"
+    Path("halved.py").write_text(
+        "from bilevel_at.problems import fgsm\ndef problem(epsilon: float = 1): return fgsm.problem(min(epsilon, 1))\n"
+    )
+    says = complaint("halved.py", "--epsilon-warmup", "2")
+    assert says.startswith("halved.py, line 2: ") and "TypeError: '<' not supported" in says
 
 
 def test_files_that_are_no_npz():

@@ -34,6 +34,30 @@ def test_the_published_cycle_is_that_of_cyclic_lr(epochs, per_epoch):
         assert 0.8 <= momentum_at(recipe, step, per_epoch) <= 0.9
 
 
+@pytest.mark.parametrize("schedule", ["one-cycle", "one-cycle-by-epoch"])
+@pytest.mark.parametrize(("epochs", "per_epoch"), [(10, 3), (30, 5), (100, 2)])
+def test_one_cycle_is_that_of_torch(schedule, epochs, per_epoch):
+    """OneCycleLR with its default arguments, which moves the momentum 0.95 → 0.85 → 0.95; an update or an epoch."""
+    recipe = Recipe(epochs=epochs, lr=0.1, schedule=schedule, momentum=0.95, peak_momentum=0.85)
+    optimizer, by_update = sgd(recipe), schedule == "one-cycle"
+    total = epochs * per_epoch if by_update else epochs
+    cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=total)
+    for step in range(epochs * per_epoch):
+        (group,) = optimizer.param_groups
+        assert rate_at(recipe, step, per_epoch) == pytest.approx(group["lr"])
+        assert momentum_at(recipe, step, per_epoch) == pytest.approx(group["momentum"])
+        optimizer.step()
+        if (by_update or (step + 1) % per_epoch == 0) and step + 1 < epochs * per_epoch:
+            cycle.step()
+
+
+def test_the_shortest_cycles_have_a_rate():
+    for epochs, schedule in ((1, "one-cycle"), (1, "one-cycle-by-epoch"), (2, "one-cycle"), (3, "one-cycle-by-epoch")):
+        recipe = Recipe(epochs=epochs, lr=0.1, schedule=schedule, peak_momentum=0.8)
+        for step in range(epochs):
+            assert 0 < rate_at(recipe, step, 1) <= 0.1 and 0.8 <= momentum_at(recipe, step, 1) <= 0.9
+
+
 def test_multistep_is_that_of_torch():
     recipe = Recipe(epochs=6, lr=0.3, schedule="multistep", milestones=(2, 5))
     optimizer = sgd(recipe)
@@ -57,10 +81,10 @@ def test_momentum_is_constant_without_a_peak_or_another_schedule():
 
 def test_the_momentum_is_a_flag():
     fastat = ["problems/fastat.py", "--data", "cifar10"]
-    assert understand(fastat).options.recipe().peak_momentum == 0.8
-    assert understand([*fastat, "--peak-momentum", "0.9"]).options.recipe().peak_momentum == 0.9
-    assert understand([*fastat, "--peak-momentum", "None"]).options.recipe().peak_momentum is None
-    assert understand(["problems/fastat.py"]).options.recipe().peak_momentum is None
+    assert understand(fastat).options.training().peak_momentum == 0.8
+    assert understand([*fastat, "--peak-momentum", "0.9"]).options.training().peak_momentum == 0.9
+    assert understand([*fastat, "--peak-momentum", "None"]).options.training().peak_momentum is None
+    assert understand(["problems/fastat.py"]).options.training().peak_momentum is None
 
 
 def test_the_trainer_follows_both():

@@ -127,6 +127,71 @@ def test_the_moving_average_is_the_recursion(decay):
     assert_moved(trainer.evaluated, model)
 
 
+def with_batch_norm():
+    torch.manual_seed(0)
+    layers = [torch.nn.Flatten(), torch.nn.Linear(9, 10), torch.nn.BatchNorm1d(10), torch.nn.ReLU()]
+    return torch.nn.Sequential(*layers, torch.nn.Linear(10, 3)).double()
+
+
+def test_the_equal_average_is_the_mean_of_the_epochs_ends():
+    recipe = replace(PLAIN, epochs=4, average_from=2)
+    model, data = dense_network(), images()
+    trainer = Trainer(standard.problem(), ZeroIG(), model, data, data, recipe, attack_from_name("clean", 0.1), 4)
+    ends = []
+    for epoch in trainer.epochs():
+        if epoch.epoch == 1:
+            assert trainer.evaluated is model and "average" not in trainer.state_dict()
+        ends.append([p.detach().clone() for p in model.parameters()])
+    means = [torch.stack(parts).mean(0) for parts in zip(*ends[1:], strict=True)]
+    for got, want in zip(trainer.evaluated.parameters(), means, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14)
+    fresh = Trainer(standard.problem(), ZeroIG(), dense_network(), data, data, recipe, trainer.attack, 4)
+    fresh.load_state_dict(trainer.state_dict())
+    assert_same(fresh.evaluated, trainer.evaluated)
+
+
+@pytest.mark.parametrize("how", [{"ema": 0.7}, {"average_from": 1}])
+def test_statistics_of_averaged_weights_are_those_of_the_training_images(how):
+    """Their mean and variance over the batches of the epoch, each batch weighing the same, as ``update_bn`` has it."""
+    model = with_batch_norm()
+    trainer = trained(fgsm.problem(0.1), replace(PLAIN, **how, reestimate=True), model, epochs=2)
+    network = trainer.evaluated
+    assert network is not model
+    batches = [network[1](batch.x.flatten(1)) for batch in Loader(images(), 8, seed=4).epoch(1)]
+    mean = torch.stack([b.mean(0) for b in batches]).mean(0)
+    variance = torch.stack([b.var(0) for b in batches]).mean(0)
+    torch.testing.assert_close(network[2].running_mean, mean)
+    torch.testing.assert_close(network[2].running_var, variance)
+    averaged = trained(fgsm.problem(0.1), replace(PLAIN, **how), with_batch_norm(), epochs=2).evaluated
+    assert not torch.allclose(averaged[2].running_mean, mean)
+    for got, want in zip(network.parameters(), averaged.parameters(), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_averages_that_contradict_each_other():
+    for recipe, says in (
+        ({"ema": 0.9, "average_from": 2}, "--ema is 0.9 and --average-from 2; one of them must be 0"),
+        ({"reestimate": True}, "--reestimate is for averaged weights"),
+        ({"average_from": 9, "epochs": 3}, "--average-from is 9, and there are 3 epochs"),
+        ({"average_from": -1}, "--average-from is -1; it must be a whole number, at least 0"),
+    ):
+        with pytest.raises(ba.InputError, match=says):
+            Recipe(**recipe)
+
+
+def test_policies_are_told_every_update():
+    seen, data = [], images(22)
+
+    class Noting(ZeroIG):
+        def set_step(self, step, steps):
+            seen.append((step, steps))
+
+    recipe = Recipe(epochs=2, batch_size=4, accumulate=2)
+    trainer = Trainer(fgsm.problem(0.1), Noting(), dense_network(), data, data, recipe, attack_from_name("clean", 0.1))
+    list(trainer.epochs())
+    assert seen == [(step, 6) for step in range(6)]
+
+
 def lines(robust, train, perturbation=0.03):
     return [
         {"epoch": i + 1, "robust": r, "train": t, "perturbation": perturbation, "attack": "pgd-10"}
