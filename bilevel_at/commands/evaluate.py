@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -17,16 +16,20 @@ from rich.table import Table
 from ..constraints import Constraint
 from ..data import ImageSet
 from ..errors import InputError
+from ..evaluate.active import checks_asked
 from ..evaluate.attacks import ATTACKS, Attack
 from ..evaluate.evaluation import attacks_at
 from ..evaluate.result import Finding, Score, result_name
 from ..evaluate.robust import Trace
 from ..evaluate.threat import SEEN, Threat, ball, check_set, norm_of
+from ..runs.commands import remember_command
 from ..runs.doubts import record_checks
-from ..runs.evaluations import Store, remember_command
+from ..runs.evaluations import Store
+from ..runs.headline import WorstCase
 from ..runs.named_files import NamedFiles
 from . import flags
 from .device import resolve_device
+from .headline import caption
 from .options import EvaluateOptions
 from .target import Target, find_target
 
@@ -135,7 +138,7 @@ class Job:
         self.usual = target.threat or Threat("linf")
         self.data = images.sha256()[:16]
         self.said: dict[str, list[Finding]] = {}
-        self.unions: dict[str, float] = {}
+        self.worst: dict[str, WorstCase] = {}
 
     def evaluate(self, name: str) -> dict[str, Score]:
         """Evaluate one network under every attack, with a progress bar of the robust accuracy so far; then check it."""
@@ -149,6 +152,7 @@ class Job:
             seed=self.options.seed,
             batch_size=self.options.batch_size,
             data=self.data,
+            twins=list(self.said),
         )
         columns = (
             TextColumn("{task.description}"),
@@ -162,25 +166,30 @@ class Job:
                 bar = bars.add_task(escape(f"{name}: {attack.name}"), total=None, said="")
                 key, score = store.score(attack, functools.partial(_show, bars, bar, name), self.options.again)
                 bars.remove_task(bar)
-                line = f"{name}  {key}  {score.accuracy:.1%}  ({score.seconds:.1f} s)"
+                took = f"the weights of {store.copied[key]}" if key in store.copied else f"{score.seconds:.1f} s"
+                line = f"{name}  {key}  {score.accuracy:.1%}  ({took})"
                 self.console.print(line, highlight=False, markup=False)
                 scores[key] = score
             bar = bars.add_task(f"{name}: checks", total=None, said="")
             checked = self._checked()
             other = bool(self.spaces) and norm_of(checked) not in (None, self.usual.norm)
+            passive, active = checks_asked(self.options.checks)
+            key = f"{name}-{norm_of(checked)}" if other else name
             self.said[name] = record_checks(
                 self.target.run,
                 store,
                 self.images,
                 checked,
-                self.options.checks,
-                key=f"{name}-{norm_of(checked)}" if other else name,
+                passive,
+                active=active,
+                attacks=self.attacks,
+                key=key,
                 again=self.options.again,
                 progress=lambda what: bars.update(bar, said=what),
             )
-        here = [t.correct for key, t in store.traces.items() if store.is_in(key, self.usual)]
-        if len(here) > 1:
-            self.unions[name] = torch.stack(here).all(0).float().mean().item()
+        worst = store.worst_case()
+        if worst is not None:
+            self.worst[name] = worst
         return scores
 
     def _checked(self) -> Constraint:
@@ -193,7 +202,7 @@ class Job:
         return ball(self.usual.norm or "linf", 0.0) if largest is None else self.spaces[largest[1]]
 
     def tables(self, scores: dict[str, dict[str, Score]]) -> list[Table]:
-        """One table per threat, attacks by networks, in %. The table of the run's threat has the worst case, too."""
+        """One table per threat, attacks by networks, in %. In the run's threat the worst case of all comes first."""
         asked = [Threat.of(space) for space in self.spaces]
         threats: list[Threat | None] = [*{threat.key: threat for threat in asked}.values()]
         keys = {result_name(attack, self.usual): attack.threat for attack in self.attacks}
@@ -205,16 +214,18 @@ class Job:
             table.add_column("attack")
             for name in scores:
                 table.add_column(name.replace("_", " "), justify="right")
+            headlines = self.worst if threat is not None and threat.key == self.usual.key else {}
+            if headlines:
+                shares = (f"{headlines[name].accuracy:.1%}" if name in headlines else "" for name in scores)
+                table.add_row("worst case of all", *shares)
+                table.add_section()
+                table.caption = escape(caption(headlines))
             for key in dict.fromkeys(key for row in scores.values() for key in row):
                 own = keys.get(key.partition("[n=")[0])
                 if own is not None and threat is not None and own.key != threat.key:
                     continue
                 cells = (f"{row[key].accuracy:.1%}" if key in row else "" for row in scores.values())
                 table.add_row(escape(key), *cells)
-            if self.unions and threat is not None and threat.key == self.usual.key:
-                table.add_section()
-                shares = (f"{self.unions[name]:.1%}" if name in self.unions else "" for name in scores)
-                table.add_row("all together", *shares)
             tables.append(table)
         return tables
 

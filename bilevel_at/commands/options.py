@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..errors import InputError
+from ..evaluate.active import checks_asked
 from ..models import ActivationName
 from ..runs.networks import Which
 from ..runs.recipe import Recipe
@@ -83,7 +84,8 @@ class EvaluateOptions:
     norm: linf or l2; that of the run's threat if not given.
     which: checkpoints of the run; all that it has if not given.
     examples: attack this many test examples only.
-    checks: examples that the checks for masked gradients look at; 0 for none.
+    checks: examples that the checks for masked gradients look at, 0 for none; active, or active:50, tests each
+        attack on adversarial examples that are planted.
     data: the run's own if not given.
     data_dir: the run's own if not given.
     download: fetch a named data set that is not there.
@@ -104,7 +106,7 @@ class EvaluateOptions:
     norm: Literal["linf", "l2"] | None = None
     which: tuple[Which, ...] = ()
     examples: int | None = None
-    checks: int = 100
+    checks: tuple[str, ...] = ("100",)
     data: str | None = None
     data_dir: str | None = None
     download: bool = True
@@ -120,9 +122,10 @@ class EvaluateOptions:
     again: bool = False
 
     def __post_init__(self) -> None:
-        for name, least in (("examples", 1), ("checks", 0), ("batch_size", 1)):
+        for name, least in (("examples", 1), ("batch_size", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise InputError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
+        checks_asked(self.checks)
         if not 0 <= self.seed < 2**32:
             raise InputError(f"--seed is {self.seed}; it must be at least 0 and below 2**32")

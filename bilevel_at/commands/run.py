@@ -22,9 +22,11 @@ from ..evaluate import Score, Threat
 from ..runs.checkpoints import weights
 from ..runs.directory import CHECKPOINTS, RunDir
 from ..runs.evaluations import Store
+from ..runs.headline import WorstCase
 from ..runs.keeper import Keeper
 from ..runs.metrics import Epoch, catastrophic_overfitting, rank
 from ..train import Trainer
+from .headline import caption
 from .plan import Plan, understand
 from .prepare import Prepared, prepare
 from .start import begin, resume, run_directory
@@ -51,14 +53,14 @@ def run(args: Sequence[str]) -> int:
     console.print(_opening(plan, prepared), highlight=False, markup=False)
     try:
         _train(trainer, run_dir, console)
-        scores = _evaluate(trainer, run_dir, prepared, console)
+        scores, worst = _evaluate(trainer, run_dir, prepared, console)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(_how_to_go_on(plan, run_dir, trainer)) from None
     except BilevelError as error:
         where = f"(epoch {trainer.done + 1}; what was done is in {run_dir})"
         raise BilevelError(f"{error} {where}", error.samples) from error
     _draw(plan, prepared, run_dir)
-    _close(scores, prepared, plan.file.path, run_dir, console)
+    _close(scores, worst, prepared, plan.file.path, run_dir, console)
     return 0
 
 
@@ -118,14 +120,20 @@ def _measured(epoch: Epoch) -> str:
     return f"loss {epoch.loss:.3f}  held-out clean {epoch.clean:.1%}  {epoch.attack} {epoch.robust:.1%}"
 
 
-def _evaluate(trainer: Trainer, run: RunDir, prepared: Prepared, console: Console) -> dict[str, dict[str, Score]]:
+def _evaluate(
+    trainer: Trainer, run: RunDir, prepared: Prepared, console: Console
+) -> tuple[dict[str, dict[str, Score]], dict[str, WorstCase]]:
     """Best and last epoch (and the last good one) on the test set, into ``results.json``, which grows with each attack.
 
-    Stored results of the same attack on the same images are reused.
+    Stored results of the same attack on the same images are reused. Epochs of the same weights are attacked once.
+
+    Returns:
+        The scores, and the worst case of all attacks, by epoch.
     """
     test = prepared.test
     data = test.sha256()[:16]
     scores: dict[str, dict[str, Score]] = {}
+    worst: dict[str, WorstCase] = {}
     with console.status("evaluating") as status:
         for which in CHECKPOINTS:
             if which == "last_good" and catastrophic_overfitting(run.metrics()) is None:
@@ -137,7 +145,9 @@ def _evaluate(trainer: Trainer, run: RunDir, prepared: Prepared, console: Consol
             for attack in prepared.attacks:
                 status.update(f"{which} epoch: {attack.name}")
                 scores[which][attack.name] = store.score(attack)[1]
-    return scores
+            if (headline := store.worst_case()) is not None:
+                worst[which] = headline
+    return scores, worst
 
 
 def _how_to_go_on(plan: Plan, run: RunDir, trainer: Trainer) -> str:
@@ -156,7 +166,14 @@ def _draw(plan: Plan, prepared: Prepared, run: RunDir) -> None:
     figures.examples(prepared.model, prepared.test, prepared.strongest, run.examples)
 
 
-def _close(scores: dict[str, dict[str, Score]], prepared: Prepared, file: Path, run: RunDir, console: Console) -> None:
+def _close(
+    scores: dict[str, dict[str, Score]],
+    worst: dict[str, WorstCase],
+    prepared: Prepared,
+    file: Path,
+    run: RunDir,
+    console: Console,
+) -> None:
     """Print the table, catastrophic overfitting if it occurred, and the paths of the files."""
     metrics = run.metrics()
     collapse = catastrophic_overfitting(metrics)
@@ -165,7 +182,7 @@ def _close(scores: dict[str, dict[str, Score]], prepared: Prepared, file: Path, 
         "last": metrics[-1]["epoch"],
         "last_good": collapse.last_good if collapse else 0,
     }
-    console.print(_table(scores, epochs, prepared.test, prepared.threat))
+    console.print(_table(scores, worst, epochs, prepared.test, prepared.threat))
     if collapse:
         console.print(str(collapse), highlight=False)
     more = "--attacks autoattack" if prepared.threat.norm else f"--attacks pgd-100-20 --problem-file {file}"
@@ -178,13 +195,24 @@ def _close(scores: dict[str, dict[str, Score]], prepared: Prepared, file: Path, 
     )
 
 
-def _table(scores: dict[str, dict[str, Score]], epochs: dict[str, int], test: ImageSet, threat: Threat) -> Table:
+def _table(
+    scores: dict[str, dict[str, Score]],
+    worst: dict[str, WorstCase],
+    epochs: dict[str, int],
+    test: ImageSet,
+    threat: Threat,
+) -> Table:
     where = f"at {_size(threat)}" if threat.is_ball else f"in {threat.name}"
     title = f"test accuracy {where} ({len(test)} images)"
     table = Table(title=escape(title), min_width=len(title) + 2)
     table.add_column("epoch")
+    if worst:
+        table.add_column("worst case", justify="right")
+        table.caption = escape(caption(worst))
     for name in scores["best"]:
         table.add_column(name, justify="right")
     for which, row in scores.items():
-        table.add_row(f"{which.replace('_', ' ')} ({epochs[which]})", *(f"{s.accuracy:.1%}" for s in row.values()))
+        headline = [f"{worst[which].accuracy:.1%}" if which in worst else ""] if worst else []
+        cells = [*headline, *(f"{score.accuracy:.1%}" for score in row.values())]
+        table.add_row(f"{which.replace('_', ' ')} ({epochs[which]})", *cells)
     return table

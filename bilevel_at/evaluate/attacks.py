@@ -1,4 +1,4 @@
-"""Attacks, by their usual names: ``clean fgsm pgd-50-10 beta-30 apgd-t square autoattack``."""
+"""Attacks, by their usual names: ``clean fgsm pgd-50-10 beta-30 nearest-40-3-2 apgd-t square autoattack``."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from ..losses import cross_entropy, minus
 from ..lower import Linearized
 from ..problem import LowerProblem
 from .ensemble import COMPONENTS, VERSIONS, Component
+from .nearest import Nearest
 from .stages import Descent, Margins, NormalizedSteps, OnSurrogate, Scaled, Stage
 from .threat import Norm, Threat, ball, can_sample, norm_of, set_name
 
@@ -29,6 +30,7 @@ ATTACKS = {
     "fgsm": "one step of length ε from 0",
     "pgd-K-R": "K steps of ε/4 from each of R random starts; pgd-K-R-any counts every step, not only the last",
     "beta-K-R": "the margin of every class, K steps, R starts; beta-K-topN: the nearest N first; beta-K-adam",
+    "nearest-K-N-R": "PGD, then the N nearest classes by margin over gradient, K steps each, R times: nearest-40-3-2",
     "apgd-ce, apgd-dlr, apgd-t, fab, fab-t": "AutoAttack's own parts, by their names there",
     "square": "5,000 queries without any gradient: the check on gradient masking",
     "autoattack": "apgd-ce, apgd-t, fab-t, square, each on what is left; and autoattack-plus, autoattack-rand",
@@ -121,7 +123,7 @@ def attack_from_name(
     (``Constraint.steepest``). PGD's step is a quarter of the radius. BETA (Robey et al., 2023, Algorithm 1) takes K
     steps in total for each class, of RMSprop or, outside ℓ∞, along the gradient. Its rates fall from ε/2 to 0; every
     step counts. With ten steps or more in ℓ∞, they are divided into five short descents and a longer one from the best
-    result (:class:`Margins`).
+    result (:class:`Margins`). ``nearest-K-N-R`` is :class:`~bilevel_at.evaluate.nearest.Nearest`.
 
     A user-defined constraint needs only ``project``. Without ``reach`` or ``radius``, its size is measured once per
     batch (:func:`~bilevel_at.evaluate.threat.measured_reach`); without ``steepest``, steps go along the gradient;
@@ -187,11 +189,15 @@ def _of_reach(name: str, constraint: Constraint, reach: float) -> list[Stage]:
             for i in range(restarts)
             for group in groups
         ]
-    known = ["fgsm", "pgd-50-10", "beta-30", *COMPONENTS, *VERSIONS]
+    if match := re.fullmatch(r"nearest-([1-9]\d*)-([1-9]\d*)(?:-([1-9]\d*))?", name):
+        steps, nearest, restarts = int(match[1]), int(match[2]), int(match[3] or 1)
+        return [Nearest(constraint, steps, nearest, reach or 1.0, i, start) for i in range(restarts)]
+    known = ["fgsm", "pgd-50-10", "beta-30", "nearest-40-3-2", *COMPONENTS, *VERSIONS]
     close = difflib.get_close_matches(name, known, 1)
     raise InputError(
         f"attack {name!r} is not known; attacks are clean, fgsm, pgd-STEPS-RESTARTS such as pgd-50-10, beta-STEPS, "
-        f"{', '.join([*COMPONENTS, *VERSIONS])} and transfer:RUN{f'; did you mean {close[0]}?' if close else ''}"
+        f"nearest-STEPS-CLASSES such as nearest-40-3-2, {', '.join([*COMPONENTS, *VERSIONS])} and transfer:RUN"
+        f"{f'; did you mean {close[0]}?' if close else ''}"
     )
 
 

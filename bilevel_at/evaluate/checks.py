@@ -22,6 +22,7 @@ from ..losses import cross_entropy, input_gradient
 from ..modes import Mode, attack_mode
 from .attacks import Attack, attack_from_name
 from .ensemble import Component
+from .nearest import Nearest
 from .result import Finding
 from .robust import Trace, attacked
 from .stages import Descent, Margins, Scaled, Stage
@@ -210,8 +211,8 @@ def compare_traces(traces: Mapping[str, Trace], attacks: Mapping[str, Attack]) -
     Returns:
         ``square-after-all``, the share of images that AutoAttack's square breaks after the parts with a gradient;
         ``black-box-after-all``, the share that the square attack or transfers break and no gradient attack does.
-        Gradient attacks count from 20 steps of PGD or 10 of BETA, and so do AutoAttack's parts. ``images``: the number
-        of images. Empty if there is nothing to compare.
+        Gradient attacks count from 20 steps of PGD and of the nearest classes, or 10 of BETA, and so do AutoAttack's
+        parts. ``images``: the number of images. Empty if there is nothing to compare.
     """
     measured: dict[str, float] = {}
     black, white = [], []
@@ -232,7 +233,7 @@ def compare_traces(traces: Mapping[str, Trace], attacks: Mapping[str, Attack]) -
 def _thorough(stage: Stage) -> bool:
     if isinstance(stage, Scaled):
         return _thorough(stage.unit)
-    if isinstance(stage, Descent):
+    if isinstance(stage, (Descent, Nearest)):
         return stage.steps >= 20
     return stage.steps >= 10 if isinstance(stage, Margins) else isinstance(stage, Component)
 

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
-
-from ..runs.evaluations import outcomes
-from ..runs.record import Run
+from ..runs.headline import per_example
+from ..runs.headline import worst_case as of_run
 from .groups import Group
-from .numbers import Spread, number
+from .numbers import Spread
 
-__all__ = ["WorstCase", "per_example", "worst_case"]
+__all__ = ["WorstCase", "headline", "worst_case"]
 
 
 @dataclass(frozen=True)
@@ -25,11 +21,13 @@ class WorstCase:
         spread: the accuracies over seeds.
         attacks: the names of the attacks.
         n: the number of images.
+        exact: whether the outcome of every example is on record for all attacks.
     """
 
     spread: Spread
     attacks: tuple[str, ...]
     n: int
+    exact: bool = True
 
 
 def worst_case(group: Group, which: str) -> WorstCase | None:
@@ -45,41 +43,33 @@ def worst_case(group: Group, which: str) -> WorstCase | None:
     Raises:
         InputError: if a file is damaged.
     """
-    survivors = [per_example(run, which) for run in group.runs]
-    common = [name for name in survivors[0] if all(name in outcome for outcome in survivors)]
-    if len({*common} - {"clean"}) < 2:
-        return None
-    standing = [np.logical_and.reduce([outcome[name] for name in common]) for outcome in survivors]
-    attacks = tuple(name for name in common if name != "clean")
-    return WorstCase(Spread(tuple(float(s.mean()) for s in standing)), attacks, len(standing[0]))
+    outcomes = [per_example(run.path, run.under_threat(which)) for run in group.runs]
+    common = [name for name in outcomes[0] if name != "clean" and all(name in each for each in outcomes)]
+    return _of(group, which, common) if len(common) > 1 else None
 
 
-def per_example(run: Run, which: str) -> dict[str, np.ndarray]:
-    """attack -> ``[n]`` bool, whether each image is classified correctly. All are in the threat, of the same images.
+def headline(groups: Sequence[Group], attacks: Collection[str]) -> dict[str, WorstCase]:
+    """Group -> the worst case, at its main checkpoint, of those of the attacks that every run of every group has.
 
-    If evaluations differ in images or norms, the most frequent combination is chosen.
+    Args:
+        groups: of one threat.
+        attacks: the names of attacks.
     """
-    entries = {
-        name: entry
-        for name, entry in run.under_threat(which).items()
-        if isinstance(entry.get("file"), str) and isinstance(entry.get("data"), str) and entry["data"]
-    }
-    attacked = [name for name in entries if name != "clean"]
-    kinds = Counter(_kind(entries[name]) for name in attacked)
-    if not kinds:
-        return {}
-    kind = kinds.most_common(1)[0][0]
-    names = [n for n in entries if _kind(entries[n]) == kind or (n == "clean" and _kind(entries[n])[:2] == kind[:2])]
-    return _same_images({name: arrays for name in names if (arrays := outcomes(run.path, entries[name])) is not None})
+    chosen: Collection[str] = attacks
+    while chosen:
+        worst = {g.label: _of(g, g.main, chosen) for g in groups if g.main is not None}
+        common = [name for name in chosen if all(w is not None and name in w.attacks for w in worst.values())]
+        if len(common) == len(chosen):
+            return {label: w for label, w in worst.items() if w is not None}
+        chosen = common
+    return {}
 
 
-def _kind(entry: Mapping[str, Any]) -> tuple[str, str, str, str]:
-    at = f"{number(entry.get('epsilon')):.9f} {entry.get('threat', '')}"
-    return entry["data"], str(entry.get("weights")), str(entry.get("norm")), at
-
-
-def _same_images(evaluations: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, np.ndarray]:
-    labels: Sequence[np.ndarray] = [label for label, _ in evaluations.values()]
-    if any(not np.array_equal(labels[0], label) for label in labels):
-        return {}  # equal fingerprints, but different labels: which are right is unknown
-    return {name: correct for name, (_, correct) in evaluations.items()}
+def _of(group: Group, which: str, attacks: Collection[str]) -> WorstCase | None:
+    each = [of_run(run.path, run.under_threat(which), attacks) for run in group.runs]
+    known = [worst for worst in each if worst is not None]
+    if not known:
+        return None
+    common = tuple(name for name in known[0].attacks if all(name in worst.attacks for worst in known))
+    spread = Spread(tuple(worst.accuracy for worst in known))
+    return WorstCase(spread, common, max(worst.n for worst in known), all(worst.exact for worst in known))

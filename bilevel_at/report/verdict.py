@@ -8,7 +8,7 @@ from collections.abc import Sequence, Set
 from .groups import Group
 from .numbers import Spread, percent, points
 from .ranking import CLEAN, comparable, on_all_images, strongest
-from .union import WorstCase
+from .union import WorstCase, headline
 
 __all__ = ["about_unions", "caption", "lead"]
 
@@ -30,36 +30,41 @@ def about_unions(unions: Sequence[tuple[Group, str, WorstCase]]) -> list[str]:
 
 
 def lead(groups: Sequence[Group], columns: Sequence[str]) -> str:
-    """The highest accuracy under the strongest attack, compared with the spread over seeds.
+    """The highest accuracy in the worst case of all attacks, compared with the spread over seeds.
 
     Args:
         groups: of one threat.
         columns: the attacks of the table.
     """
-    attack = strongest(groups)
-    if attack is None:
+    if strongest(groups) is None:
         return "No attack has been run on every training here, so there is no one number to compare."
     attacks = [n for n in columns if n != CLEAN and all(on_all_images(g, n) for g in groups if g.main is not None)]
-    which_of = f"the strongest of {len(attacks)} attacks here" if attack == attacks[-1] and len(attacks) > 1 else ""
-    under = f"under {attack}" + (f", {which_of}," if which_of else "")
+    worst = headline(groups, attacks)
+    if not worst:
+        return "No attack has been run on the same images of every training here; there is no one number to compare."
+    of = next(iter(worst.values())).attacks
+    under = f"under {of[0]}" if len(of) == 1 else f"in the worst case of {len(of)} attacks ({', '.join(of)})"
     start = under[0].upper() + under[1:]
-    scores = [(g, s) for g in groups if g.main is not None and (s := g.accuracy(g.main, attack)) is not None]
+    scores = [(g, worst[g.label].spread) for g in groups if g.label in worst]
+    error = _granularity(worst[scores[0][0].label])
+    if not all(w.exact for w in worst.values()):
+        error = " It is the least of their accuracies; what they break together is not on record." + error
     if len(scores) == 1:
         group, spread = scores[0]
         clean = group.accuracy(group.main or "", CLEAN)
-        of = f", of {clean}% without an attack" if clean else ""
-        return f"{group.label} keeps {spread}% {under}".rstrip(",") + f"{of}.{_granularity(group, attack)}"
+        return (
+            f"{group.label} keeps {spread}% {under}"
+            + (f", of {clean}% without an attack" if clean else "")
+            + f".{error}"
+        )
     if not comparable(groups):
         each = ", ".join(f"{g.label} {s}%" for g, s in scores)
         return f"{start} accuracy is: {each}. These rows are of different images; no best is marked."
     (first, high), (second, low), *_ = sorted(scores, key=lambda pair: -pair[1].mean)
     if percent(high.mean) == percent(low.mean):
-        return (
-            f"{start} {first.label} and {second.label} are level, at {high}% and {low}%.{_granularity(first, attack)}"
-        )
+        return f"{start} {first.label} and {second.label} are level, at {high}% and {low}%.{error}"
     return (
-        f"{start} {first.label} keeps the most, {high}%; {second.label} follows with {low}%"
-        f"{_apart(high, low)}.{_granularity(first, attack)}"
+        f"{start} {first.label} keeps the most, {high}%; {second.label} follows with {low}%{_apart(high, low)}.{error}"
     )
 
 
@@ -75,14 +80,14 @@ def _apart(high: Spread, low: Spread) -> str:
     return sentence + (f", or {difference / larger:.1f} standard deviations over seeds" if larger else "")
 
 
-def _granularity(group: Group, attack: str) -> str:
-    n, spread = max(group.images(group.main or "", attack), default=0), group.accuracy(group.main or "", attack)
-    if spread is None or n == 0 or n >= 5000:
+def _granularity(worst: WorstCase) -> str:
+    if worst.n == 0 or worst.n >= 5000:
         return ""
-    a = spread.mean
-    error = percent(math.sqrt(a * (1 - a) / n))
+    a = worst.spread.mean
+    error = percent(math.sqrt(a * (1 - a) / worst.n))
     return (
-        f" One of {n:.0f} images is {percent(1 / n)} points; the sampling error of such an accuracy is about {error}."
+        f" One of {worst.n} images is {percent(1 / worst.n)} points; the sampling error of such an accuracy is about "
+        f"{error}."
     )
 
 

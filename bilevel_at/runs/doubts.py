@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..constraints import Constraint
 from ..data import ImageSet
 from ..errors import InputError
+from ..evaluate.active import active_findings, active_test, testable
+from ..evaluate.attacks import Attack
 from ..evaluate.checks import check, compare_traces, findings
 from ..evaluate.result import Finding
 from ..evaluate.threat import Threat
@@ -24,6 +26,8 @@ def record_checks(
     space: Constraint,
     examples: int,
     *,
+    active: int = 0,
+    attacks: Sequence[Attack] = (),
     key: str | None = None,
     again: bool = False,
     progress: Callable[[str], None] = lambda what: None,
@@ -39,6 +43,8 @@ def record_checks(
         images: the images from which the sample is drawn.
         space: the constraint of the checks' attacks; if it is not a ball, checks that need an attack are skipped.
         examples: the number of images to measure on; 0 measures nothing new.
+        active: the number of images of the active test of the attacks; 0 for none.
+        attacks: that the active test tests, as far as they are in ``space``.
         key: the name of the entry; the checkpoint's name by default.
         again: measure again, even if the measurements are on record.
         progress: called with the name of each check before it starts.
@@ -65,15 +71,48 @@ def record_checks(
     traces = {name: trace for name, trace in store.traces.items() if store.is_in(name, threat)}
     compared = {**compared, **compare_traces(traces, store.attacks)}
     reasons = [*findings(measured), *findings(compared)]
+    tested = _tested(_part(entry, "active"), store, images, space, active, attacks, same, again, progress)
+    reasons += active_findings(tested) if tested else []
     known[key] = {
         "warnings": [{"name": reason.name, "message": reason.message} for reason in reasons],
-        "measured": {**measured, **compared},
+        "measured": {**measured, **compared, **({"active": _shares(tested)} if tested else {})},
         "network": measured,
         "compared": compared,
+        **({"active": tested} if tested else {}),
         "of": of,
     }
     run.write_json(CHECKS, known)
     return reasons
+
+
+def _tested(
+    known: dict[str, Any],
+    store: Store,
+    images: ImageSet,
+    space: Constraint,
+    active: int,
+    attacks: Sequence[Attack],
+    same: bool,
+    again: bool,
+    progress: Callable[[str], None],
+) -> dict[str, Any]:
+    """The record of the active test: what is on record of the same network, images and set, and what is new."""
+    threat = Threat.of(space)
+    count = active or _part(known, "of").get("images")
+    of = {"images": count, "seed": store.seed, "threat": str(threat), "weights": store.weights, "data": store.data}
+    before = known if same and known.get("of") == of else {}
+    if not active:
+        return before
+    shares = {} if again else _part(before, "found")
+    left = [attack for attack in testable(attacks, space) if attack.name not in shares]
+    if before and not left:
+        return before
+    result = active_test(store.model, images.sample(active), space, left, seed=store.seed, progress=progress).asdict()
+    return {**result, "found": {**shares, **result["found"]}, "of": of}
+
+
+def _shares(tested: Mapping[str, Any]) -> dict[str, Any]:
+    return {"planted": tested["planted"], "random": tested["random"], **tested["found"]}
 
 
 def _object(run: RunDir) -> dict[str, Any]:
@@ -82,6 +121,8 @@ def _object(run: RunDir) -> dict[str, Any]:
         content = run.read_json(CHECKS) if (run.path / CHECKS).exists() else {}
         for entry in content.values():
             findings(_part(entry, "network")), findings(_part(entry, "compared"))
+            if "active" in entry:
+                active_findings(entry["active"])
     except (AttributeError, InputError, KeyError, TypeError, ValueError):
         return {}
     return dict(content)

@@ -13,7 +13,7 @@ import re
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,12 @@ from ..evaluate.robust import Trace, attack_examples
 from ..evaluate.stages import OnSurrogate
 from ..evaluate.threat import Threat
 from .directory import RESULTS, RunDir
+from .headline import WorstCase, under_threat, worst_case
 from .provenance import device_name, fingerprint, today, versions
 
-__all__ = ["Store", "outcomes", "read_commands", "remember_command", "score_from"]
+__all__ = ["FOLDER", "Store", "score_from"]
 
 FOLDER = "evaluation"
-COMMANDS = "commands.json"
 SAVE_EVERY = 2.0  # seconds
 
 
@@ -74,6 +74,8 @@ class Store:
         seed: of the attacks.
         batch_size: images in a batch.
         data: a fingerprint of the images; computed if None.
+        twins: names of the checkpoints that the same command has evaluated before. A network with the weights of
+            another checkpoint is not attacked again: its results are that checkpoint's, under both names.
     """
 
     def __init__(
@@ -87,14 +89,17 @@ class Store:
         seed: int = 0,
         batch_size: int = 250,
         data: str | None = None,
+        twins: Sequence[str] = (),
     ) -> None:
         self.run, self.which, self.model, self.images = run, which, model, images
         self.usual = Threat("linf", usual) if isinstance(usual, (int, float)) else usual
         self.seed, self.batch_size = seed, batch_size
         self.data = images.sha256()[:16] if data is None else data
         self.weights = fingerprint(model)
+        self.twins = tuple(twins)
         self.traces: dict[str, Trace] = {}
         self.attacks: dict[str, Attack] = {}
+        self.copied: dict[str, str] = {}  # the checkpoint of the same weights that a result is of
 
     def results(self) -> dict[str, Any]:
         """The content of ``results.json``, with an entry for this checkpoint, which may be empty."""
@@ -131,6 +136,10 @@ class Store:
             assert trace is not None
             self.traces[name], self.attacks[name] = trace, attack
             return name, entry
+        score = None if finished else self._of_a_twin(name, identity, attack, again)
+        if score is not None:
+            self._keep(name, score)
+            return name, score
         trace = Trace.start(len(self.images), self.images.device) if trace is None else trace
         saved = time.monotonic()
         try:
@@ -160,12 +169,46 @@ class Store:
             device=device_name(self.images.device),
             versions=versions("pyautoattack", "numpy"),
         )
+        self._keep(name, score)
+        return name, score
+
+    def worst_case(self) -> WorstCase | None:
+        """The worst case of all attacks that were made on these images in the run's threat, by any command.
+
+        None if there is none yet.
+        """
+        entries = self.results()[self.which]
+        current = {k: v for k, v in entries.items() if score_from(v) is not None and self._current(v)}
+        try:
+            return worst_case(self.run.path, under_threat(current, self.usual or Threat("linf"), self.data))
+        except InputError:  # a damaged file of another attack, which is made anew when it is asked for
+            return None
+
+    def _keep(self, name: str, score: Score) -> None:
+        """Write a score to ``results.json``."""
         results = self.results()
         # Results for other weights are stale: the checkpoint has been replaced since.
         current = {k: v for k, v in results[self.which].items() if self._current(v)}
-        results[self.which] = {**current, name: score.asdict()}
+        current[name] = score.asdict()
+        results[self.which] = current
         self.run.write_json(RESULTS, results)
-        return name, score
+
+    def _of_a_twin(self, name: str, identity: str, attack: Attack, again: bool) -> Score | None:
+        """The score of another checkpoint with the same weights, if it is on record; its outcomes are copied."""
+        results = self.results()
+        for twin in self.twins if again else dict.fromkeys([*self.twins, *results]):
+            if twin == self.which or not isinstance(results.get(twin), dict):
+                continue
+            entry = score_from(results[twin].get(name))
+            trace = self._read(self.run.path / FOLDER / twin / file_name(name), identity, attack)
+            if entry is None or trace is None or trace.stage <= len(attack.stages) or not self._same(entry, attack):
+                continue
+            path = self._file(name)
+            self._write(path, identity, attack, trace)
+            self.traces[name], self.attacks[name], self.copied[name] = trace, attack, twin
+            epsilon = math.nan if entry.epsilon is None else entry.epsilon  # as JSON has it
+            return dataclasses.replace(entry, epsilon=epsilon, file=str(path.relative_to(self.run.path).as_posix()))
+        return None
 
     def _place(self, attack: Attack) -> tuple[str, Score | None]:
         """The name of the attack's result, and the stored entry of that name, if any."""
@@ -250,74 +293,3 @@ class Store:
             "finished": np.array(trace.stage > len(attack.stages)),
             **trace.arrays(),
         }
-
-
-def outcomes(run: Path, entry: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray] | None:
-    """The outcome of each example, from the file of an entry of ``results.json``.
-
-    Args:
-        run: the directory.
-        entry: the entry.
-
-    Returns:
-        Labels and ``correct``; None if the file is not in the run's directory, or belongs to another evaluation.
-
-    Raises:
-        InputError: if the file is damaged.
-    """
-    file = run / entry["file"]
-    if not file.is_file() or run.resolve() not in file.resolve().parents:
-        return None
-    try:
-        with np.load(file, allow_pickle=False) as arrays:
-            label, correct = arrays["label"], arrays["correct"]
-            if "identity" in arrays.files and not _is_of(arrays, entry):
-                return None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{file} is not an evaluation's arrays (label, correct): {reason}") from None
-    if correct.dtype != np.bool_ or correct.ndim != 1 or correct.shape != label.shape or not len(correct):
-        raise InputError(
-            f"{file}: correct is {correct.dtype}{list(correct.shape)}; it must be bool, one for each label"
-        )
-    return label, correct
-
-
-def _is_of(arrays: Any, entry: Mapping[str, Any]) -> bool:
-    """Whether a file is the finished record of an entry, and not of a later, unfinished evaluation."""
-    try:
-        identity = json.loads(str(arrays["identity"]))
-        settings = [identity[name] == entry[name] for name in ("attack", "data", "weights", "seed", "batch_size")]
-        return bool(arrays["finished"]) and all(settings)
-    except (KeyError, TypeError, ValueError):
-        return False
-
-
-def remember_command(run: RunDir, words: list[str]) -> None:
-    """Add a command to the list of those that made the stored evaluations, unless it is in the list."""
-    folder = RunDir(run.path / FOLDER)
-    try:
-        known: Any = folder.read_json(COMMANDS) if (folder.path / COMMANDS).exists() else []
-    except InputError:  # damaged
-        known = []
-    commands = known if isinstance(known, list) else []
-    if words not in commands:
-        folder.write_json(COMMANDS, [*commands, words])
-
-
-def read_commands(run: Path) -> list[list[str]]:
-    """The commands that made a run's evaluations.
-
-    Raises:
-        InputError: if the file is damaged.
-    """
-    folder = RunDir(run / FOLDER)
-    file = folder.path / COMMANDS
-    if not file.is_file():
-        return []
-    commands = folder.read_json(COMMANDS)
-    if not isinstance(commands, list) or not all(
-        isinstance(command, list) and all(isinstance(word, str) for word in command) for command in commands
-    ):
-        raise InputError(f"{file} is not a list of commands, each a list of words")
-    return commands

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from ..evaluate.radius import number_from_text
 from ..evaluate.threat import Threat
+from .commands import read_commands
 from .directory import CHECKS, CONFIG, METRICS, RESULTS, RunDir
-from .evaluations import read_commands
+from .headline import WorstCase, attack_and_radius, under_threat, worst_case
 from .metrics import Collapse, catastrophic_overfitting, rank
+from .numbers import number
 
-__all__ = ["WHICH", "Run", "attack_and_radius", "number", "read", "read_all"]
+__all__ = ["WHICH", "Run", "attack_and_radius", "headline", "number", "read", "read_all"]
 
 WHICH = ("best", "last", "last_good", "model")  # checkpoints in a reader's order; "model": one without a run
 
@@ -128,39 +129,7 @@ class Run:
         Args:
             which: the checkpoint's name.
         """
-        threat = self.threat
-        entries: dict[str, Mapping[str, Any]] = {}
-        for name, entry in self.results.get(which, {}).items():
-            attack, at = attack_and_radius(name)
-            if name.endswith("]") and "[n=" in name:
-                continue
-            if not threat.is_ball:
-                if name == "clean" or (entry.get("threat") == threat.name and entry.get("norm") is None):
-                    entries[name] = entry
-                continue
-            if entry.get("threat") or (threat.norm is not None and entry.get("norm") not in (None, threat.norm)):
-                continue
-            if at is None:
-                entries[name] = entry
-            elif threat.epsilon is not None and abs(number(entry.get("epsilon")) - threat.epsilon) < 1e-9:
-                entries.setdefault(attack, entry)
-        return entries
-
-
-def number(value: Any) -> float:
-    """A finite number from a file as a float; NaN for any other value."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-        return float(value)
-    return math.nan
-
-
-def attack_and_radius(name: str) -> tuple[str, float | None]:
-    """Split ``pgd-50-10@8/255`` into attack and ε; ε is None if the name does not end in one (paths may have an @)."""
-    attack, _, at = name.rpartition("@")
-    try:
-        return (attack, number_from_text(at)) if attack else (name, None)
-    except ValueError:
-        return name, None
+        return under_threat(self.results.get(which, {}), self.threat)
 
 
 def read(path: str | Path, problem_files: Sequence[str] = ()) -> Run:
@@ -255,3 +224,20 @@ def _metrics(folder: Path) -> list[dict[str, Any]]:
         if not isinstance(line, dict) or math.isnan(number(line.get("epoch"))):
             raise InputError(f"{folder / METRICS}: line {place} is not an epoch; each is a JSON object with one")
     return lines
+
+
+def headline(path: str | Path, which: str = "best") -> WorstCase | None:
+    """The accuracy of a run to quote: the worst case of all attacks in its threat, from ``results.json`` and its files.
+
+    Args:
+        path: the run directory.
+        which: the checkpoint's name.
+
+    Returns:
+        None if no attack was made on that checkpoint.
+
+    Raises:
+        InputError: if the directory is not a run, or one of its files is damaged.
+    """
+    run = read(path)
+    return worst_case(run.path, run.under_threat(which))
