@@ -58,6 +58,20 @@ def test_masked_networks_fail_attack_by_attack(how):
     assert warned == {f"active:{name}" for name in fail}, result
 
 
+BY_GRADIENT = ["fgsm", "pgd-50-10", "beta-30", "nearest-40-3-2", "apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t"]
+WITHOUT = ["square", "autoattack"]  # the second has the first in it
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BY_GRADIENT + WITHOUT)
+def test_every_named_attack_is_tested(name):
+    """Each finds what is planted in an honest network; behind quantised inputs, only those that need no gradient do."""
+    few = TEST.sample(4)
+    assert outcome(trained(mlp, "minmax", 15), names=[name], images=few).shares == {name: 1.0}
+    masked = Wrapped(trained(cnn, "standard", 8), before=quantised).eval()
+    assert outcome(masked, names=[name], images=few).shares == {name: 1.0 if name in WITHOUT else 0.0}
+
+
 def test_the_network_is_left_as_it_came(robust):
     before = {name: value.clone() for name, value in robust.state_dict().items()}
     outcome(robust.train(), images=TEST.sample(1))
