@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from marks import fast
-from running import SHORT, complaint, npz, run, same, weights
+from running import PROBLEMS, SHORT, complaint, npz, run, same, weights
 
 from bilevel_at import run as run_module
 from bilevel_at.runs.checkpoints import FORMAT
@@ -44,10 +44,7 @@ def test_the_seed_decides_everything():
     assert same(weights("a"), weights("b")) and not same(weights("a"), weights("c"))
 
 
-STATEFUL = ["fastbat", "atas", "asgd_bca", "free", "fgsm_pgi", "tdat", "liet", "nuat", "subat", "fgsm_sdi"]
-
-
-@pytest.mark.parametrize("problem", fast(STATEFUL, ["fastbat", "atas"]))
+@pytest.mark.parametrize("problem", fast(PROBLEMS, ["fastbat", "atas"]))
 def test_a_resumed_run_is_the_unbroken_one(problem, monkeypatch):
     args = [f"problems/{problem}.py", "--epochs", "3", *SHORT[2:], "--ema", "0.9"]
     run(*args, "--out", "whole")
