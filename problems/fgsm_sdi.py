@@ -102,10 +102,16 @@ class Generated(ba.Anchor):
     def start(self, network: nn.Module, x: Tensor, sign: Tensor) -> Tensor:
         """radius · tanh G(x, sign), with its graph in φ."""
         out: Tensor = network(torch.cat([x, sign], 1)).tanh()
-        return number(self.radius) * out
+        return number(self.radius) * out.to(x.dtype)  # G's output is bfloat16 under autocast
 
     def learn(
-        self, lower: ba.Linearized, upper: ba.UpperProblem, model: nn.Module, batch: ba.Batch, sign: Tensor
+        self,
+        lower: ba.Linearized,
+        upper: ba.UpperProblem,
+        model: nn.Module,
+        batch: ba.Batch,
+        sign: Tensor,
+        generator: torch.Generator | None = None,
     ) -> None:
         """One step of Adam up the mean upper loss at δ*(φ); moves the network's running statistics by two passes."""
         network = copy.deepcopy(self._network(batch.x))
@@ -120,7 +126,8 @@ class Generated(ba.Anchor):
                 gradient = solution.attack_gradient
                 assert gradient is not None
                 delta = lower.constraint.project(z - lower.step.size(batch, gradient) * gradient.sign(), batch.x)
-            loss = upper.loss_at(model, batch, replace(solution, delta=delta)).mean()
+            seen = upper.prepare(model, batch, generator)
+            loss = upper.loss_at(model, seen, replace(solution, delta=delta), generator).mean()
             gradients = torch.autograd.grad(-loss, list(network.parameters()))
         for parameter, gradient in zip(network.parameters(), gradients, strict=True):
             parameter.grad = gradient
@@ -197,7 +204,7 @@ class SDI(ba.Solver):
         with _restored(lower.anchor):
             with ba.attack_mode(model, lower.mode):
                 sign = clean_sign(lower, model, batch)
-            lower.anchor.learn(lower, problem.upper, model, batch, sign)
+            lower.anchor.learn(lower, problem.upper, model, batch, sign, generator)
             marked = batch.replace(clean_sign=sign)
             return super().backward(problem, model, marked, generator, weight=weight, scaler=scaler)
 
@@ -230,8 +237,8 @@ def problem(
         label_smoothing: the share of a label that the other classes share, in the attack and in training.
     """
     loss = ba.CrossEntropy(label_smoothing, over="others")
-    anchor = Generated(epsilon, generator_lr, generator_seed)
     ball = ba.LinfBall(epsilon, bounds=None)
+    anchor = Generated(epsilon, generator_lr, generator_seed)
     step = epsilon if step is None else step
     lower = ba.Linearized(ba.minus(loss), ball, anchor, "sign", step, "train")
     return ba.BilevelProblem(ba.UpperProblem(loss), lower, ba.LinfBall(epsilon))
