@@ -208,9 +208,15 @@ def _with_fields(solver: Any, given: Sequence[Mapping[str, Any]]) -> Any:
 
 
 def _settings_of(solver: Solver) -> dict[str, Any]:
-    """The solver's name and fields; those of a wrapped solver by ``inner_FIELD``."""
+    """The solver's name and the arguments it keeps as attributes; those of a wrapped solver by ``inner_FIELD``.
+
+    Other attributes are what it has learnt.
+    """
     settings: dict[str, Any] = {"name": type(solver).__name__}
+    takes = inspect.signature(type(solver)).parameters
     for name, value in vars(solver).items():
+        if name not in takes:
+            continue
         if isinstance(value, Solver):
             wrapped = _settings_of(value)
             settings[name] = wrapped.pop("name")

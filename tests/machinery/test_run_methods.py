@@ -16,7 +16,7 @@ from running import PROBLEMS, SHORT, SOLVERS, complaint, npz, run
 
 import bilevel_at as ba
 from bilevel_at import run as run_module
-from bilevel_at.commands.plan import understand
+from bilevel_at.commands.plan import _settings_of, understand
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
@@ -289,3 +289,17 @@ def test_the_modern_recipe_of_a_problem_without_smoothing():
         "from bilevel_at.problems import fgsm\ndef problem(epsilon: float = 0.1): return fgsm.problem(epsilon)\n"
     )
     run("own.py", "--recipe", "modern", *SHORT, "--out", "out")
+
+
+@pytest.mark.parametrize(
+    ("problem", "settings"),
+    [
+        ("fgsm_sdi", {"name": "SDI", "every": 20}),
+        (
+            "subat",
+            {"name": "Subspace", "inner": "ZeroIG", "components": 80, "sampling": 0.4, "every": 5, "gain": 2.0},
+        ),
+    ],
+)
+def test_the_solver_settings_are_without_what_it_has_learnt(problem, settings):
+    assert _settings_of(understand([f"problems/{problem}.py"]).solver) == settings
