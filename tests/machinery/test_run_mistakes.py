@@ -47,6 +47,7 @@ pytestmark = pytest.mark.usefixtures("elsewhere")
         (["--extra-fraction", "1.5"], "--extra-fraction is 1.5; it must be from 0 to 1"),
         (["--extra", "none.npz"], "--extra none.npz does not exist; it is an .npz with x_train and y_train"),
         (["--held-out", "5000"], "--held-out is 5000, and there are 1437 training images"),
+        (["--held-out", "1436"], "--held-out is 1436, and there are 1437 training images"),
         (["--label-smoothing", "2"], "label_smoothing is 2.0; it must be from 0 to 1"),
         (["--recipe", "best"], "invalid choice 'best' for argument '--recipe'"),
         (["--dropout", "0.3"], "model small_cnn has no dropout; the wide residual networks do"),
@@ -172,3 +173,10 @@ def test_numbers():
     for text in ("8/", "/2", "1/2/3", "0x8", "1/0"):
         with pytest.raises(ValueError, match="is not a number"):
             number(text)
+
+
+def test_a_coupled_loss_has_no_parts():
+    """It is refused before the run directory is made."""
+    for flags in (["problems/nuat.py"], ["problems/awp.py", "--of", "nuat"]):
+        line = complaint(*flags, "--data", npz(), "--accumulate", "2", "--out", "out")
+        assert line.startswith("--accumulate is 2, but the upper loss is one number for all of a batch")
