@@ -33,7 +33,7 @@ import bilevel_at as ba
 from bilevel_at.errors import at_least, whole_number
 from bilevel_at.policy import Number, checked, number
 from bilevel_at.runs.problem_file import ProblemFile
-from bilevel_at.runs.recipe import CIFAR, DIGITS, Recipe
+from bilevel_at.runs.recipe import CIFAR, DIGITS, IMAGENET, Recipe
 from bilevel_at.solvers import ZeroIG
 
 TINY = 1e-20  # the authors', which keeps V finite where a gradient is zero
@@ -206,4 +206,8 @@ def solver(epsilon: float = 8 / 255, of: str = "minmax") -> ba.Solver:
 
 def recipe() -> dict[str, Recipe]:
     cifar = replace(CIFAR, epochs=200, lr=0.1, schedule="multistep", milestones=(100, 150))
-    return {"digits": DIGITS, "cifar10": cifar}
+    return {
+        "digits": DIGITS,
+        "cifar10": cifar,
+        "imagenet": IMAGENET.playing(moved_decay=IMAGENET.weight_decay),
+    }

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 import bilevel_at as ba
 from bilevel_at.errors import positive, whole_number
 from bilevel_at.policy import Number, number
-from bilevel_at.runs.recipe import CIFAR, DIGITS, Recipe
+from bilevel_at.runs.recipe import CIFAR, DIGITS, IMAGENET, Recipe
 from bilevel_at.solvers import ZeroIG
 
 
@@ -256,4 +256,5 @@ def recipe() -> dict[str, Recipe]:
             DIGITS.playing(widen=1.0, sampling=0.4, every=5, gain=2.0), schedule="constant", weight_decay=0.0
         ),
         "cifar10": cifar,
+        "imagenet": replace(IMAGENET, lr=0.1, schedule="constant", weight_decay=0.0),
     }

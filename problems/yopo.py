@@ -31,7 +31,7 @@ import bilevel_at as ba
 from bilevel_at.batch import per_sample
 from bilevel_at.errors import whole_number
 from bilevel_at.losses import check_prepared, check_values
-from bilevel_at.runs.recipe import CIFAR, DIGITS, Recipe
+from bilevel_at.runs.recipe import CIFAR, DIGITS, IMAGENET, Recipe
 from bilevel_at.steps import Step, step_policy
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -210,4 +210,5 @@ def recipe() -> dict[str, Recipe]:
         schedule="multistep",
         milestones=(30, 34),
     )
-    return {"digits": replace(DIGITS, lr=0.1 / 5), "cifar10": cifar}
+    imagenet = replace(IMAGENET, lr=IMAGENET.lr / 5)
+    return {"digits": replace(DIGITS, lr=0.1 / 5), "cifar10": cifar, "imagenet": imagenet}

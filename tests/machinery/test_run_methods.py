@@ -303,3 +303,14 @@ def test_the_modern_recipe_of_a_problem_without_smoothing():
 )
 def test_the_solver_settings_are_without_what_it_has_learnt(problem, settings):
     assert _settings_of(understand([f"problems/{problem}.py"]).solver) == settings
+
+
+@pytest.mark.parametrize("data", ["digits", "cifar10", "svhn", "imagenet"])
+def test_rates_and_decays_that_a_method_needs_on_every_data_set(data):
+    """AWP's decay of V is SGD's; YOPO adds up five gradients; weight decay would take Sub-AT out of its subspace."""
+    awp, yopo, fgsm, subat = (
+        understand([f"problems/{m}.py", "--data", data]) for m in ("awp", "yopo", "fgsm", "subat")
+    )
+    assert awp.problem_arguments["moved_decay"] == awp.options.weight_decay
+    assert yopo.options.lr == pytest.approx(fgsm.options.lr / 5)
+    assert (subat.options.weight_decay, subat.options.schedule, subat.options.lr) == (0.0, "constant", 0.1)
