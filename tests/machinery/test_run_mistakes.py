@@ -119,6 +119,12 @@ def test_extra_images_that_do_not_fit(changes, says):
     assert says in complaint("problems/fastat.py", "--data", npz(), "--extra", extra)
 
 
+def test_extra_images_are_called_as_their_file_calls_them():
+    np.savez("extra.npz", image=np.zeros((9, 8, 8, 3), np.uint8), label=np.full(9, -1))
+    says = complaint("problems/fastat.py", "--data", npz(), "--extra", "extra.npz")
+    assert says.startswith("--extra extra.npz: label has the label -1; labels are 0")
+
+
 def test_a_radius_that_cannot_grow():
     Path("fixed.py").write_text("from bilevel_at.problems import fastat\ndef problem(): return fastat.problem(0.1)\n")
     says = complaint("fixed.py", "--epsilon-warmup", "2")
