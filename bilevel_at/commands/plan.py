@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import inspect
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -70,6 +73,12 @@ class Plan:
             return None
         return set_name(feasible)
 
+    def _argument_files(self) -> dict[str, str]:
+        """The checksums of the files that arguments of the problem name, such as another problem file."""
+        texts = {name: text for name, text in self.problem_arguments.items() if isinstance(text, str)}
+        paths = {name: Path(text) for name, text in texts.items() if os.path.isfile(text)}  # False for odd names too
+        return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in paths.items()}
+
     def config(self, model: nn.Module, train: ImageSet, extra: ImageSet | None = None) -> dict[str, Any]:
         """The content of ``config.json``, sufficient to repeat the run."""
         return {
@@ -77,6 +86,7 @@ class Plan:
             "file": str(self.file.path),
             "file_sha256": self.file.sha256,
             "problem": self.problem_arguments,
+            "argument_sha256": self._argument_files(),
             "solver": _settings_of(self.solver),
             "options": {k: v for k, v in vars(self.options).items() if k not in ("out", "problem", "resume")},
             "constraint": Threat.of(self.threat).asdict(),
