@@ -12,7 +12,8 @@ these passes, 3 of a batch and 5 of one in which G learns.
 Published settings (the authors' code): step ε, Adam with rate 0.001, 110 epochs of batch 128, rate 0.1 divided by 10
 after epochs 100 and 105, weight decay 5e-4, momentum 0.9. G has 79,173 weights for three channels (and there one more,
 which nothing uses): 2C → 64 channels by a convolution with batch normalisation and ReLU, a residual block of two, and a
-convolution to C. x + δ may leave [0, 1]; the network is to withstand, and is evaluated in, the ball within that range.
+convolution to C. The code clips step · sign to ±ε as well, which changes nothing at this step. x + δ may leave [0, 1];
+the network is to withstand, and is evaluated in, the ball within that range.
 
 Figures: ATAS' Table I (ResNet-18, 30 epochs): 78.15 clean, PGD-50 47.52, AutoAttack 42.04 at 8/255; 20.27 at 16/255.
 """

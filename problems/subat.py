@@ -20,6 +20,7 @@ On the digits ε is the same in both phases, and the rate of training is 0.2: at
 of three learnt nothing.
 
 Figures: ATAS' Table I (ResNet-18, 30 epochs, 8/255): 77.43 clean, PGD-50 45.03, AutoAttack 41.49; 14.48 at 16/255.
+Whether these runs had the 65 epochs of sampling is not known.
 """
 
 from __future__ import annotations
