@@ -144,7 +144,10 @@ class Generated(ba.Anchor):
         channels = _channels(network)
         if channels != x.shape[1]:
             raise ba.InputError(f"the generator is for images of {channels} channels; these have {x.shape[1]}")
-        return network.to(x.device, x.dtype)
+        weight = network.get_parameter("0.weight")
+        if (weight.device, weight.dtype) == (x.device, x.dtype):
+            return network
+        return copy.deepcopy(network).to(x.device, x.dtype)  # .to changes a network itself
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self.network is None else {"network": dict(self.network.state_dict()), "adam": self.adam}

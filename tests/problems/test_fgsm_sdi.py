@@ -182,3 +182,11 @@ def test_the_start_is_float32_under_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         step = fgsm_sdi.solver().hypergradient(problem, model, batch, generator=seeded(1))
     assert step.solution.anchor.dtype == step.solution.attack_gradient.dtype == torch.float32
+
+
+def test_a_batch_of_another_type_leaves_the_generator_as_it_was():
+    problem, model, batch = fgsm_sdi.problem(EPS), network(), next(batches(1))
+    fgsm_sdi.solver().backward(problem, model, batch, seeded(1))
+    single = batch.replace(x=batch.x.float())
+    fgsm_sdi.solver().hypergradient(problem, copy.deepcopy(model).float(), single, generator=seeded(1))
+    assert {p.dtype for p in problem.lower.anchor.network.parameters()} == {torch.float64}
