@@ -21,6 +21,7 @@ statistics, and it pads crops by reflection.
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 from typing import Any
 
@@ -32,7 +33,7 @@ import bilevel_at as ba
 from bilevel_at.errors import at_least, whole_number
 from bilevel_at.policy import Number, checked, number
 from bilevel_at.runs.problem_file import ProblemFile
-from bilevel_at.runs.recipe import CIFAR, DIGITS, Recipe
+from bilevel_at.runs.recipe import CIFAR, DIGITS, IMAGENET, Recipe
 from bilevel_at.solvers import ZeroIG
 
 TINY = 1e-20  # the authors', which keeps V finite where a gradient is zero
@@ -164,24 +165,36 @@ def problem(
     whole_number("gamma_from", gamma_from, 0)
     given = {} if label_smoothing is None else {"label_smoothing": label_smoothing}
     inner = inner_problem(of, epsilon, **given)
+    # Of another copy of this module, perhaps, which isinstance(inner.upper, AWP) would not see.
+    if isinstance(getattr(inner.upper, "upper", None), ba.UpperProblem):
+        raise ba.InputError(f"--of is {of}, which moves weights itself; choose a file that does not")
     at_least("gamma", gamma)
     size = ba.Schedule(lambda epoch, epochs: gamma if epoch >= gamma_from else 0.0) if gamma_from else gamma
     return ba.BilevelProblem(AWP(inner.upper, size, moved_decay), inner.lower, inner.threat)
 
 
+_FILES: dict[tuple[str, str], ProblemFile] = {}
+
+
+def inner_file(of: str) -> ProblemFile:
+    """Another problem file. The same module each time, so that its solver knows the classes of its problem."""
+    file = ProblemFile(of)
+    return _FILES.setdefault((str(file.path.resolve()), file.sha256), file)
+
+
 def inner_problem(of: str, epsilon: float, **given: Any) -> ba.BilevelProblem:
     """The problem of another file, with its defaults for this ε but for the arguments ``given``."""
-    file = ProblemFile(of)
+    file = inner_file(of)
     made: ba.BilevelProblem = file.make(file.problem, ba.BilevelProblem, epsilon=epsilon, **given)
     return made
 
 
 def inner_solver(of: str, epsilon: float) -> ba.Solver:
     """The solver that another file's problem is trained with."""
-    file = ProblemFile(of)
+    file = inner_file(of)
     if file.solver is None:
         return ZeroIG()
-    takes_epsilon = "epsilon" in file.solver.__code__.co_varnames[: file.solver.__code__.co_argcount]
+    takes_epsilon = "epsilon" in inspect.signature(file.solver).parameters
     made: ba.Solver = file.make(file.solver, ba.Solver, **({"epsilon": epsilon} if takes_epsilon else {}))
     return made
 
@@ -193,4 +206,8 @@ def solver(epsilon: float = 8 / 255, of: str = "minmax") -> ba.Solver:
 
 def recipe() -> dict[str, Recipe]:
     cifar = replace(CIFAR, epochs=200, lr=0.1, schedule="multistep", milestones=(100, 150))
-    return {"digits": DIGITS, "cifar10": cifar}
+    return {
+        "digits": DIGITS,
+        "cifar10": cifar,
+        "imagenet": IMAGENET.playing(moved_decay=IMAGENET.weight_decay),
+    }

@@ -12,7 +12,8 @@ these passes, 3 of a batch and 5 of one in which G learns.
 Published settings (the authors' code): step ε, Adam with rate 0.001, 110 epochs of batch 128, rate 0.1 divided by 10
 after epochs 100 and 105, weight decay 5e-4, momentum 0.9. G has 79,173 weights for three channels (and there one more,
 which nothing uses): 2C → 64 channels by a convolution with batch normalisation and ReLU, a residual block of two, and a
-convolution to C. x + δ may leave [0, 1]; the network is to withstand, and is evaluated in, the ball within that range.
+convolution to C. The code clips step · sign to ±ε as well, which changes nothing at this step. x + δ may leave [0, 1];
+the network is to withstand, and is evaluated in, the ball within that range.
 
 Figures: ATAS' Table I (ResNet-18, 30 epochs): 78.15 clean, PGD-50 47.52, AutoAttack 42.04 at 8/255; 20.27 at 16/255.
 """
@@ -103,10 +104,16 @@ class Generated(ba.Anchor):
     def start(self, network: nn.Module, x: Tensor, sign: Tensor) -> Tensor:
         """radius · tanh G(x, sign), with its graph in φ."""
         out: Tensor = network(torch.cat([x, sign], 1)).tanh()
-        return number(self.radius) * out
+        return number(self.radius) * out.to(x.dtype)  # G's output is bfloat16 under autocast
 
     def learn(
-        self, lower: ba.Linearized, upper: ba.UpperProblem, model: nn.Module, batch: ba.Batch, sign: Tensor
+        self,
+        lower: ba.Linearized,
+        upper: ba.UpperProblem,
+        model: nn.Module,
+        batch: ba.Batch,
+        sign: Tensor,
+        generator: torch.Generator | None = None,
     ) -> None:
         """One step of Adam up the mean upper loss at δ*(φ); moves the network's running statistics by two passes."""
         network = copy.deepcopy(self._network(batch.x))
@@ -120,10 +127,10 @@ class Generated(ba.Anchor):
                 # δ* = P_C(z + step · sign), where the gradient's sign is constant in φ.
                 gradient = solution.attack_gradient
                 assert gradient is not None
-                delta = lower.constraint.project(
-                    z - step_policy(lower.step).size(batch, gradient) * gradient.sign(), batch.x
-                )
-            loss = upper.loss_at(model, batch, replace(solution, delta=delta)).mean()
+                step = step_policy(lower.step).size(batch, gradient)
+                delta = lower.constraint.project(z - step * gradient.sign(), batch.x)
+            seen = upper.prepare(model, batch, generator)
+            loss = upper.loss_at(model, seen, replace(solution, delta=delta), generator).mean()
             gradients = torch.autograd.grad(-loss, list(network.parameters()))
         for parameter, gradient in zip(network.parameters(), gradients, strict=True):
             parameter.grad = gradient
@@ -139,7 +146,10 @@ class Generated(ba.Anchor):
         channels = _channels(network)
         if channels != x.shape[1]:
             raise ba.InputError(f"the generator is for images of {channels} channels; these have {x.shape[1]}")
-        return network.to(x.device, x.dtype)
+        weight = network.get_parameter("0.weight")
+        if (weight.device, weight.dtype) == (x.device, x.dtype):
+            return network
+        return copy.deepcopy(network).to(x.device, x.dtype)  # .to changes a network itself
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self.network is None else {"network": dict(self.network.state_dict()), "adam": self.adam}
@@ -200,7 +210,7 @@ class SDI(ba.Solver):
         with _restored(lower.anchor):
             with ba.attack_mode(model, lower.mode):
                 sign = clean_sign(lower, model, batch)
-            lower.anchor.learn(lower, problem.upper, model, batch, sign)
+            lower.anchor.learn(lower, problem.upper, model, batch, sign, generator)
             marked = batch.replace(clean_sign=sign)
             return super().backward(problem, model, marked, generator, weight=weight, scaler=scaler)
 
@@ -233,8 +243,8 @@ def problem(
         label_smoothing: the share of a label that the other classes share, in the attack and in training.
     """
     loss = ba.CrossEntropy(label_smoothing, over="others")
-    anchor = Generated(epsilon, generator_lr, generator_seed)
     ball = ba.LinfBall(epsilon, bounds=None)
+    anchor = Generated(epsilon, generator_lr, generator_seed)
     step = epsilon if step is None else step
     lower = ba.Linearized(ba.minus(loss), ball, anchor, "sign", step, "train")
     return ba.BilevelProblem(ba.UpperProblem(loss), lower, ba.LinfBall(epsilon))

@@ -43,11 +43,11 @@ def problem(
         label_smoothing: of the attack's and the training loss, in [0, 1].
         mode: train or eval batch statistics in attack passes.
     """
-    loss = ba.CrossEntropy(label_smoothing)
+    loss, ball = ba.CrossEntropy(label_smoothing), ba.LinfBall(epsilon)
     space = ba.Range() if clip is None else ba.LinfBall(at_least("clip", clip) * epsilon)
     step = epsilon if step is None else step
     lower = ba.Linearized(ba.minus(loss), space, ba.Uniform(at_least("noise", noise) * epsilon), "sign", step, mode)
-    return ba.BilevelProblem(ba.UpperProblem(loss), lower, threat=ba.LinfBall(epsilon))
+    return ba.BilevelProblem(ba.UpperProblem(loss), lower, threat=ball)
 
 
 def recipe() -> dict[str, Recipe]:

@@ -44,6 +44,8 @@ class QuadraticBound(ba.UpperProblem):
         self, model: nn.Module, batch: ba.Batch, solution: ba.Solution, generator: torch.Generator | None = None
     ) -> Tensor:
         clean, moved = batch.more["clean_logits"], ba.logits(model, batch, solution.delta)
+        wide = torch.promote_types(moved.dtype, torch.float32)  # a difference of bfloat16 logsumexp is mostly rounding
+        clean, moved = clean.to(wide), moved.to(wide)
         check_classes(moved, batch)
         change, loss = moved - clean, self.criterion.value(moved, batch)
         # ℓ is logsumexp less ⟨t, ·⟩, and a linear term is its own linearisation: q − ℓ(x + δ) does not depend on t.

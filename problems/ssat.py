@@ -19,6 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 import bilevel_at as ba
@@ -51,7 +52,10 @@ class Shortened(ba.Linearized):
         self.keep_output = self.ask == "start"
 
     def solve_at(self, model: nn.Module, batch: ba.Batch, anchor: Tensor, differentiable: bool) -> ba.Solution:
-        """t δ, without a derivative. A checkpoint's pass is of the examples that are still right."""
+        """t δ, without a derivative. A checkpoint's pass is of the examples that are still right.
+
+        Of all examples where that is one and the network is in train mode.
+        """
         solution = super().solve_at(model, batch, anchor, False)
         delta = solution.delta
         with no_graph():
@@ -62,8 +66,12 @@ class Shortened(ba.Linearized):
             for k in range(1, self.checkpoints):
                 if len(right) == 0:
                     break
-                rows, share = batch[right], k / self.checkpoints
-                wrong = model(rows.x + share * delta[right]).argmax(1) != rows.y
+                seen, share = right, k / self.checkpoints
+                if len(right) == 1 and model.training:  # one example may have no batch statistics
+                    seen = torch.arange(len(batch), device=delta.device)
+                rows = batch[seen]
+                wrong = model(rows.x + share * delta[seen]).argmax(1) != rows.y
+                wrong = wrong[torch.isin(seen, right)]
                 length[right[wrong]] = share
                 right = right[~wrong]
         return replace(solution, delta=per_sample(length, delta) * delta, kept_output=None)

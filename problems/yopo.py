@@ -31,7 +31,7 @@ import bilevel_at as ba
 from bilevel_at.batch import per_sample
 from bilevel_at.errors import whole_number
 from bilevel_at.losses import check_prepared, check_values
-from bilevel_at.runs.recipe import CIFAR, DIGITS, Recipe
+from bilevel_at.runs.recipe import CIFAR, DIGITS, IMAGENET, Recipe
 from bilevel_at.steps import Step, step_policy
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -86,19 +86,23 @@ class YOPO(ba.Solver):
     Args:
         m: full passes of an update, at least 1.
         n: steps after each, at least 1.
-        step: their length, a number or a policy.
+        step: their length, a number or a policy; a quarter of the constraint's radius, as it is then, if not given.
         both: whether a moves the first layer too, rather than b alone.
 
     Raises:
         InputError: for values outside these ranges; from :meth:`hypergradient`, for a network without a convolution, an
-            upper loss that passes the network more than once, and a network in which no parameter requires a gradient.
+            upper problem that passes the network more than once, a constraint without a radius where there is no step,
+            and a network in which no parameter requires a gradient.
     """
 
     implicit = False
 
-    def __init__(self, m: int = 5, n: int = 3, step: Step | ba.Schedule | float = 2 / 255, both: bool = True) -> None:
+    def __init__(
+        self, m: int = 5, n: int = 3, step: Step | ba.Schedule | float | None = None, both: bool = True
+    ) -> None:
         self.m, self.n = whole_number("m", m, 1), whole_number("n", n, 1)
-        step_policy(step)  # which checks it
+        if step is not None:
+            step_policy(step)  # which checks it
         self.step, self.both = step, both
 
     @torch.enable_grad()
@@ -118,6 +122,11 @@ class YOPO(ba.Solver):
         if not named:
             raise ba.InputError("no parameter of the model requires a gradient; there is nothing to differentiate in")
         seen = check_prepared(upper, upper.prepare(model, batch, generator))
+        if any(value.requires_grad for value in seen.more.values()):
+            raise ba.InputError(
+                f"YOPO splits a single pass at its first convolution; {type(upper).__name__} makes another before it"
+            )
+        steps = self._steps(lower)
         solution = lower.solve(model, batch, anchor, generator)
         eta = solution.anchor
         total: dict[str, Tensor | None] = dict.fromkeys(named)
@@ -136,7 +145,7 @@ class YOPO(ba.Solver):
             for _ in range(self.n):
                 eta = eta.detach().requires_grad_()
                 (slope,) = torch.autograd.grad(self._product(p, model, batch, eta, lower), eta)
-                size = per_sample(step_policy(self.step).size(batch, slope), eta)
+                size = per_sample(steps.size(batch, slope), eta)
                 eta = lower.constraint.project(eta.detach() + size * slope.sign(), batch.x)
             product = self._product(p, model, batch, eta.detach(), lower)
             first: Sequence[Tensor | None] = [None] * len(named)
@@ -150,6 +159,15 @@ class YOPO(ba.Solver):
         return ba.Hypergradient(
             losses.detach(), total, {}, replace(solution, delta=point), torch.zeros_like(eta) if v is None else v, scale
         )
+
+    def _steps(self, lower: ba.LowerProblem) -> Step:
+        """The steps' length."""
+        if self.step is not None:
+            return step_policy(self.step)
+        radius = getattr(lower.constraint, "radius", None)
+        if radius is None:
+            raise ba.InputError(f"YOPO steps a quarter of a radius; {lower.constraint!r:.60} has none, so give a step")
+        return step_policy(radius / 4)
 
     @staticmethod
     def _product(p: Tensor, model: nn.Module, batch: ba.Batch, eta: Tensor, lower: ba.LowerProblem) -> Tensor:
@@ -170,7 +188,7 @@ def problem(epsilon: float = 8 / 255, label_smoothing: float = 0.0) -> ba.Bileve
     return ba.BilevelProblem(ba.UpperProblem(ba.CrossEntropy(label_smoothing)), lower)
 
 
-def solver(epsilon: float = 8 / 255, m: int = 5, n: int = 3, step: float | None = None, both: bool = True) -> YOPO:
+def solver(m: int = 5, n: int = 3, step: float | None = None, both: bool = True) -> YOPO:
     """YOPO-m-n.
 
     Args:
@@ -179,7 +197,7 @@ def solver(epsilon: float = 8 / 255, m: int = 5, n: int = 3, step: float | None 
         step: their length, ε/4 if not given.
         both: the full passes move the first layer too, rather than the steps through it alone.
     """
-    return YOPO(m, n, epsilon / 4 if step is None else step, both)
+    return YOPO(m, n, step, both)
 
 
 def recipe() -> dict[str, Recipe]:
@@ -192,4 +210,6 @@ def recipe() -> dict[str, Recipe]:
         schedule="multistep",
         milestones=(30, 34),
     )
-    return {"digits": replace(DIGITS, lr=0.1 / 5), "cifar10": cifar}
+    imagenet = replace(IMAGENET, lr=IMAGENET.lr / 5)
+    recipes = {"digits": replace(DIGITS, lr=0.1 / 5), "cifar10": cifar, "imagenet": imagenet}
+    return {data: replace(recipe, modern={"lr": 0.1 / 5}) for data, recipe in recipes.items()}

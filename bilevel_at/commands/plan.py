@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import inspect
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -70,6 +73,12 @@ class Plan:
             return None
         return set_name(feasible)
 
+    def _argument_files(self) -> dict[str, str]:
+        """The checksums of the files that arguments of the problem name, such as another problem file."""
+        texts = {name: text for name, text in self.problem_arguments.items() if isinstance(text, str)}
+        paths = {name: Path(text) for name, text in texts.items() if os.path.isfile(text)}  # False for odd names too
+        return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in paths.items()}
+
     def config(self, model: nn.Module, train: ImageSet, extra: ImageSet | None = None) -> dict[str, Any]:
         """The content of ``config.json``, sufficient to repeat the run."""
         return {
@@ -77,8 +86,9 @@ class Plan:
             "file": str(self.file.path),
             "file_sha256": self.file.sha256,
             "problem": self.problem_arguments,
+            "argument_sha256": self._argument_files(),
             "solver": _settings_of(self.solver),
-            "options": {k: v for k, v in vars(self.options).items() if k not in ("out", "problem", "resume")},
+            "options": {k: v for k, v in vars(self.options).items() if k not in ("out", "problem", "modern", "resume")},
             "constraint": Threat.of(self.threat).asdict(),
             **({} if self.feasible_set is None else {"feasible_set": self.feasible_set}),
             "model": self.options.model,
@@ -158,7 +168,8 @@ def _flags(file: ProblemFile, args: Sequence[str]) -> tuple[list[flags.Flag], li
     recipe = file.recipe(data)
     if _peek(args, "recipe") == "modern":
         recipe = modern(data, recipe, smooths="label_smoothing" in inspect.signature(file.problem).parameters)
-    settings = {f.name: getattr(recipe, f.name) for f in dataclasses.fields(recipe) if f.name != "problem"}
+    fields = (field.name for field in dataclasses.fields(recipe))
+    settings = {name: getattr(recipe, name) for name in fields if name not in ("problem", "modern")}
     if file.model is not None:
         settings["model"] = "file"
     own = sorted(flags.flags_of(RunOptions, settings), key=lambda flag: flag.name in settings)
@@ -208,9 +219,15 @@ def _with_fields(solver: Any, given: Sequence[Mapping[str, Any]]) -> Any:
 
 
 def _settings_of(solver: Solver) -> dict[str, Any]:
-    """The solver's name and fields; those of a wrapped solver by ``inner_FIELD``."""
+    """The solver's name and the arguments it keeps as attributes; those of a wrapped solver by ``inner_FIELD``.
+
+    Other attributes are what it has learnt.
+    """
     settings: dict[str, Any] = {"name": type(solver).__name__}
+    takes = inspect.signature(type(solver)).parameters
     for name, value in vars(solver).items():
+        if name not in takes:
+            continue
         if isinstance(value, Solver):
             wrapped = _settings_of(value)
             settings[name] = wrapped.pop("name")

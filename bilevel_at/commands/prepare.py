@@ -17,6 +17,7 @@ from ..evaluate import Attack, Threat, attack_from_name, norm_of
 from ..evaluate.threat import check_set
 from ..models import build_model
 from ..runs.networks import load
+from ..train.trainer import check_coupling
 from .device import resolve_device
 from .plan import Plan
 
@@ -81,7 +82,7 @@ def _images(plan: Plan, device: torch.device) -> tuple[ImageSet, ImageSet, Image
         train = train.sample(options.examples)
     if options.test_examples is not None:
         test = test.sample(options.test_examples)
-    if options.held_out >= len(train):
+    if options.held_out > len(train) - 2:  # one image has no batch statistics
         raise InputError(f"--held-out is {options.held_out}, and there are {len(train)} training images")
     share = options.held_out / len(train) if options.held_out else min(0.1, MOST_HELD_OUT / len(train))
     train, held_out = (part.to(device) for part in train.split(share))
@@ -124,4 +125,5 @@ def _try_a_step(plan: Plan, model: nn.Module, train: ImageSet) -> None:
     generator = torch.Generator(few.device).manual_seed(0)
     with plan.file.blame("its problem cannot be solved: "):
         problem, model = copy.deepcopy(plan.problem), copy.deepcopy(model).train()
-        plan.solver.hypergradient(problem, model, batch, generator=generator)
+        step = plan.solver.hypergradient(problem, model, batch, generator=generator)
+    check_coupling(step.losses, plan.options.accumulate)

@@ -82,6 +82,10 @@ def _same_settings(run: RunDir, before: Any, now: dict[str, Any]) -> None:
         raise InputError(f"{run}/config.json is not one of bilevel_at.run; choose another --out") from None
     if file != now["file_sha256"]:
         raise InputError(f"{run} was started with another {before.get('file')}; it has changed since")
+    old, new = (config.get("argument_sha256") or {} for config in (before, now))
+    for name in sorted(set(old) & set(new)):
+        if old[name] != new[name]:
+            raise InputError(f"{run} was started with another {now['problem'][name]}; it has changed since")
     for key, what in (("data_sha256", "training"), ("extra_sha256", "extra")):
         if before.get(key) != now.get(key):
             raise InputError(f"{run} was started with other {what} images; the data has changed since")

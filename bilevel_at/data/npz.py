@@ -39,10 +39,11 @@ def extra_from_npz(path: Path, like: Images) -> Images:
     """
     if not path.is_file():
         raise InputError(f"--extra {path} does not exist; it is an .npz with x_train and y_train, or image and label")
-    x, y = _arrays(path, ARRAYS[:2], GENERATED).values()
-    arrays = {"x_train": x, "y_train": y}
-    _check_labels(str(path), arrays, "train")
-    pixels = _pixels(str(path), arrays, "train")
+    arrays = _arrays(path, ARRAYS[:2], GENERATED)
+    names = tuple(arrays)
+    y = arrays[names[1]]
+    _check_labels(f"--extra {path}", arrays, *names)
+    pixels = _pixels(f"--extra {path}", arrays, names[0])
     if pixels.shape[1:] != like.shape:
         raise InputError(
             f"--extra {path} has images of {tuple(pixels.shape[1:])}; the training images are {like.shape}"
@@ -70,6 +71,8 @@ def _arrays(path: Path, *choices: tuple[str, ...]) -> dict[str, np.ndarray]:
     except ValueError as error:
         if isinstance(error, InputError):
             raise
+        if not zipfile.is_zipfile(path):
+            raise InputError(f"{path} is not an .npz file, which is a zip archive of arrays") from None
         if "pickle" in str(error):
             raise InputError(f"{path} holds pickled objects, which are never loaded; save plain uint8 arrays") from None
         raise InputError(f"{path} cannot be read: {error}") from None
@@ -85,7 +88,7 @@ def checked(where: str, arrays: dict[str, np.ndarray]) -> tuple[Images, Images]:
     """
     classes = 0
     for split in ("train", "test"):
-        classes = max(classes, _check_labels(where, arrays, split))
+        classes = max(classes, _check_labels(where, arrays, f"x_{split}", f"y_{split}"))
     if classes > MAX_CLASSES:
         raise InputError(
             f"{where}: there is a label {classes - 1}; labels are 0 … classes − 1, and below {MAX_CLASSES}"
@@ -96,7 +99,7 @@ def checked(where: str, arrays: dict[str, np.ndarray]) -> tuple[Images, Images]:
     if classes < 2:
         raise InputError(f"{where}: y_train has one class only; at least 2 are needed")
     train, test = (
-        Images(_pixels(where, arrays, split), torch.from_numpy(arrays[f"y_{split}"].astype(np.int64)), classes)
+        Images(_pixels(where, arrays, f"x_{split}"), torch.from_numpy(arrays[f"y_{split}"].astype(np.int64)), classes)
         for split in ("train", "test")
     )
     if train.shape != test.shape:
@@ -104,28 +107,28 @@ def checked(where: str, arrays: dict[str, np.ndarray]) -> tuple[Images, Images]:
     return train, test
 
 
-def _check_labels(where: str, arrays: dict[str, np.ndarray], split: str) -> int:
-    """The number of classes in this split, or an InputError."""
-    x, y = arrays[f"x_{split}"], arrays[f"y_{split}"]
+def _check_labels(where: str, arrays: dict[str, np.ndarray], images: str, labels: str) -> int:
+    """The number of classes in the labels of that name, or an InputError."""
+    x, y = arrays[images], arrays[labels]
     if y.ndim != 1 or not np.issubdtype(y.dtype, np.integer):
-        raise InputError(f"{where}: y_{split} is {y.dtype} of shape {y.shape}; labels are a vector of integers")
+        raise InputError(f"{where}: {labels} is {y.dtype} of shape {y.shape}; labels are a vector of integers")
     if x.ndim == 0:
-        raise InputError(f"{where}: x_{split} is a single value; images are NHWC or NCHW")
+        raise InputError(f"{where}: {images} is a single value; images are NHWC or NCHW")
     if len(x) != len(y) or len(y) == 0:
         raise InputError(
-            f"{where}: x_{split} has {len(x)} images and y_{split} {len(y)} labels; they must agree, and be some"
+            f"{where}: {images} has {len(x)} images and {labels} {len(y)} labels; they must agree, and be some"
         )
     if y.min() < 0:
-        raise InputError(f"{where}: y_{split} has the label {y.min()}; labels are 0 … classes − 1")
-    if split == "test" and y.max() > arrays["y_train"].max():
+        raise InputError(f"{where}: {labels} has the label {y.min()}; labels are 0 … classes − 1")
+    if labels == "y_test" and y.max() > arrays["y_train"].max():
         raise InputError(
             f"{where}: y_test has the label {y.max()}, which y_train (0 … {arrays['y_train'].max()}) does not have"
         )
     return int(y.max()) + 1
 
 
-def _pixels(where: str, arrays: dict[str, np.ndarray], split: str) -> Tensor:
-    name, x = f"x_{split}", arrays[f"x_{split}"]
+def _pixels(where: str, arrays: dict[str, np.ndarray], name: str) -> Tensor:
+    x = arrays[name]
     if x.size == 0:
         raise InputError(f"{where}: {name} has shape {x.shape}, which holds no pixel")
     if x.ndim == 3:

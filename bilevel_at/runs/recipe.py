@@ -28,7 +28,8 @@ class Recipe:
         lr: peak learning rate.
         schedule: "linear" goes 0 → lr over the first half of all steps and back to 0; "one-cycle" goes lr/25 → lr over
             the first 30 % and then to 4e-6 lr, along cosines (PyTorch's OneCycleLR), and "one-cycle-by-epoch" does so
-            an epoch at a time; "multistep" divides by 10 after each epoch of the milestones; "constant" stays.
+            an epoch at a time where there are several; "multistep" divides by 10 after each epoch of the milestones;
+            "constant" stays.
         milestones: epochs after which "multistep" divides the rate by 10.
         momentum: of SGD.
         peak_momentum: the momentum at the peak of the rate; momentum goes from ``momentum`` to it and back, as the rate
@@ -46,6 +47,7 @@ class Recipe:
         held_out: training images that are held out to select the best epoch; 0 for a tenth, at most 5,000.
         select: the attack on the held-out images that picks the best epoch.
         problem: arguments of ``problem(...)``.
+        modern: what this method needs otherwise in ``--recipe modern``, by field.
 
     Raises:
         InputError: if a number is out of range.
@@ -71,6 +73,7 @@ class Recipe:
     held_out: int = 0
     select: str = "pgd-20-1"
     problem: Mapping[str, Any] = field(default_factory=dict)
+    modern: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "accumulate", "replays"):
@@ -169,7 +172,7 @@ def modern(data: str, published: Recipe, smooths: bool = True) -> Recipe:
     0.9995, 1,000 images held out and the best epoch chosen by PGD-10 on them. Replays divide the epochs. The benchmark
     keeps the better of the last and the averaged weights; here the averaged ones are kept. On the digits, and on
     ImageNet, network, epochs and batches stay as published; there are too few updates on the digits for the decay,
-    which is 0.99 there.
+    which is 0.99 there. ``published.modern`` goes before all of these.
 
     Args:
         data: the data set's name.
@@ -180,17 +183,16 @@ def modern(data: str, published: Recipe, smooths: bool = True) -> Recipe:
     if data not in ("digits", "imagenet"):
         epochs = max(1, 100 // published.replays)
         published = replace(published, model="resnet18", epochs=epochs, batch_size=128)
-    return replace(
-        published,
-        lr=0.1,
-        schedule="one-cycle-by-epoch",
-        milestones=(),
-        momentum=0.95,
-        peak_momentum=0.85,
-        weight_decay=5e-4,
-        ema=0.99 if data == "digits" else 0.9995,
-        average_from=0,
-        held_out=0 if data == "digits" else 1_000,
-        select="pgd-10-1",
-        problem=arguments,
-    )
+    benchmark: dict[str, Any] = {
+        "lr": 0.1,
+        "schedule": "one-cycle-by-epoch",
+        "milestones": (),
+        "momentum": 0.95,
+        "peak_momentum": 0.85,
+        "weight_decay": 5e-4,
+        "ema": 0.99 if data == "digits" else 0.9995,
+        "average_from": 0,
+        "held_out": 0 if data == "digits" else 1_000,
+        "select": "pgd-10-1",
+    }
+    return replace(published, **{**benchmark, **published.modern, "problem": arguments})

@@ -54,9 +54,9 @@ START, END, RISES = 25.0, 1e4, 0.3
 
 def _cycle(recipe: Recipe, step: int, per_epoch: int) -> tuple[bool, float]:
     """(whether the rate rises, what share of its rise or fall is behind)."""
-    now, total = (
-        (step, recipe.epochs * per_epoch) if recipe.schedule == "one-cycle" else (step // per_epoch, recipe.epochs)
-    )
+    # A single epoch has no epochs to go by: it would be spent at the last rate, 4e-6 lr.
+    by_epoch = recipe.schedule == "one-cycle-by-epoch" and recipe.epochs > 1
+    now, total = (step // per_epoch, recipe.epochs) if by_epoch else (step, recipe.epochs * per_epoch)
     peak = RISES * total - 1
     if now <= peak:
         return True, now / peak if peak > 0 else 1.0

@@ -131,7 +131,7 @@ class Trainer:
                         step = self.solver.backward(
                             self.problem, self.model, batch, generator, weight=len(batch) / examples
                         )
-                    self._check_coupling(step.losses)
+                    check_coupling(step.losses, self.recipe.accumulate)
                     ratio = step.implicit_norm / step.direct_norm.clamp(min=1e-30)
                     measured = torch.stack([step.loss.double(), ratio.double(), step.implicit_cosine.double()])
                     means += len(batch) * measured
@@ -175,14 +175,6 @@ class Trainer:
                 f"the loss is {value} in epoch {epoch + 1}; a lower --lr (now {self.recipe.lr:g}){half} may help"
             )
 
-    def _check_coupling(self, losses: Tensor) -> None:
-        """Refuse to add up parts of a batch whose examples are coupled: the sum is not the loss of the whole."""
-        if losses.ndim == 0 and self.recipe.accumulate > 1:
-            raise InputError(
-                f"--accumulate is {self.recipe.accumulate}, but the upper loss is one number for all of a batch, which "
-                "has no parts to add up; use --accumulate 1"
-            )
-
     def _follow_schedules(self, step: int) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = rate_at(self.recipe, step, self.steps_per_epoch)
@@ -222,6 +214,23 @@ class Trainer:
         self.done = state["epochs"]
         if self.average is not None:
             self.average.load_state_dict(state)
+
+
+def check_coupling(losses: Tensor, accumulate: int) -> None:
+    """Refuse to add up parts of a batch whose examples are coupled: the sum is not the loss of the whole.
+
+    Args:
+        losses: the upper loss of a part, ``[B]`` or one number.
+        accumulate: how many parts are added up.
+
+    Raises:
+        InputError: where the loss is one number and there are several parts.
+    """
+    if losses.ndim == 0 and accumulate > 1:
+        raise InputError(
+            f"--accumulate is {accumulate}, but the upper loss is one number for all of a batch, which has no parts to "
+            "add up; use --accumulate 1"
+        )
 
 
 def _groups(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:

@@ -171,3 +171,12 @@ def test_a_run_with_every_part_of_the_recipe_is_resumed(monkeypatch):
     npz("extra.npz", y_train=np.arange(60) % 2, x_test=None, y_test=None)
     says = complaint(*args, "--out", "halves", "--resume")
     assert says == "halves was started with other extra images; the data has changed since"
+
+
+def test_another_problem_file_that_an_argument_names_must_be_the_same():
+    Path("inner.py").write_text("from bilevel_at.problems.fastat import problem\n")
+    args = ["problems/awp.py", "--of", "inner.py", "--data", npz(), *SHORT, "--out", "out"]
+    run(*args)
+    run(*args, "--resume")
+    Path("inner.py").write_text("from bilevel_at.problems.fgsm import problem\n")
+    assert complaint(*args, "--resume") == "out was started with another inner.py; it has changed since"

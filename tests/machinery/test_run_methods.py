@@ -16,7 +16,7 @@ from running import PROBLEMS, SHORT, SOLVERS, complaint, npz, run
 
 import bilevel_at as ba
 from bilevel_at import run as run_module
-from bilevel_at.commands.plan import understand
+from bilevel_at.commands.plan import _settings_of, understand
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
@@ -276,8 +276,13 @@ def test_the_modern_recipe(problem):
     r = plan.options.training()
     stated = (r.model, r.epochs * r.replays, r.batch_size, r.lr, r.schedule, r.momentum, r.peak_momentum)
     assert stated[0] == "resnet18" and 96 <= stated[1] <= 100
-    assert stated[2:] == (128, 0.1, "one-cycle-by-epoch", 0.95, 0.85)
-    assert (r.weight_decay, r.ema, r.held_out, r.select) == (5e-4, 0.9995, 1000, "pgd-10-1")
+    assert (stated[2], r.held_out, r.select) == (128, 1000, "pgd-10-1")
+    if problem == "subat":  # an average would cross its return to the first weights, and a decay leave its subspace
+        assert (*stated[3:], r.weight_decay, r.ema) == (0.1, "constant", 0.9, None, 0, 0)
+    else:
+        rate = 0.1 / 5 if problem == "yopo" else 0.1  # YOPO's step is a sum of five gradients
+        assert stated[3:] == (rate, "one-cycle-by-epoch", 0.95, 0.85)
+        assert (r.weight_decay, r.ema) == (5e-4, 0.9995)
     assert plan.problem_arguments["label_smoothing"] == 0.4
     changed = understand([f"problems/{problem}.py", "--recipe=modern", "--ema", "0.5", "--label-smoothing", "0"])
     assert changed.options.ema == 0.5 and changed.problem_arguments["label_smoothing"] == 0
@@ -289,3 +294,28 @@ def test_the_modern_recipe_of_a_problem_without_smoothing():
         "from bilevel_at.problems import fgsm\ndef problem(epsilon: float = 0.1): return fgsm.problem(epsilon)\n"
     )
     run("own.py", "--recipe", "modern", *SHORT, "--out", "out")
+
+
+@pytest.mark.parametrize(
+    ("problem", "settings"),
+    [
+        ("fgsm_sdi", {"name": "SDI", "every": 20}),
+        (
+            "subat",
+            {"name": "Subspace", "inner": "ZeroIG", "components": 80, "sampling": 0.4, "every": 5, "gain": 2.0},
+        ),
+    ],
+)
+def test_the_solver_settings_are_without_what_it_has_learnt(problem, settings):
+    assert _settings_of(understand([f"problems/{problem}.py"]).solver) == settings
+
+
+@pytest.mark.parametrize("data", ["digits", "cifar10", "svhn", "imagenet"])
+def test_rates_and_decays_that_a_method_needs_on_every_data_set(data):
+    """AWP's decay of V is SGD's; YOPO adds up five gradients; weight decay would take Sub-AT out of its subspace."""
+    awp, yopo, fgsm, subat = (
+        understand([f"problems/{m}.py", "--data", data]) for m in ("awp", "yopo", "fgsm", "subat")
+    )
+    assert awp.problem_arguments["moved_decay"] == awp.options.weight_decay
+    assert yopo.options.lr == pytest.approx(fgsm.options.lr / 5)
+    assert (subat.options.weight_decay, subat.options.schedule, subat.options.lr) == (0.0, "constant", 0.1)

@@ -47,6 +47,7 @@ pytestmark = pytest.mark.usefixtures("elsewhere")
         (["--extra-fraction", "1.5"], "--extra-fraction is 1.5; it must be from 0 to 1"),
         (["--extra", "none.npz"], "--extra none.npz does not exist; it is an .npz with x_train and y_train"),
         (["--held-out", "5000"], "--held-out is 5000, and there are 1437 training images"),
+        (["--held-out", "1436"], "--held-out is 1436, and there are 1437 training images"),
         (["--label-smoothing", "2"], "label_smoothing is 2.0; it must be from 0 to 1"),
         (["--recipe", "best"], "invalid choice 'best' for argument '--recipe'"),
         (["--dropout", "0.3"], "model small_cnn has no dropout; the wide residual networks do"),
@@ -118,6 +119,12 @@ def test_extra_images_that_do_not_fit(changes, says):
     assert says in complaint("problems/fastat.py", "--data", npz(), "--extra", extra)
 
 
+def test_extra_images_are_called_as_their_file_calls_them():
+    np.savez("extra.npz", image=np.zeros((9, 8, 8, 3), np.uint8), label=np.full(9, -1))
+    says = complaint("problems/fastat.py", "--data", npz(), "--extra", "extra.npz")
+    assert says.startswith("--extra extra.npz: label has the label -1; labels are 0")
+
+
 def test_a_radius_that_cannot_grow():
     Path("fixed.py").write_text("from bilevel_at.problems import fastat\ndef problem(): return fastat.problem(0.1)\n")
     says = complaint("fixed.py", "--epsilon-warmup", "2")
@@ -131,7 +138,8 @@ def test_a_radius_that_cannot_grow():
 
 def test_files_that_are_no_npz():
     Path("text.npz").write_text("hello")
-    assert "text.npz" in complaint("problems/fastat.py", "--data", "text.npz")
+    says = "text.npz is not an .npz file, which is a zip archive of arrays"
+    assert complaint("problems/fastat.py", "--data", "text.npz") == says
     np.save("one.npy", np.zeros(3))
     Path("one.npy").rename("one.npz")
     assert "single array" in complaint("problems/fastat.py", "--data", "one.npz")
@@ -172,3 +180,10 @@ def test_numbers():
     for text in ("8/", "/2", "1/2/3", "0x8", "1/0"):
         with pytest.raises(ValueError, match="is not a number"):
             number(text)
+
+
+def test_a_coupled_loss_has_no_parts():
+    """It is refused before the run directory is made."""
+    for flags in (["problems/nuat.py"], ["problems/awp.py", "--of", "nuat"]):
+        line = complaint(*flags, "--data", npz(), "--accumulate", "2", "--out", "out")
+        assert line.startswith("--accumulate is 2, but the upper loss is one number for all of a batch")

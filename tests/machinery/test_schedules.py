@@ -58,6 +58,15 @@ def test_the_shortest_cycles_have_a_rate():
             assert 0 < rate_at(recipe, step, 1) <= 0.1 and 0.8 <= momentum_at(recipe, step, 1) <= 0.9
 
 
+def test_a_single_epoch_is_not_spent_at_the_last_rate():
+    """OneCycleLR with one step in all takes lr/25/1e4, with which nothing is learnt."""
+    by_update, by_epoch = (
+        [rate_at(Recipe(epochs=1, schedule=schedule), step, 20) for step in range(20)]
+        for schedule in ("one-cycle", "one-cycle-by-epoch")
+    )
+    assert by_update == by_epoch and max(by_epoch) == pytest.approx(0.1)
+
+
 def test_multistep_is_that_of_torch():
     recipe = Recipe(epochs=6, lr=0.3, schedule="multistep", milestones=(2, 5))
     optimizer = sgd(recipe)

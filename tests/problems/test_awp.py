@@ -238,6 +238,8 @@ def test_what_cannot_be_perturbed_is_refused():
     for inner in (AWP(upper, 0.1), "minmax"):
         with pytest.raises(ba.InputError, match="must be an UpperProblem other than AWP"):
             AWP(inner, 0.1)
+    with pytest.raises(ba.InputError, match="--of is awp, which moves weights itself"):
+        awp.problem(EPS, of="awp")
     with pytest.raises(ba.InputError, match="gamma_from is -1; it must be a whole number, at least 0"):
         awp.problem(EPS, gamma_from=-1)
     with pytest.raises(ba.InputError, match="shares the attack's pass"):
@@ -254,3 +256,13 @@ def test_what_cannot_be_perturbed_is_refused():
 
     with pytest.raises(ba.InputError, match="AWP moves weights of more than one dimension; the model has none"):
         ZeroIG().hypergradient(awp.problem(EPS, of="fastat"), OnlyScales(), batch)
+
+
+def test_the_inner_solver_has_the_epsilon_of_the_run_by_keyword_too(tmp_path):
+    own = tmp_path / "own.py"
+    own.write_text(
+        "from bilevel_at.problems.fastat import problem\n"
+        "from bilevel_at.solvers import ZeroIG\n\n\n"
+        "def solver(*, epsilon: float = 1.0):\n    made = ZeroIG()\n    made.radius = epsilon\n    return made\n"
+    )
+    assert awp.solver(EPS, str(own)).radius == EPS

@@ -11,7 +11,7 @@ from torch import nn
 from transcriptions import seeded
 
 import bilevel_at as ba
-from bilevel_at.problems import fastat, fgsm_sdi
+from bilevel_at.problems import awp, fastat, fgsm_sdi, qub
 from bilevel_at.problems.fgsm_sdi import Generated, generator_network
 from bilevel_at.solvers import ZeroIG
 
@@ -165,3 +165,28 @@ def test_arguments_out_of_range(arguments, line):
     with pytest.raises(ba.InputError, match="every is 0; it must be a whole number, at least 1"):
         fgsm_sdi.solver(0)
     assert isinstance(Generated(ba.Schedule(lambda e, n: 0.1)), ba.Anchor)
+
+
+@pytest.mark.parametrize("file", [awp, qub])
+def test_the_generator_learns_under_another_upper_problem(file):
+    """The other file's solver and its problem are of one module, and what the upper problem prepares is there."""
+    problem, model = file.problem(EPS, of="fgsm_sdi"), network()
+    file.solver(EPS, of="fgsm_sdi").backward(problem, model, next(batches(1)), seeded(1))
+    assert problem.lower.anchor.adam and all(p.grad is not None for p in model.parameters())
+
+
+def test_the_start_is_float32_under_autocast():
+    problem, model = fgsm_sdi.problem(EPS), network().float()
+    batch = next(batches(1))
+    batch = batch.replace(x=batch.x.float())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        step = fgsm_sdi.solver().hypergradient(problem, model, batch, generator=seeded(1))
+    assert step.solution.anchor.dtype == step.solution.attack_gradient.dtype == torch.float32
+
+
+def test_a_batch_of_another_type_leaves_the_generator_as_it_was():
+    problem, model, batch = fgsm_sdi.problem(EPS), network(), next(batches(1))
+    fgsm_sdi.solver().backward(problem, model, batch, seeded(1))
+    single = batch.replace(x=batch.x.float())
+    fgsm_sdi.solver().hypergradient(problem, copy.deepcopy(model).float(), single, generator=seeded(1))
+    assert {p.dtype for p in problem.lower.anchor.network.parameters()} == {torch.float64}

@@ -20,7 +20,7 @@ from plain_loops import (
 )
 
 import bilevel_at as ba
-from bilevel_at.problems import nfgsm
+from bilevel_at.problems import fgsm_sdi, nfgsm
 from bilevel_at.solvers import ZeroIG
 
 
@@ -57,3 +57,9 @@ def test_training_leaves_the_ball_that_the_network_is_to_withstand():
 def test_bad_arguments(name):
     with pytest.raises(ba.InputError, match=f"{name} is -1; it must be a finite number, at least 0"):
         nfgsm.problem(EPS, **{name: -1})
+
+
+def test_a_bad_epsilon_is_called_epsilon():
+    for file in (nfgsm, fgsm_sdi):
+        with pytest.raises(ba.InputError, match="epsilon is -1; it must be a finite number, at least 0"):
+            file.problem(epsilon=-1)

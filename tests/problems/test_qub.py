@@ -93,3 +93,19 @@ def test_the_hypergradient_of_an_attacker_that_has_a_derivative():
 def test_a_file_that_is_not_there():
     with pytest.raises(ba.InputError, match="problem file fastbta does not exist; did you mean problems/fastbat.py"):
         qub.problem(EPS, of="fastbta")
+
+
+def test_the_bound_holds_under_autocast():
+    """In bfloat16 the logits differ from float32's by 2^-9, and the logarithms of the bound would be rounded again."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, CLASSES)).float()
+    model[1].weight.data *= 30
+    x = torch.rand(64, 1, 4, 4)
+    batch = ba.Batch(x, torch.arange(64) % CLASSES)
+    delta = 0.01 * torch.randn(x.shape)
+    upper = qub.QuadraticBound()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        solution = ba.Solution(delta, torch.zeros_like(x), batch)
+        bound = upper.loss_at(model, upper.prepare(model, batch, None), solution)
+        loss = ba.cross_entropy(model, batch, delta)
+    assert bound.dtype == torch.float32 and bool((bound - loss >= -1e-5).all())

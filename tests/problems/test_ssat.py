@@ -18,6 +18,7 @@ from plain_loops import (
     noise,
     one_hot,
 )
+from torch import nn
 
 import bilevel_at as ba
 from bilevel_at.problems import ssat
@@ -106,3 +107,16 @@ def test_labels_out_of_range_are_refused_by_name():
     batch = next(batches(1))
     with pytest.raises(ba.InputError, match="label 9 is out of range: the model has 3 outputs"):
         ZeroIG().hypergradient(ssat.problem(EPS), network(), batch.replace(y=batch.y + 7))
+
+
+def test_in_train_mode_one_example_that_is_left_has_batch_statistics():
+    """A feature map of 1×1 has none of a single example; here one of six is right at the start, of a whole pass."""
+    torch.manual_seed(1)
+    layers = [nn.Conv2d(1, 4, 4), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, CLASSES)]
+    model = nn.Sequential(*layers).double().train()
+    x = torch.rand(6, 1, 4, 4, dtype=torch.float64)
+    right = model(x).argmax(1)
+    y = torch.cat([right[:1], (right[1:] + 1) % CLASSES])
+    zero = torch.zeros_like(x)
+    delta = ssat.problem(1e-9, mode="train").lower.solve(model, ba.Batch(x, y), zero).delta
+    assert delta[0].abs().max() > 0 and delta[1:].abs().max() == 0

@@ -23,7 +23,7 @@ from transcriptions import seeded
 
 import bilevel_at as ba
 from bilevel_at.models import MODELS, build_model
-from bilevel_at.problems import trades, yopo
+from bilevel_at.problems import qub, trades, yopo
 from bilevel_at.problems.yopo import YOPO, first_layer
 
 
@@ -33,7 +33,7 @@ from bilevel_at.problems.yopo import YOPO, first_layer
 def test_the_published_step(m, n, both, smoothing):
     model, twin, step = network(), network(), 0.02
     problem = yopo.problem(EPS, label_smoothing=smoothing)
-    train(problem, yopo.solver(EPS, m, n, step, both), model, 2, seeded(7))
+    train(problem, yopo.solver(m, n, step, both), model, 2, seeded(7))
 
     generator = seeded(7)
     for batch in batches(2):
@@ -128,7 +128,7 @@ def test_layers_that_are_frozen_stay_out_of_the_sum():
 )
 def test_arguments_out_of_range(arguments, line):
     with pytest.raises(ba.InputError, match=line):
-        yopo.solver(EPS, **arguments)
+        yopo.solver(**arguments)
 
 
 def test_what_cannot_be_split_is_refused_in_one_line():
@@ -140,3 +140,19 @@ def test_what_cannot_be_split_is_refused_in_one_line():
         first_layer(dense, batch.x)
     with pytest.raises(ba.InputError, match="the upper loss passes the network 2 times"):
         YOPO().hypergradient(trades.problem(EPS, steps=1), network(), batch)
+    with pytest.raises(ba.InputError, match="QuadraticBound makes another before it"):
+        YOPO().hypergradient(qub.problem(EPS, of="yopo"), network(), batch)
+    with pytest.raises(ba.InputError, match=r"Range\(.*\) has none, so give a step"):
+        lower = ba.AtAnchor(ba.Range(), ba.Uniform(EPS))
+        YOPO().hypergradient(ba.BilevelProblem(ba.UpperProblem(), lower), network(), batch)
+
+
+def test_the_step_follows_a_radius_that_grows():
+    """Without a step of its own it is a quarter of ε in every update, which --epsilon-warmup lets grow."""
+    growing = ba.Schedule(lambda step, steps: EPS * (step + 1) / steps, by="step")
+    batch, problem, solver = next(batches(1)), yopo.problem(growing), yopo.solver(m=2, n=1)
+    problem.set_step(0, 4)
+    ours = solver.hypergradient(problem, network(), batch, generator=seeded(1))
+    fixed = YOPO(2, 1, EPS / 16).hypergradient(yopo.problem(EPS / 4), network(), batch, generator=seeded(1))
+    for name, gradient in fixed.direct.items():
+        assert torch.equal(ours.direct[name], gradient)
