@@ -191,3 +191,33 @@ def test_single_precision():
     batch = ba.Batch(batch.x.float(), batch.y)
     step = ValueFunction().hypergradient(taylor(step=0.3), model.float(), batch)
     assert difference(step, exact) < 1e-2
+
+
+def test_dropout_in_attack_passes_drops_the_same_units_in_both():
+    """Else the difference of two networks, divided by 2s: thousands of times too long."""
+    model, batch = dense(6, 8, 3), batch_of(3, 6)
+    model = nn.Sequential(*model[:3], nn.Dropout(0.3), *model[3:]).train()
+    problem = taylor(step=0.3, mode="train")
+    for seed in range(3):
+        norms = []
+        for solver in (HessianFreeKKT(), ValueFunction(1e-3)):
+            torch.manual_seed(seed)
+            norms.append(solver.hypergradient(problem, model, batch).implicit_norm.item())
+        assert 0.5 < norms[1] / norms[0] < 2  # the attack itself drops others
+
+
+@pytest.mark.parametrize(
+    "generator", [None, torch.default_generator, torch.Generator()], ids=["none", "torch's", "own"]
+)
+def test_draws_are_made_again_from_any_generator(generator):
+    """Dropout and the upper loss draw from one stream where the generator is torch's own."""
+    model, batch = dense(6, 8, 3), batch_of(3, 6)
+    model = nn.Sequential(*model[:3], nn.Dropout(0.3), *model[3:]).train()
+    problem = ba.BilevelProblem(Noisy(), taylor(step=0.3).lower)
+    steps = []
+    for solver in (HessianFreeKKT(), ValueFunction(1e-3)):
+        torch.manual_seed(0)
+        if generator is not None:
+            generator.manual_seed(0)
+        steps.append(solver.hypergradient(problem, model, batch, generator=generator))
+    assert difference(steps[1], steps[0]) < 1e-5
