@@ -126,7 +126,8 @@ def test_a_radius_that_cannot_grow():
         "from bilevel_at.problems import fgsm\ndef problem(epsilon: float = 1): return fgsm.problem(min(epsilon, 1))\n"
     )
     says = complaint("halved.py", "--epsilon-warmup", "2")
-    assert says.startswith("halved.py, line 2: ") and "TypeError: '<' not supported" in says
+    assert says.startswith("--epsilon-warmup gives problem(...) a ba.Schedule as epsilon: halved.py, line 2: ")
+    assert "TypeError: '<' not supported" in says
 
 
 def test_files_that_are_no_npz():

@@ -181,7 +181,7 @@ def test_refusals():
     few_steps = ba.BilevelProblem(ba.UpperProblem(), ba.Targeted(ba.LinfBall(0.3), steps=2))
     with pytest.raises(ba.InputError, match="Targeted's δ\\* is not a minimiser of its objective"):
         ValueFunction().hypergradient(few_steps, model, batch)
-    with pytest.raises(ba.ConvergenceError, match="did not reach tol"):
+    with pytest.raises(ba.ConvergenceError, match="was not minimised to tol"):
         ValueFunction(max_iter=1).hypergradient(taylor(step=0.3), model, batch)
 
 
@@ -191,6 +191,22 @@ def test_single_precision():
     batch = ba.Batch(batch.x.float(), batch.y)
     step = ValueFunction().hypergradient(taylor(step=0.3), model.float(), batch)
     assert difference(step, exact) < 1e-2
+
+
+def test_the_default_suits_single_precision_and_steep_networks():
+    """s = 0.1 is not small against λ/‖∇²f‖ here."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.Tanh(), nn.Flatten(), nn.Linear(288, 10)).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)
+    x, y = torch.rand(32, 1, 8, 8, dtype=torch.float64), torch.arange(32) % 10
+    exact = HessianFreeKKT().hypergradient(taylor(0.1, step=0.3), model, ba.Batch(x, y))
+    steps = [
+        solver.hypergradient(taylor(0.1, step=0.3), model.float(), ba.Batch(x.float(), y))
+        for solver in (ValueFunction(), ValueFunction(0.1))
+    ]
+    assert difference(steps[0], exact) < 0.05 < difference(steps[1], exact)
 
 
 def test_dropout_in_attack_passes_drops_the_same_units_in_both():
