@@ -15,7 +15,7 @@ from ..data import DATA_NAMES, ImageSet
 from ..errors import InputError
 from ..evaluate import Threat, set_name
 from ..models import MODELS
-from ..policy import Schedule
+from ..policy import Schedule, policies
 from ..problem import BilevelProblem
 from ..runs.problem_file import ProblemFile, packaged_problems
 from ..runs.provenance import machine, today, versions
@@ -55,12 +55,18 @@ class Plan:
         """The threat model.
 
         Raises:
-            InputError: if the problem does not define one.
+            InputError: if the problem does not define one, or one that changes as training goes on.
         """
         try:
-            return self.stated.threat
+            threat = self.stated.threat
         except InputError as error:
             raise InputError(f"{self.file.path}: {error}") from None
+        if policies(threat):
+            raise InputError(
+                f"{self.file.path}: the {type(threat).__name__} of training changes with time, and what the network is "
+                "to withstand must not; pass BilevelProblem(upper, lower, threat=...)"
+            )
+        return threat
 
     @property
     def feasible_set(self) -> str | None:
