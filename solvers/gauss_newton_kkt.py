@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bilevel_at.constraints import ActiveSet
-from bilevel_at.errors import CurvatureError, InputError, at_least, name_samples, one_of
+from bilevel_at.errors import ConvergenceError, CurvatureError, InputError, at_least, name_samples, one_of
 from bilevel_at.kkt import CrossAt, KKTSolver, with_multiplier
 from bilevel_at.losses import CrossEntropy, Loss, as_loss, minus
 from bilevel_at.modes import attack_mode, full_precision
@@ -78,6 +78,7 @@ class GaussNewtonKKT(KKTSolver):
     Raises:
         InputError: where the attack loss is not ± :class:`~bilevel_at.CrossEntropy`, or samples share something.
         CurvatureError: where the matrix is not positive definite on T, naming the samples and the least eigenvalue.
+        ConvergenceError: where the attack loss is not a number.
     """
 
     damping: float | Literal["auto"] = 0.0  # type: ignore[assignment]  # the other solvers have numbers only
@@ -134,6 +135,9 @@ class GaussNewtonKKT(KKTSolver):
         with torch.enable_grad(), attack_mode(model, attack_mode_of(lower)):
             logits = loss.forward(model, solution.batch, delta)
             values = loss.value(logits, solution.batch)
+            lost = values.isnan().nonzero().flatten().tolist()
+            if lost:
+                raise ConvergenceError(f"the attack loss is not a number on {name_samples(lost)}", lost)
             if len(delta) != len(logits) or coupled_samples(values, delta):
                 raise InputError(
                     "GaussNewtonKKT needs samples that share nothing; here one sample's loss depends on another's "

@@ -188,3 +188,11 @@ def test_without_a_proximal_term_where_nothing_is_free():
     problem = ba.BilevelProblem(ba.UpperProblem(), Pushed(ATK, 0.01))
     step = GaussNewtonKKT().hypergradient(problem, model, batch)
     assert step.implicit_norm == 0  # every coordinate is at its bound
+
+
+def test_what_is_not_a_number_is_not_taken_for_coupled():
+    model, batch = dense(6, 8, 3), batch_of(3, 6)
+    with torch.no_grad():
+        model[-1].bias.fill_(torch.nan)
+    with pytest.raises(ba.ConvergenceError, match="the attack loss is not a number on samples 0, 1, 2"):
+        GaussNewtonKKT().hypergradient(taylor(step=0.1), model, batch)
