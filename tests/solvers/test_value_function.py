@@ -54,7 +54,8 @@ def test_it_tends_to_hessian_free_kkt_on_a_linearised_problem(kind, direction, d
     exact = HessianFreeKKT().hypergradient(s.problem, s.model, s.batch, anchor=s.anchor)
     assume(exact.implicit_norm > 1e-3 * exact.direct_norm)
     assume(exact.solution.attack_gradient.flatten(1).norm(dim=1).min() > 1e-2)
-    step = ValueFunction(1e-3).hypergradient(s.problem, s.model, s.batch, anchor=s.anchor)
+    # An error of 162 s² was seen, where the implicit term is three times the direct one.
+    step = ValueFunction(1e-4).hypergradient(s.problem, s.model, s.batch, anchor=s.anchor)
     assert difference(step, exact) < 1e-5
 
 
