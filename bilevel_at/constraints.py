@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .batch import per_sample
 from .errors import InputError, at_least
+from .modes import full_precision
 from .policy import Composite, Number, checked, number
 
 __all__ = ["ActiveSet", "Constraint", "L2Ball", "LinfBall", "Range"]
@@ -38,13 +39,17 @@ class ActiveSet:
         v = v * self.free
         if self.normals is not None:
             flat = v.flatten(1)[..., None]
-            v = (flat - self.normals.mT @ (self.normals @ flat)).reshape(v.shape)
+            with full_precision(v.device):
+                v = (flat - self.normals.mT @ (self.normals @ flat)).reshape(v.shape)
         return v
 
     def projector(self, dtype: torch.dtype) -> Tensor:
         """T as a matrix, ``[B, d, d]``."""
         matrix = torch.diag_embed(self.free.flatten(1).to(dtype))
-        return matrix if self.normals is None else matrix - (self.normals.mT @ self.normals).to(dtype)
+        if self.normals is None:
+            return matrix
+        with full_precision(matrix.device):
+            return matrix - (self.normals.mT @ self.normals).to(dtype)
 
     def fraction_free(self) -> float:
         """The share of coordinates that are not at a bound: where it is 0 the implicit term vanishes."""

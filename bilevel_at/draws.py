@@ -14,13 +14,14 @@ class Draws:
     """What is about to be drawn at random, from ``generator`` and from torch's global one (dropout).
 
     Args:
-        generator: the generator that the passes draw from; None for the global one.
+        generator: the generator that the passes draw from; None, or a default generator of torch's, for the global one.
         device: where the network is.
     """
 
     def __init__(self, generator: torch.Generator | None, device: torch.device) -> None:
-        self._source = None if generator is None else generator.device
-        self._state = None if generator is None else generator.get_state()
+        self._generator = generator
+        # A copy of a default generator would be a second stream, where the passes had one.
+        self._state = None if generator is None or _is_global(generator, device) else generator.get_state()
         self._cpu = torch.get_rng_state()
         self._cuda = [device] if device.type == "cuda" else []
         self._cuda_states = [torch.cuda.get_rng_state(d) for d in self._cuda]
@@ -32,9 +33,14 @@ class Draws:
             torch.set_rng_state(self._cpu)
             for device, state in zip(self._cuda, self._cuda_states, strict=True):
                 torch.cuda.set_rng_state(state, device)
-            if self._source is None or self._state is None:
-                yield None
+            if self._generator is None or self._state is None:
+                yield self._generator
             else:
-                generator = torch.Generator(self._source)
+                generator = torch.Generator(self._generator.device)
                 generator.set_state(self._state)
                 yield generator
+
+
+def _is_global(generator: torch.Generator, device: torch.device) -> bool:
+    of_device = torch.cuda.default_generators[device.index or 0] if device.type == "cuda" else None
+    return generator is torch.default_generator or generator is of_device

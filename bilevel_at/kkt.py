@@ -76,7 +76,8 @@ class KKTSolver(Solver):
         (v,) = torch.autograd.grad(attacked.total(losses), delta)
         value = None if gradient is None else gradient.detach()
         w = self.adjoint(attacked.problem, attacked.model, replace(solution, gradient=value), v)
-        near = solution.delta + (self.ig_weight * len(losses) / attacked.scale) * w
+        # g is the sum over losses, f their mean; a coupled loss is one number.
+        near = solution.delta + (self.ig_weight * losses.numel() / attacked.scale) * w
         with draws.again() as generator, same_buffers(attacked.model):
             total = attacked.total(attacked.losses(near, generator))
             both = torch.autograd.grad(total, list(named.values()), allow_unused=True)
@@ -156,5 +157,5 @@ def _check_merged(attacked: Attacked) -> None:
 
 def _same_loss(one: AnyLoss, other: AnyLoss | None) -> bool:
     if type(one) is CrossEntropy and type(other) is CrossEntropy:
-        return one.label_smoothing == other.label_smoothing
+        return one.label_smoothing == other.label_smoothing and one.over == other.over
     return one is other

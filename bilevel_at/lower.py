@@ -11,6 +11,7 @@ from .anchors import Anchor, Steps, anchor_policy
 from .batch import Batch, per_sample
 from .constraints import Constraint
 from .directions import Direction, direction_of
+from .draws import Draws
 from .errors import InputError, positive, whole_number
 from .losses import AnyLoss, input_gradient
 from .modes import Mode
@@ -135,8 +136,11 @@ class Linearized(LowerProblem):
             read = direction_of(self.direction)(slope)
             (u,) = torch.autograd.grad(read, slope, (after - before) / 2)
         batch, z = solution.batch, solution.anchor
-        losses = [self.attack_loss(model, batch, point) for point in (z - u, z + u)]
-        return losses[1].sum() - losses[0].sum()
+        draws = Draws(None, z.device)
+        low = self.attack_loss(model, batch, z - u)
+        with draws.again():  # dropout in train mode drops the same units
+            high = self.attack_loss(model, batch, z + u)
+        return high.sum() - low.sum()
 
     def curvature(self, model: nn.Module, solution: Solution) -> tuple[CurvedPart | None, Tensor | float]:
         return None, solution.lam

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Literal, get_args
 
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 
 from .errors import InputError
 
-__all__ = ["Mode", "attack_mode", "no_graph", "same_buffers"]
+__all__ = ["Mode", "attack_mode", "full_precision", "no_graph", "same_buffers"]
 
 Mode = Literal["train", "eval"]
 
@@ -27,6 +27,16 @@ def no_graph() -> Iterator[None]:
         yield
     if torch.is_autocast_enabled() or torch.is_autocast_enabled("cpu"):
         torch.clear_autocast_cache()
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[None]:
+    """No autocast: for linear algebra on what the network's passes gave, which autocast would round to half precision.
+
+    Without autocast this does nothing, on any device.
+    """
+    if torch.is_autocast_enabled() or torch.is_autocast_enabled("cpu"):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 @contextmanager
@@ -49,10 +59,15 @@ def attack_mode(model: nn.Module, mode: Mode) -> Iterator[None]:
 @contextmanager
 def same_buffers(model: nn.Module) -> Iterator[None]:
     """On leaving, the model's buffers (the running statistics of batch normalisation) have their values again."""
-    before = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    before = [
+        (module, name, buffer, buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
     try:
         yield
     finally:
-        for buffer, value in before:
+        for module, name, buffer, value in before:
             # Through .data: a graph that has saved the buffer must not find it changed.
             buffer.data.copy_(value)
+            setattr(module, name, buffer)  # a pass may have put another tensor in its place

@@ -21,6 +21,7 @@ from . import descent, policy
 from .anchors import Anchor, anchor_policy
 from .batch import Batch
 from .constraints import Constraint
+from .draws import Draws
 from .errors import InputError
 from .losses import AnyLoss, as_loss, check_prepared, cross_entropy
 from .modes import Mode, attack_mode, no_graph
@@ -152,15 +153,19 @@ class LowerProblem(Policy):
         """Σ_i g(θ, after; z) − g(θ, before; z), for its gradient in θ: what solvers without double backward need.
 
         A g that has input gradients of the network in it overrides this where first-order passes give the same
-        gradient up to third order in ``after − before``.
+        gradient up to third order in ``after − before``. The passes that are subtracted make the same random draws
+        (dropout in train mode), or their difference would be noise.
 
         Args:
             model: the network, in the mode of attack passes.
             solution: of a differentiable solve: its batch, anchor and λ are those of g.
             before, after: two perturbations, shaped like δ*.
         """
-        objective = [self.objective(model, solution.batch, delta, solution.anchor) for delta in (before, after)]
-        return objective[1].sum() - objective[0].sum()
+        draws = Draws(None, after.device)
+        low = self.objective(model, solution.batch, before, solution.anchor)
+        with draws.again():  # dropout in train mode drops the same units
+            high = self.objective(model, solution.batch, after, solution.anchor)
+        return high.sum() - low.sum()
 
     def curvature(self, model: nn.Module, solution: Solution) -> tuple[CurvedPart | None, Tensor | float]:
         """(ℓ, λ) such that ∇²_δδ g = ∇²_δδ ℓ + λI; None for ℓ where the Hessian is λI."""

@@ -152,8 +152,8 @@ class Solver(Policy):
         delta = solution.delta.detach().requires_grad_()
         losses = attacked.losses(delta, attacked.generator)
         # A pass that the upper loss shares with the attack belongs to the lower gradient's graph too.
-        passes = [solution.kept_output, *solution.batch.more.values()]
-        shared = attacked.moves and any(isinstance(p, Tensor) and p.requires_grad for p in passes)
+        prepared = any(value.requires_grad for value in solution.batch.more.values())
+        shared = attacked.moves and (solution.kept_output is not None or prepared)
         *direct, v = torch.autograd.grad(
             attacked.total(losses), [*named.values(), delta], allow_unused=True, retain_graph=shared
         )

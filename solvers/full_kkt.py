@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from bilevel_at.constraints import ActiveSet
-from bilevel_at.errors import BilevelError, CurvatureError, InputError, name_samples, one_of
+from bilevel_at.errors import BilevelError, CurvatureError, InputError, name_samples, one_of, positive, whole_number
 from bilevel_at.kkt import CrossAt, Curvature, KKTSolver, curved_part, scalar_adjoint, with_multiplier
-from bilevel_at.modes import attack_mode
+from bilevel_at.modes import attack_mode, full_precision
 from bilevel_at.problem import BilevelProblem, attack_mode_of
 from bilevel_at.solution import Solution
 
@@ -60,6 +60,11 @@ class FullKKT(KKTSolver):
         self._check()
         one_of("method", self.method, ("auto", "dense", "cg"))
         one_of("curvature", self.curvature, ("lower", "attack"))
+        if self.tol is not None:
+            positive("tol", self.tol)
+        if self.max_iter is not None:
+            whole_number("max_iter", self.max_iter, 1)
+        whole_number("dense_limit", self.dense_limit, 0)
 
     def adjoint(self, problem: BilevelProblem, model: nn.Module, solution: Solution, v: Tensor) -> Tensor:
         """w ``[B, ...]`` with T(H + (μ + damping)I)T w = T v."""
@@ -97,12 +102,13 @@ class FullKKT(KKTSolver):
         exact = torch.float64 if v.dtype == torch.float64 else torch.float32  # half precisions are not factorised
         free, hessian = active.projector(exact), hessian.to(exact)
         eye = torch.eye(hessian.shape[-1], dtype=exact, device=hessian.device)
-        # T A T + (I − T) is positive definite exactly where A is on the range of T.
-        matrix = free @ (hessian + diagonal.to(exact)[:, None, None] * eye) @ free + (eye - free)
-        factor, failed = torch.linalg.cholesky_ex((matrix + matrix.mT) / 2)
-        self._refuse(failed > 0)
         right = active.tangent(v).flatten(1)[..., None].to(exact)
-        return (free @ torch.cholesky_solve(right, factor)).reshape(v.shape).to(v)
+        with full_precision(v.device):
+            # T A T + (I − T) is positive definite exactly where A is on the range of T.
+            matrix = free @ (hessian + diagonal.to(exact)[:, None, None] * eye) @ free + (eye - free)
+            factor, failed = torch.linalg.cholesky_ex((matrix + matrix.mT) / 2)
+            self._refuse(failed > 0)
+            return (free @ torch.cholesky_solve(right, factor)).reshape(v.shape).to(v)
 
     @staticmethod
     def _refuse(bad: Tensor) -> None:

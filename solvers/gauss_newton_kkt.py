@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from bilevel_at.constraints import ActiveSet
-from bilevel_at.errors import CurvatureError, InputError, at_least, name_samples, one_of
+from bilevel_at.errors import ConvergenceError, CurvatureError, InputError, at_least, name_samples, one_of
 from bilevel_at.kkt import CrossAt, KKTSolver, with_multiplier
 from bilevel_at.losses import CrossEntropy, Loss, as_loss, minus
-from bilevel_at.modes import attack_mode
+from bilevel_at.modes import attack_mode, full_precision
 from bilevel_at.problem import BilevelProblem, LowerProblem, attack_mode_of
 from bilevel_at.solution import Solution
 
@@ -78,6 +78,7 @@ class GaussNewtonKKT(KKTSolver):
     Raises:
         InputError: where the attack loss is not ± :class:`~bilevel_at.CrossEntropy`, or samples share something.
         CurvatureError: where the matrix is not positive definite on T, naming the samples and the least eigenvalue.
+        ConvergenceError: where the attack loss is not a number.
     """
 
     damping: float | Literal["auto"] = 0.0  # type: ignore[assignment]  # the other solvers have numbers only
@@ -109,13 +110,18 @@ class GaussNewtonKKT(KKTSolver):
         curved = self._curvature(problem.lower, model, solution, active)
         damping = self._damping(curved)
         self._refuse(curved.smallest(), damping)
-        c = curved.constant + damping
+        c = (curved.constant + damping)[:, None]
         right = active.tangent(v).flatten(1).to(c)
-        # In the eigenvectors Q of UᵀU the small system is diagonal.
-        inner = curved.vectors.mT @ (curved.factor.mT @ right[..., None])
-        inner = inner / (c[:, None] + curved.sign * curved.values)[..., None]
-        correction = (curved.factor @ (curved.vectors @ inner)).squeeze(-1)
-        return ((right - curved.sign * correction) / c[:, None]).reshape(v.shape).to(v)
+        with full_precision(v.device):
+            # In the eigenvectors Q of UᵀU the small system is diagonal.
+            inner = (curved.vectors.mT @ (curved.factor.mT @ right[..., None])).squeeze(-1)
+            weights = inner / (c + curved.sign * curved.values)
+            # Where c is 0 and nothing is refused, U spans all that is free: T v = U (UᵀU)⁺ UᵀT v, and w likewise.
+            flat = c == 0
+            within = torch.where(curved.values > 0, weights / curved.values, 0)
+            combined = torch.where(flat, within, -curved.sign * weights / c)
+            along = (curved.factor @ (curved.vectors @ combined[..., None])).squeeze(-1)
+            return torch.where(flat, along, along + right / c).reshape(v.shape).to(v)
 
     def _damping(self, curved: _Curvature) -> Tensor:
         if self.damping != "auto":
@@ -129,6 +135,9 @@ class GaussNewtonKKT(KKTSolver):
         with torch.enable_grad(), attack_mode(model, attack_mode_of(lower)):
             logits = loss.forward(model, solution.batch, delta)
             values = loss.value(logits, solution.batch)
+            lost = values.isnan().nonzero().flatten().tolist()
+            if lost:
+                raise ConvergenceError(f"the attack loss is not a number on {name_samples(lost)}", lost)
             if len(delta) != len(logits) or coupled_samples(values, delta):
                 raise InputError(
                     "GaussNewtonKKT needs samples that share nothing; here one sample's loss depends on another's "
@@ -140,17 +149,20 @@ class GaussNewtonKKT(KKTSolver):
                 for k in range(logits.shape[1])
             ]
         exact = torch.float64 if delta.dtype == torch.float64 else torch.float32  # half precisions have no solvers
-        p = logits.detach().to(exact).softmax(1)
-        root = p.sqrt()
-        half = torch.diag_embed(root) - p[:, :, None] * root[:, None, :]
-        factor = torch.stack(rows, 2).to(exact) @ half
-        eigenvalues, eigenvectors = torch.linalg.eigh(factor.mT @ factor)
+        with full_precision(delta.device):
+            p = logits.detach().to(exact).softmax(1)
+            root = p.sqrt()
+            half = torch.diag_embed(root) - p[:, :, None] * root[:, None, :]
+            factor = torch.stack(rows, 2).to(exact) @ half
+            eigenvalues, eigenvectors = torch.linalg.eigh(factor.mT @ factor)
+        cut = len(rows) * torch.finfo(exact).eps * eigenvalues[:, -1:]
+        eigenvalues = torch.where(eigenvalues > cut, eigenvalues, 0)  # U has a rank of K − 1 at most, not K
         free = active.free.flatten(1).sum(1)
         if active.normals is not None:
             free = free - active.normals.square().sum((1, 2)).round().to(free)
         constant = torch.zeros(len(delta), dtype=exact, device=delta.device) + solution.lam
         constant = with_multiplier(constant, active)
-        return _Curvature(sign, factor, eigenvalues.clamp(min=0), eigenvectors, constant, free)
+        return _Curvature(sign, factor, eigenvalues, eigenvectors, constant, free)
 
     @staticmethod
     def _refuse(least: Tensor, damping: Tensor) -> None:

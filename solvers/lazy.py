@@ -33,7 +33,8 @@ class Lazy(Solver):
         p: the probability, above 0 and at most 1.
 
     Raises:
-        InputError: where p is out of range, or ``inner`` has no implicit term of its own (ZeroIG, cross_at="merged").
+        InputError: where p is out of range, ``inner`` has no implicit term of its own (ZeroIG, cross_at="merged"), or
+            does more than add one (a ``hypergradient`` or ``backward`` of its own).
     """
 
     inner: Solver
@@ -46,6 +47,13 @@ class Lazy(Solver):
             raise InputError(f"{type(self.inner).__name__} has no implicit term, so there is nothing to leave out")
         if getattr(self.inner, "cross_at", None) == "merged":
             raise InputError('cross_at="merged" has no implicit term apart; use "anchor" or "solution" within Lazy')
+        kind = type(self.inner)
+        own = [name for name in ("hypergradient", "backward") if getattr(kind, name) is not getattr(Solver, name)]
+        if own and kind is not Lazy:
+            raise InputError(
+                f"{kind.__name__} has a {own[0]} of its own, which steps without the term would leave out; Lazy wraps "
+                "solvers that differ from ZeroIG in the implicit term alone"
+            )
         if positive("p", self.p) > 1:
             raise InputError(f"p is {self.p:g}; it must be above 0 and at most 1")
 

@@ -25,7 +25,8 @@ class ProjectionAdjoint(KKTSolver):
     per sample: as δ* = P_C(u), this is P_C's derivative at u, which is symmetric, applied to v / λ. Equals
     :class:`HessianFreeKKT` where that has an active set, and is exact for the same problems (Taylor-linearised ones).
     It needs ``project`` only, for any closed convex set. Where δ* is about to enter or leave a constraint, P_C has no
-    derivative, and this is a mean of its one-sided ones.
+    derivative, and this is a mean of its one-sided ones. Where δ* is no minimiser of g (a few steps of an optimiser),
+    P_C(u) is another point, and so is the derivative. ``project`` is also called with a part of the batch's rows.
 
     The difference is extrapolated from s and 2s, with s = eps^⅕ ‖u‖ at first, where rounding and curvature matter
     equally. For samples in whose reach P_C has a kink (the second differences at s and 2s do not fit together) s is

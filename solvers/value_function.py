@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from bilevel_at import descent
 from bilevel_at.batch import per_sample
 from bilevel_at.draws import Draws
-from bilevel_at.errors import InputError, at_least, positive, whole_number
+from bilevel_at.errors import ConvergenceError, InputError, at_least, name_samples, positive, whole_number
 from bilevel_at.modes import attack_mode, same_buffers
 from bilevel_at.problem import LowerProblem, attack_mode_of
 from bilevel_at.solution import Gradients, Solution
@@ -40,7 +40,8 @@ class ValueFunction(Solver):
 
     Args:
         s: weight of f in the perturbed problems, above 0. It has to be small against λ/‖∇²f‖, so that they stay
-            convex, and large enough for the difference to be seen: δ_s − δ_−s is about 2s ∇f/λ. 1e-3 suits float64.
+            convex, and large enough for the difference to be seen: δ_s − δ_−s is about 2s ∇f/λ. 1e-3 suits float64,
+            and float32 where λ is as small as published Fast-BAT's, 255/5000.
         ig_weight: multiplies the implicit term; 1 is the exact hypergradient.
         tol: of the perturbed problems, as for :func:`bilevel_at.solve_by_descent`; None is s · eps^¾ of the dtype, at
             least 16 eps.
@@ -51,7 +52,7 @@ class ValueFunction(Solver):
         ConvergenceError: where a perturbed problem does not reach ``tol`` in ``max_iter`` steps.
     """
 
-    s: float = 0.1
+    s: float = 0.01
     ig_weight: float = 1.0
     tol: float | None = None
     max_iter: int = 1000
@@ -95,10 +96,17 @@ class ValueFunction(Solver):
         eps = torch.finfo(solution.delta.dtype).eps
         tol = max(self.s * eps**0.75, 16 * eps) if self.tol is None else self.tol
         scale = _scale(solution)
-        below, above = (
-            descent.projected_gradient(perturbed(weight), solution.delta, project, tol, self.max_iter, scale)[0]
-            for weight in (-self.s, self.s)
-        )
+        try:
+            below, above = (
+                descent.projected_gradient(perturbed(weight), solution.delta, project, tol, self.max_iter, scale)[0]
+                for weight in (-self.s, self.s)
+            )
+        except ConvergenceError as error:
+            raise ConvergenceError(
+                f"g ± s f with s={self.s:g} was not minimised to tol={tol:g} in max_iter={self.max_iter} steps on "
+                f"{name_samples(error.samples)}; a smaller s keeps it convex, or raise tol or max_iter",
+                error.samples,
+            ) from error
         with attack_mode(model, attack_mode_of(lower)):
             change = lower.change(model, solution, below, above)
         named = attacked.parameters

@@ -18,7 +18,7 @@ from ..data import DATA_NAMES, ImageSet
 from ..errors import InputError
 from ..evaluate import Threat, set_name
 from ..models import MODELS
-from ..policy import Schedule
+from ..policy import Schedule, policies
 from ..problem import BilevelProblem
 from ..runs.problem_file import ProblemFile, packaged_problems
 from ..runs.provenance import machine, today, versions
@@ -58,12 +58,18 @@ class Plan:
         """The threat model.
 
         Raises:
-            InputError: if the problem does not define one.
+            InputError: if the problem does not define one, or one that changes as training goes on.
         """
         try:
-            return self.stated.threat
+            threat = self.stated.threat
         except InputError as error:
             raise InputError(f"{self.file.path}: {error}") from None
+        if policies(threat):
+            raise InputError(
+                f"{self.file.path}: the {type(threat).__name__} of training changes with time, and what the network is "
+                "to withstand must not; pass BilevelProblem(upper, lower, threat=...)"
+            )
+        return threat
 
     @property
     def feasible_set(self) -> str | None:
@@ -157,8 +163,10 @@ def _warming_up(file: ProblemFile, arguments: dict[str, Any], stated: BilevelPro
         raise InputError(f"--epsilon-warmup is for problems with a number epsilon; {file.path} has none")
     top = float(arguments["epsilon"])
     growing = Schedule(lambda step, steps: top * min(1.0, (step + 1) / (share * steps)), by="step")
-    with file.blame("--epsilon-warmup gives it a ba.Schedule as epsilon: "):
+    try:
         made = file.make(file.problem, BilevelProblem, **{**arguments, "epsilon": growing})
+    except InputError as error:
+        raise InputError(f"--epsilon-warmup gives problem(...) a ba.Schedule as epsilon: {error}") from error
     return BilevelProblem(made.upper, made.lower, stated.threat)
 
 
@@ -265,7 +273,8 @@ def _make_solver(file: ProblemFile, values: dict[str, Any]) -> Any:
     """The solver of ``--solver``, around that of ``--inner`` if it wraps one, or the file's own choice."""
     name, inner = values["solver"], values["inner"]
     if name in WRAPPERS:
-        return WRAPPERS[name](_named_solver(file, values, inner))
+        made = _named_solver(file, values, inner)
+        return made if isinstance(made, WRAPPERS[name]) else WRAPPERS[name](made)
     if inner is not None:
         raise InputError(f"--inner is the solver that --solver {' or '.join(WRAPPERS)} wraps; here nothing wraps one")
     return _named_solver(file, values, name)

@@ -225,3 +225,35 @@ def test_regression_needs_no_labels():
     lower = ba.Linearized(ba.minus(error), ba.Range(), "zero", "taylor", 0.01)
     problem = ba.BilevelProblem(ba.UpperProblem(error), lower)
     assert hypergradcheck(problem, HessianFreeKKT(), model, batch, eps=1e-5, rtol=1e-6)
+
+
+class InTuple(ba.Loss):
+    """The cross-entropy of networks that return a tuple."""
+
+    def value(self, output, batch):
+        return ba.cross_entropy.value(output[0], batch)
+
+
+class ReturnsTuple(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = dense(6, 5, 3)
+
+    def forward(self, x):
+        return (self.inner(x),)
+
+
+class SharedAny(ba.UpperProblem):
+    """Its loss under δ* and at the anchor, whatever the output is."""
+
+    def loss_at(self, model, batch, solution, generator=None):
+        return super().loss_at(model, batch, solution) + self.criterion.value(solution.output, batch)
+
+
+def test_a_kept_output_need_not_be_a_tensor():
+    steps = []
+    for loss, model in ((ba.cross_entropy, dense(6, 5, 3)), (InTuple(), ReturnsTuple())):
+        lower = ba.Linearized(ba.minus(loss), ba.LinfBall(0.3), "zero", "taylor", 0.1, keep_output=True)
+        steps.append(HessianFreeKKT().hypergradient(ba.BilevelProblem(SharedAny(loss), lower), model, batch_of(3, 6)))
+    for name, g in steps[0].grads.items():
+        torch.testing.assert_close(steps[1].grads[f"inner.{name}"], g)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from networks import ATK, SOLVERS, batch_of, dense, taylor, with_batch_norm
 from torch import nn
 
 import bilevel_at as ba
+from bilevel_at.modes import full_precision, same_buffers
 from bilevel_at.problems import fastat
 from bilevel_at.solvers import ZeroIG
 
@@ -56,3 +58,34 @@ def test_eval_mode_attacks_leave_batch_statistics_alone():
         model = with_batch_norm().train()
         ZeroIG().hypergradient(fastat.problem(mode=mode), model, batch_of(6, 6))
         assert model[2].num_batches_tracked == moves  # the upper pass, and the attack's only in train mode
+
+
+class Counted(nn.Module):
+    """A network that puts new tensors in its buffers' places."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = dense(6, 5, 3)
+        self.register_buffer("passes", torch.zeros(()))
+
+    def forward(self, x):
+        self.passes = self.passes + 1
+        return self.inner(x)
+
+
+def test_buffers_have_their_values_again_also_where_a_pass_replaces_them():
+    model = Counted()
+    before = model.passes
+    with same_buffers(model):
+        model(batch_of(3, 6).x)
+        assert model.passes == 1
+    assert model.passes is before and model.passes == 0
+
+
+def test_full_precision_is_full_under_autocast():
+    a = torch.rand(4, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert (a @ a).dtype == torch.bfloat16
+        with full_precision(a.device):
+            assert (a @ a).dtype == torch.float32
+        assert (a @ a).dtype == torch.bfloat16

@@ -17,6 +17,7 @@ from running import PROBLEMS, SHORT, SOLVERS, complaint, npz, run
 import bilevel_at as ba
 from bilevel_at import run as run_module
 from bilevel_at.commands.plan import _settings_of, understand
+from bilevel_at.solvers import FullKKT, HessianFreeKKT
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
@@ -82,6 +83,17 @@ def test_lazy_wraps_the_solver_of_the_file_or_of_a_flag(flags, inner):
         "out",
         "--resume",
     )
+
+
+def test_a_file_whose_solver_is_lazy_is_not_wrapped_twice():
+    Path("own.py").write_text(
+        "from bilevel_at.problems import fastbat\nfrom bilevel_at.solvers import HessianFreeKKT, Lazy\n"
+        "problem = fastbat.problem\ndef solver(): return Lazy(HessianFreeKKT(), 0.5)\n"
+    )
+    for flags in ((), ("--solver", "lazy")):
+        solver = understand(["own.py", *flags]).solver
+        assert solver.p == 0.5 and type(solver.inner) is HessianFreeKKT
+    assert type(understand(["own.py", "--solver", "lazy", "--inner", "full-kkt"]).solver.inner) is FullKKT
 
 
 @pytest.mark.parametrize(

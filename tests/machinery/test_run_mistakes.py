@@ -133,7 +133,18 @@ def test_a_radius_that_cannot_grow():
         "from bilevel_at.problems import fgsm\ndef problem(epsilon: float = 1): return fgsm.problem(min(epsilon, 1))\n"
     )
     says = complaint("halved.py", "--epsilon-warmup", "2")
-    assert says.startswith("halved.py, line 2: ") and "TypeError: '<' not supported" in says
+    assert says.startswith("--epsilon-warmup gives problem(...) a ba.Schedule as epsilon: halved.py, line 2: ")
+    assert "TypeError: '<' not supported" in says
+
+
+def test_a_threat_that_changes():
+    """It was printed, and the best epoch chosen, at a radius that was not the one attacked in the end."""
+    Path("growing.py").write_text(
+        "import bilevel_at as ba\nfrom bilevel_at.problems import fgsm\ndef problem(): return "
+        "fgsm.problem(ba.Schedule(lambda epoch, epochs: 0.02 * (epoch + 1)))\n"
+    )
+    says = complaint("growing.py")
+    assert says.startswith("growing.py: the LinfBall of training changes with time") and "threat=..." in says
 
 
 def test_files_that_are_no_npz():

@@ -45,7 +45,7 @@ REFUSALS = {
     "full-kkt": f"{DERIVATIVE}|not positive definite",
     "projection-adjoint": f"{DERIVATIVE}|has no proximal term",
     "neumann": f"{DERIVATIVE}|has no proximal term",
-    "value-function": f"{DERIVATIVE}|is not a minimiser of its objective|did not reach tol",
+    "value-function": f"{DERIVATIVE}|is not a minimiser of its objective|was not minimised to tol",
     "gauss-newton-kkt": f"{DERIVATIVE}|plus or minus ba.CrossEntropy|samples that share nothing|not positive definite",
     "lazy": DERIVATIVE,
 }

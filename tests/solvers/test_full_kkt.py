@@ -13,7 +13,7 @@ from torch import nn
 
 import bilevel_at as ba
 from bilevel_at.problem import objective_gradient
-from bilevel_at.solvers import FullKKT, HessianFreeKKT
+from bilevel_at.solvers import FullKKT, GaussNewtonKKT, HessianFreeKKT
 from bilevel_at.testing import hypergradcheck
 from bilevel_at.testing import strategies as bst
 
@@ -232,3 +232,37 @@ def test_coupling_of_any_two_samples_is_noticed(size):
     assert hypergradcheck(problem, FullKKT(), model, batch)
     with pytest.raises(ba.InputError, match="share nothing"):
         FullKKT(method="dense").hypergradient(problem, model, batch)
+
+
+def test_autocast_leaves_the_linear_algebra_alone():
+    """Rounded to bfloat16, T was no projector: conjugate gradients met negative curvature of λI + JᵀSJ."""
+    model, batch = dense(6, 8, 3).float(), batch_of(4, 6)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2.5)
+    lower = ba.Linearized(ba.cross_entropy, ba.L2Ball(0.5), "zero", "taylor", 10.0)
+    problem = ba.BilevelProblem(ba.UpperProblem(), lower)
+    solution = lower.solve(model, ba.Batch(batch.x.float(), batch.y), differentiable=True)
+    v = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    solvers = [FullKKT(method, "attack") for method in ("cg", "dense")] + [GaussNewtonKKT()]
+    active = HessianFreeKKT.active(lower, model, solution)
+    exact = [active.tangent(v), *(s.adjoint(problem, model, solution, v) for s in solvers)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = [active.tangent(v), *(s.adjoint(problem, model, solution, v) for s in solvers)]
+    torch.testing.assert_close(half[0], exact[0], rtol=0, atol=0)
+    for a, b in zip(half[1:], exact[1:], strict=True):
+        assert (a - b).norm() < 3e-3 * b.norm()  # the network's passes are in bfloat16
+
+
+@pytest.mark.parametrize(
+    ("wrong", "line"),
+    [
+        ({"tol": 0.0}, "tol is 0; it must be a positive"),
+        ({"tol": "small"}, "tol is 'small'"),
+        ({"max_iter": 0}, "max_iter is 0; it must be a whole number, at least 1"),
+        ({"dense_limit": 1.5}, "dense_limit is 1.5; it must be a whole number"),
+    ],
+)
+def test_bad_arguments(wrong, line):
+    with pytest.raises(ba.InputError, match=line):
+        FullKKT(**wrong)

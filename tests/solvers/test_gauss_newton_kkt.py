@@ -155,3 +155,44 @@ def test_samples_that_share_something_are_refused():
 def test_bad_arguments(wrong, line):
     with pytest.raises(ba.InputError, match=line):
         GaussNewtonKKT(**wrong)
+
+
+class Pushed(ba.LowerProblem):
+    """The attack loss alone, which FullKKT's Hessian is of too: λ is 0."""
+
+    anchor = "zero"
+
+    def __init__(self, loss, radius):
+        self.attack_loss, self.constraint = loss, ba.LinfBall(radius, None)
+
+    def objective(self, model, batch, delta, anchor):
+        return self.attack_loss(model, batch, delta)
+
+
+@pytest.mark.parametrize("damping", [0.0, "auto"])
+def test_without_a_proximal_term_where_the_hessian_alone_is_definite(damping):
+    """Two inputs and four classes: JᵀSJ spans all that is free, so that c = 0 is not to be divided by."""
+    torch.manual_seed(3)
+    model = nn.Linear(2, 4).double()
+    problem = ba.BilevelProblem(ba.UpperProblem(), Pushed(ba.CrossEntropy(0.9), 100.0))
+    batch = batch_of(3, 2)
+    a = GaussNewtonKKT(damping=damping, margin=1e-9).hypergradient(problem, model, batch)
+    b = FullKKT(method="dense").hypergradient(problem, model, batch)
+    assert b.implicit_norm > 0.1 * b.direct_norm
+    for name, g in b.grads.items():
+        torch.testing.assert_close(a.grads[name], g, rtol=1e-8, atol=1e-10)
+
+
+def test_without_a_proximal_term_where_nothing_is_free():
+    model, batch = dense(6, 8, 3), batch_of(4, 6)
+    problem = ba.BilevelProblem(ba.UpperProblem(), Pushed(ATK, 0.01))
+    step = GaussNewtonKKT().hypergradient(problem, model, batch)
+    assert step.implicit_norm == 0  # every coordinate is at its bound
+
+
+def test_what_is_not_a_number_is_not_taken_for_coupled():
+    model, batch = dense(6, 8, 3), batch_of(3, 6)
+    with torch.no_grad():
+        model[-1].bias.fill_(torch.nan)
+    with pytest.raises(ba.ConvergenceError, match="the attack loss is not a number on samples 0, 1, 2"):
+        GaussNewtonKKT().hypergradient(taylor(step=0.1), model, batch)

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import bilevel_at as ba
 from bilevel_at.models import build_model
-from bilevel_at.problems import fastbat, standard
+from bilevel_at.problems import fastbat, standard, subat
 from bilevel_at.solvers import FullKKT, HessianFreeKKT, Lazy, ZeroIG
 
 
@@ -138,5 +138,8 @@ def test_nothing_to_leave_out():
         Lazy(ZeroIG(), 0.5)
     with pytest.raises(ba.InputError, match="has no implicit term apart"):
         Lazy(HessianFreeKKT(cross_at="merged"), 0.5)
+    with pytest.raises(ba.InputError, match="Subspace has a hypergradient of its own"):
+        Lazy(subat.Subspace(HessianFreeKKT()), 0.5)
+    assert Lazy(Lazy(HessianFreeKKT(), 0.5), 0.5).inner.p == 0.5
     with pytest.raises(ba.InputError, match="inner is 'hessian-free-kkt'; it must be a solver"):
         Lazy("hessian-free-kkt", 0.5)

@@ -120,6 +120,13 @@ def test_a_step_costs_nine_passes():
     [
         (taylor(mode="eval"), "attack passes in the network's own mode; here they are in 'eval' mode"),
         (ba.BilevelProblem(ba.UpperProblem(ba.CrossEntropy(0.1)), taylor(mode="train").lower), "minus the upper loss"),
+        (  # the same share, over other classes
+            ba.BilevelProblem(
+                ba.UpperProblem(ba.CrossEntropy(0.5, "others")),
+                ba.Linearized(ba.minus(ba.CrossEntropy(0.5)), SETS["box"], "zero", "taylor", mode="train"),
+            ),
+            "minus the upper loss",
+        ),
         (ba.BilevelProblem(trades.Tradeoff(6.0), taylor(mode="train").lower), "minus the upper loss"),
         (
             ba.BilevelProblem(
@@ -136,3 +143,19 @@ def test_a_step_costs_nine_passes():
 def test_where_it_is_not_defined(problem, line):
     with pytest.raises(ba.InputError, match=f'cross_at="merged" needs.*{line}.*use cross_at="solution"'):
         HessianFreeKKT(cross_at="merged").hypergradient(problem, dense(6, 8, 3).train(), batch_of(3, 6))
+
+
+class Mean(ba.Loss):
+    """Coupled: one number for the batch."""
+
+    def value(self, output, batch):
+        return nn.functional.cross_entropy(output, batch.y)
+
+
+def test_a_coupled_loss():
+    model, batch, loss = dense(6, 8, 3).train(), batch_of(3, 6), Mean()
+    lower = ba.Linearized(ba.minus(loss), ba.LinfBall(0.2), "zero", "taylor", 0.9, mode="train")
+    problem = ba.BilevelProblem(ba.UpperProblem(loss), lower)
+    exact = HessianFreeKKT(1e-3, cross_at="solution").hypergradient(problem, model, batch)
+    merged = HessianFreeKKT(1e-3, cross_at="merged").hypergradient(problem, model, batch)
+    assert exact.implicit_norm > 0 and gap(merged, exact) < 1e-2 * exact.implicit_norm

@@ -54,7 +54,8 @@ def test_it_tends_to_hessian_free_kkt_on_a_linearised_problem(kind, direction, d
     exact = HessianFreeKKT().hypergradient(s.problem, s.model, s.batch, anchor=s.anchor)
     assume(exact.implicit_norm > 1e-3 * exact.direct_norm)
     assume(exact.solution.attack_gradient.flatten(1).norm(dim=1).min() > 1e-2)
-    step = ValueFunction(1e-3).hypergradient(s.problem, s.model, s.batch, anchor=s.anchor)
+    # An error of 162 s² was seen, where the implicit term is three times the direct one.
+    step = ValueFunction(1e-4).hypergradient(s.problem, s.model, s.batch, anchor=s.anchor)
     assert difference(step, exact) < 1e-5
 
 
@@ -181,7 +182,7 @@ def test_refusals():
     few_steps = ba.BilevelProblem(ba.UpperProblem(), ba.Targeted(ba.LinfBall(0.3), steps=2))
     with pytest.raises(ba.InputError, match="Targeted's δ\\* is not a minimiser of its objective"):
         ValueFunction().hypergradient(few_steps, model, batch)
-    with pytest.raises(ba.ConvergenceError, match="did not reach tol"):
+    with pytest.raises(ba.ConvergenceError, match="was not minimised to tol"):
         ValueFunction(max_iter=1).hypergradient(taylor(step=0.3), model, batch)
 
 
@@ -191,3 +192,49 @@ def test_single_precision():
     batch = ba.Batch(batch.x.float(), batch.y)
     step = ValueFunction().hypergradient(taylor(step=0.3), model.float(), batch)
     assert difference(step, exact) < 1e-2
+
+
+def test_the_default_suits_single_precision_and_steep_networks():
+    """s = 0.1 is not small against λ/‖∇²f‖ here."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.Tanh(), nn.Flatten(), nn.Linear(288, 10)).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)
+    x, y = torch.rand(32, 1, 8, 8, dtype=torch.float64), torch.arange(32) % 10
+    exact = HessianFreeKKT().hypergradient(taylor(0.1, step=0.3), model, ba.Batch(x, y))
+    steps = [
+        solver.hypergradient(taylor(0.1, step=0.3), model.float(), ba.Batch(x.float(), y))
+        for solver in (ValueFunction(), ValueFunction(0.1))
+    ]
+    assert difference(steps[0], exact) < 0.05 < difference(steps[1], exact)
+
+
+def test_dropout_in_attack_passes_drops_the_same_units_in_both():
+    """Else the difference of two networks, divided by 2s: thousands of times too long."""
+    model, batch = dense(6, 8, 3), batch_of(3, 6)
+    model = nn.Sequential(*model[:3], nn.Dropout(0.3), *model[3:]).train()
+    problem = taylor(step=0.3, mode="train")
+    for seed in range(3):
+        norms = []
+        for solver in (HessianFreeKKT(), ValueFunction(1e-3)):
+            torch.manual_seed(seed)
+            norms.append(solver.hypergradient(problem, model, batch).implicit_norm.item())
+        assert 0.5 < norms[1] / norms[0] < 2  # the attack itself drops others
+
+
+@pytest.mark.parametrize(
+    "generator", [None, torch.default_generator, torch.Generator()], ids=["none", "torch's", "own"]
+)
+def test_draws_are_made_again_from_any_generator(generator):
+    """Dropout and the upper loss draw from one stream where the generator is torch's own."""
+    model, batch = dense(6, 8, 3), batch_of(3, 6)
+    model = nn.Sequential(*model[:3], nn.Dropout(0.3), *model[3:]).train()
+    problem = ba.BilevelProblem(Noisy(), taylor(step=0.3).lower)
+    steps = []
+    for solver in (HessianFreeKKT(), ValueFunction(1e-3)):
+        torch.manual_seed(0)
+        if generator is not None:
+            generator.manual_seed(0)
+        steps.append(solver.hypergradient(problem, model, batch, generator=generator))
+    assert difference(steps[1], steps[0]) < 1e-5
