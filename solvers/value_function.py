@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,9 @@ from bilevel_at.solution import Gradients, Solution
 from bilevel_at.solver import Attacked, Solver, Terms
 
 __all__ = ["ValueFunction"]
+
+MOST, SHARE = 0.01, 0.02
+"""Of "auto": the most, and a share of λ. 0.01 stands rounding in float32; published Fast-BAT's λ is 0.05: 0.001."""
 
 
 @dataclass
@@ -40,8 +44,8 @@ class ValueFunction(Solver):
 
     Args:
         s: weight of f in the perturbed problems, above 0. It has to be small against λ/‖∇²f‖, so that they stay
-            convex, and large enough for the difference to be seen: δ_s − δ_−s is about 2s ∇f/λ. 1e-3 suits float64,
-            and float32 where λ is as small as published Fast-BAT's, 255/5000.
+            convex, and large enough for the difference to be seen: δ_s − δ_−s is about 2s ∇f/λ. "auto" is 0.02 of
+            the least λ, and at most 0.01; smaller values suit float64.
         ig_weight: multiplies the implicit term; 1 is the exact hypergradient.
         tol: of the perturbed problems, as for :func:`bilevel_at.solve_by_descent`; None is s · eps^¾ of the dtype, at
             least 16 eps.
@@ -52,13 +56,14 @@ class ValueFunction(Solver):
         ConvergenceError: where a perturbed problem does not reach ``tol`` in ``max_iter`` steps.
     """
 
-    s: float = 0.01
+    s: float | Literal["auto"] = "auto"
     ig_weight: float = 1.0
     tol: float | None = None
     max_iter: int = 1000
 
     def __post_init__(self) -> None:
-        positive("s", self.s)
+        if self.s != "auto":
+            positive("s", self.s)
         at_least("ig_weight", self.ig_weight)
         if self.tol is not None:
             positive("tol", self.tol)
@@ -79,7 +84,7 @@ class ValueFunction(Solver):
         with torch.no_grad():
             base = lower.base(model, solution.batch).detach()
         lower_part = self._lower_part(attacked)
-        examples = len(attacked.batch)
+        examples, s = len(attacked.batch), self._weight(solution)
 
         def perturbed(weight: float) -> Callable[[Tensor], Tensor]:
             def objective(delta: Tensor) -> Tensor:
@@ -94,25 +99,31 @@ class ValueFunction(Solver):
             return lower.constraint.project(delta, base)
 
         eps = torch.finfo(solution.delta.dtype).eps
-        tol = max(self.s * eps**0.75, 16 * eps) if self.tol is None else self.tol
+        tol = max(s * eps**0.75, 16 * eps) if self.tol is None else self.tol
         scale = _scale(solution)
         try:
             below, above = (
                 descent.projected_gradient(perturbed(weight), solution.delta, project, tol, self.max_iter, scale)[0]
-                for weight in (-self.s, self.s)
+                for weight in (-s, s)
             )
         except ConvergenceError as error:
             raise ConvergenceError(
-                f"g ± s f with s={self.s:g} was not minimised to tol={tol:g} in max_iter={self.max_iter} steps on "
+                f"g ± s f with s={s:g} was not minimised to tol={tol:g} in max_iter={self.max_iter} steps on "
                 f"{name_samples(error.samples)}; a smaller s keeps it convex, or raise tol or max_iter",
                 error.samples,
             ) from error
         with attack_mode(model, attack_mode_of(lower)):
             change = lower.change(model, solution, below, above)
         named = attacked.parameters
-        factor = self.ig_weight * attacked.scale / (2 * self.s * examples)
+        factor = self.ig_weight * attacked.scale / (2 * s * examples)
         cross = torch.autograd.grad(factor * change, list(named.values()), allow_unused=True)
         return dict(zip(named, cross, strict=True))
+
+    def _weight(self, solution: Solution) -> float:
+        """s, as a number."""
+        if self.s != "auto":
+            return self.s
+        return min(MOST, SHARE / _scale(solution))
 
     def _lower_part(self, attacked: Attacked) -> Callable[[Tensor], Tensor]:
         """δ ↦ g up to a constant: by its gradient at δ* and λ where its Hessian is λI, and else as it is written."""

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -119,7 +120,11 @@ class Files(Dataset[Any]):
         )
         with _interrupts_wait():
             batches = iter(loader)
-        for x in batches:
+        while True:
+            with _interrupts_wait():
+                x = next(batches, None)
+            if x is None:
+                return
             if isinstance(x, InputError):
                 raise x
             yield x
@@ -127,18 +132,28 @@ class Files(Dataset[Any]):
 
 @contextlib.contextmanager
 def _interrupts_wait() -> Iterator[None]:
-    """Ctrl-C is acted on when the block is over: Python would lose it as a process forks, or end the new one."""
+    """Ctrl-C is acted on when the block is over, and a second one at once.
+
+    As a process forks, Python would lose it or end the new process. As a batch is fetched, it could leave a lock of the
+    queue to the workers taken, on which the process would then wait for ever instead of ending.
+    """
     handler = signal.getsignal(signal.SIGINT)
     if not callable(handler) or threading.current_thread() is not threading.main_thread():
         yield
         return
     came: list[int] = []
-    signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+
+    def wait(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        if len(came) > 1:
+            handler(number, frame)
+
+    signal.signal(signal.SIGINT, wait)
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, handler)
-        if came:
+        if len(came) == 1:
             signal.raise_signal(signal.SIGINT)
 
 

@@ -23,7 +23,7 @@ from PIL import Image
 from torchvision import datasets, transforms
 
 import bilevel_at as ba
-from bilevel_at.data import Images, Loader, Streamed, load_data
+from bilevel_at.data import Images, Loader, Streamed, load_data, stream
 from bilevel_at.data.sets import check_images
 
 pytestmark = pytest.mark.usefixtures("without_network")
@@ -237,6 +237,27 @@ def test_augmentations_are_for_the_set_they_are_for(streamed):
 def test_a_last_streamed_example_joins_the_batch_before(streamed):
     loader = Loader(streamed[:11], 5)
     assert [len(batch) for batch in loader.epoch(0)] == [5, 6] and len(loader) == 2
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_waits_until_a_batch_is_fetched(streamed, times, monkeypatch):
+    """Within the fetch it could leave a queue's lock taken; a second one does not wait."""
+    seen = []
+
+    class Interrupted:
+        def __init__(self, dataset, **options): ...
+
+        def __iter__(self):
+            for _ in range(times):
+                signal.raise_signal(signal.SIGINT)
+            seen.append("fetched")
+            yield torch.zeros(1)
+
+    monkeypatch.setattr(stream, "DataLoader", Interrupted)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        next(streamed.files().batches([[0]], workers=1))
+    assert seen == ["fetched"] * (times == 1) and signal.getsignal(signal.SIGINT) is before
 
 
 @pytest.mark.slow
