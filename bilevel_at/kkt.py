@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from .batch import per_sample
+from .batch import on_host, per_sample
 from .constraints import ActiveSet
 from .directions import direction_of, taylor
 from .draws import Draws
@@ -96,8 +96,13 @@ class KKTSolver(Solver):
         delta = solution.delta
         return torch.zeros(len(delta), dtype=delta.dtype, device=delta.device) + solution.lam + self.damping
 
-    def refuse_flat(self, lower: LowerProblem, diagonal: Tensor) -> None:
-        """Raise :class:`CurvatureError` where ``diagonal``, which is to stand for the Hessian, is 0."""
+    def refuse_flat(self, lower: LowerProblem, lam: Tensor | float, diagonal: Tensor) -> None:
+        """Raise :class:`CurvatureError` where ``diagonal``, which is to stand for the Hessian, is 0.
+
+        The diagonal is looked at only where λ, as a number, leaves it open (μ is never negative), or is on a CPU.
+        """
+        if not on_host(lam) if isinstance(lam, Tensor) else lam + self.damping > 0:
+            return
         flat = (diagonal <= 0).nonzero().flatten().tolist()
         if flat:
             raise CurvatureError(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .batch import Batch
+from .batch import Batch, on_host
 from .errors import InputError, one_of
 from .policy import Number, Policy, Schedule, checked, number
 
@@ -159,7 +159,7 @@ def check_classes(output: Tensor, batch: Batch) -> Tensor:
         raise InputError("this loss needs class labels: pass Batch(x, y)")
     if y.dtype != torch.int64 or y.ndim != 1:
         raise InputError(f"y is {y.dtype} of shape {tuple(y.shape)}; class labels are int64 [{len(batch)}] (y.long())")
-    if y.is_cuda or len(batch) == 0:
+    if not on_host(y) or len(batch) == 0:
         return y
     try:
         low, high = int(y.min()), int(y.max())

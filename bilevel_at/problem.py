@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from . import descent, policy
 from .anchors import Anchor, anchor_policy
-from .batch import Batch
+from .batch import Batch, on_host
 from .constraints import Constraint
 from .draws import Draws
 from .errors import InputError
@@ -136,16 +136,20 @@ class LowerProblem(Policy):
             differentiable: keep ``solution.gradient`` with its graph in θ.
 
         Raises:
-            InputError: for an unknown mode or anchor, for inputs that the constraint, a loss or a policy refuses.
+            InputError: for an unknown mode or anchor, for inputs that the constraint, a loss or a policy refuses (their
+                values are looked at on a CPU alone).
             ConvergenceError: where an iterative solve does not reach its tolerance, naming the samples.
         """
         with torch.enable_grad(), attack_mode(model, attack_mode_of(self)):
             with contextlib.nullcontext() if differentiable else no_graph():
                 seen = check_prepared(self, self.prepare(model, batch, generator))
-            memo, drawn = None, anchor is None
+            memo, drawn, base = None, anchor is None, self.base(model, seen)
+            constraint = getattr(self, "constraint", None)
+            if constraint is not None and on_host(base):
+                constraint.check(base)
             if anchor is None:
                 anchor, memo = anchor_policy(getattr(self, "anchor", "zero")).draw(self, model, seen, generator)
-            _check_anchor(anchor, self.base(model, seen), batch)
+            _check_anchor(anchor, base, batch)
             solution = self.solve_at(model, seen, anchor.detach(), differentiable)
         return replace(solution, delta=solution.delta.detach(), memo=memo, drawn=drawn)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bilevel_at.batch import Batch
+from bilevel_at.draws import host_uniform
 from bilevel_at.errors import InputError, positive
 from bilevel_at.problem import BilevelProblem
 from bilevel_at.solution import Hypergradient
@@ -70,8 +71,7 @@ class Lazy(Solver):
         """The inner solver's with its implicit term divided by p, or :class:`ZeroIG`'s."""
         if self.p == 1:
             return self.inner.hypergradient(problem, model, batch, anchor, generator, scale=scale)
-        device = torch.device("cpu") if generator is None else generator.device
-        if torch.rand((), generator=generator, device=device).item() >= self.p:
+        if host_uniform(generator) >= self.p:
             return ZeroIG().hypergradient(problem, model, batch, anchor, generator, scale=scale)
         step = self.inner.hypergradient(problem, model, batch, anchor, generator, scale=scale)
         larger = {name: None if g is None else g / self.p for name, g in step.implicit.items()}

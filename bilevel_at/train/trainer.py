@@ -15,6 +15,7 @@ from .. import policy
 from ..batch import Batch
 from ..data import Images, ImageSet, Loader
 from ..diagnose import gradient_alignment
+from ..draws import generator_on
 from ..errors import BilevelError, InputError
 from ..evaluate import Attack, robust_correct
 from ..modes import attack_mode
@@ -26,6 +27,7 @@ from ..solver import Solver
 from .averages import WeightAverage
 from .recorder import Recorder
 from .schedules import momentum_at, rate_at
+from .watch import Watch
 
 __all__ = ["Trainer"]
 
@@ -113,12 +115,36 @@ class Trainer:
         start = time.perf_counter()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
+        means, looks = self.train_batches(epoch)
+        if self.average is not None:
+            self.average.after_epoch(self.model, epoch + 1, (batch.x for batch in self.loader.epoch(epoch)))
+        self.recorder.close_epoch(self.evaluated)
+        loss, ratio_mean, cosine_mean = (means / (len(self.loader.images) * self.recipe.replays)).tolist()
+        self._check(loss, epoch)
+        right, size, rows = looks.tolist()
+        return {
+            "loss": loss,
+            "implicit_ratio": ratio_mean,
+            "implicit_cosine": cosine_mean,
+            "train": right / rows,
+            "perturbation": size / rows,
+            "train_seconds": time.perf_counter() - start,
+            "memory": torch.cuda.max_memory_allocated(self.device) / 2**30 if self.device.type == "cuda" else 0.0,
+        }
+
+    def train_batches(self, epoch: int) -> tuple[Tensor, Tensor]:
+        """The updates of epoch ``epoch`` (from 0), without a wait for the device; :meth:`train_epoch` without its end.
+
+        Returns, on the device, the sums over examples of (loss, share of the implicit term, its cosine), and those of
+        :meth:`_look`. Raises :class:`BilevelError` soon after a loss that is not finite.
+        """
         torch.manual_seed(1_000_003 * self.seed + epoch)  # dropout and the like
-        generator = torch.Generator(self.device).manual_seed(2_000_003 * self.seed + epoch)
+        generator = generator_on(self.device, 2_000_003 * self.seed + epoch)
         self.model.train()
         policy.set_epoch((self.problem, self.solver), epoch, self.recipe.epochs)
         means = torch.zeros(3, dtype=torch.float64, device=self.device)
         looks = torch.zeros(3, dtype=torch.float64, device=self.device)
+        watch = Watch(lambda loss: self._check(loss, epoch))
         step_number = epoch * self.steps_per_epoch
         for number, group in enumerate(_groups(self.loader.epoch(epoch), self.recipe.accumulate)):
             examples = sum(len(batch) for batch in group)
@@ -138,26 +164,12 @@ class Trainer:
                     self.recorder.note(batch, step.solution)
                     if place % LOOK_EVERY == 0:
                         looks += self._look(step.solution)
-                        self._check(step.loss, epoch)
+                        watch.see(step.loss)
                 self.optimizer.step()
                 if self.average is not None:
                     self.average.after_update(self.model)
                 step_number += 1
-        if self.average is not None:
-            self.average.after_epoch(self.model, epoch + 1, (batch.x for batch in self.loader.epoch(epoch)))
-        self.recorder.close_epoch(self.evaluated)
-        loss, ratio_mean, cosine_mean = (means / (len(self.loader.images) * self.recipe.replays)).tolist()
-        self._check(means[0], epoch)
-        right, size, rows = looks.tolist()
-        return {
-            "loss": loss,
-            "implicit_ratio": ratio_mean,
-            "implicit_cosine": cosine_mean,
-            "train": right / rows,
-            "perturbation": size / rows,
-            "train_seconds": time.perf_counter() - start,
-            "memory": torch.cuda.max_memory_allocated(self.device) / 2**30 if self.device.type == "cuda" else 0.0,
-        }
+        return means, looks
 
     def _alignment(self) -> float | None:
         few = self.held_out[slice(0, ALIGNED)]
@@ -167,8 +179,7 @@ class Trainer:
             return None
         return value if math.isfinite(value) else None
 
-    def _check(self, loss: Tensor, epoch: int) -> None:
-        value = loss.item()
+    def _check(self, value: float, epoch: int) -> None:
         if not math.isfinite(value):
             half = " or float32" if self.precision == "bfloat16" else ""
             raise BilevelError(
