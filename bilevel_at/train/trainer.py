@@ -22,7 +22,7 @@ from ..modes import attack_mode
 from ..problem import BilevelProblem
 from ..runs.metrics import Epoch
 from ..runs.recipe import Recipe
-from ..solution import Solution
+from ..solution import Hypergradient, Solution
 from ..solver import Solver
 from .averages import WeightAverage
 from .recorder import Recorder
@@ -144,13 +144,17 @@ class Trainer:
         policy.set_epoch((self.problem, self.solver), epoch, self.recipe.epochs)
         means = torch.zeros(3, dtype=torch.float64, device=self.device)
         looks = torch.zeros(3, dtype=torch.float64, device=self.device)
+        parts = policy.policies(
+            (self.problem, self.solver)
+        ).values()  # once: a walk is a percent of a step on the digits
         watch = Watch(lambda loss: self._check(loss, epoch))
         step_number = epoch * self.steps_per_epoch
         for number, group in enumerate(_groups(self.loader.epoch(epoch), self.recipe.accumulate)):
             examples = sum(len(batch) for batch in group)
             for _ in range(self.recipe.replays):
                 self._follow_schedules(step_number)
-                policy.set_step((self.problem, self.solver), step_number, self.recipe.epochs * self.steps_per_epoch)
+                for part in parts:
+                    part.set_step(step_number, self.recipe.epochs * self.steps_per_epoch)
                 self.optimizer.zero_grad()
                 for place, batch in enumerate(group, number * self.recipe.accumulate):
                     with self._autocast():
@@ -158,9 +162,7 @@ class Trainer:
                             self.problem, self.model, batch, generator, weight=len(batch) / examples
                         )
                     check_coupling(step.losses, self.recipe.accumulate)
-                    ratio = step.implicit_norm / step.direct_norm.clamp(min=1e-30)
-                    measured = torch.stack([step.loss.double(), ratio.double(), step.implicit_cosine.double()])
-                    means += len(batch) * measured
+                    means += len(batch) * _measured(step)
                     self.recorder.note(batch, step.solution)
                     if place % LOOK_EVERY == 0:
                         looks += self._look(step.solution)
@@ -225,6 +227,15 @@ class Trainer:
         self.done = state["epochs"]
         if self.average is not None:
             self.average.load_state_dict(state)
+
+
+def _measured(step: Hypergradient) -> Tensor:
+    """(loss, ‖implicit term‖ / ‖∇_θ f‖, the cosine between the two), float64."""
+    loss = step.loss.double()
+    if not step.implicit:
+        return torch.stack([loss, loss.new_zeros(()), loss.new_zeros(())])
+    ratio = step.implicit_norm / step.direct_norm.clamp(min=1e-30)
+    return torch.stack([loss, ratio.double(), step.implicit_cosine.double()])
 
 
 def check_coupling(losses: Tensor, accumulate: int) -> None:
