@@ -144,9 +144,7 @@ class Trainer:
         policy.set_epoch((self.problem, self.solver), epoch, self.recipe.epochs)
         means = torch.zeros(3, dtype=torch.float64, device=self.device)
         looks = torch.zeros(3, dtype=torch.float64, device=self.device)
-        parts = policy.policies(
-            (self.problem, self.solver)
-        ).values()  # once: a walk is a percent of a step on the digits
+        parts = policy.policies((self.problem, self.solver)).values()  # once: it is 1 % of a step on the digits
         watch = Watch(lambda loss: self._check(loss, epoch))
         step_number = epoch * self.steps_per_epoch
         for number, group in enumerate(_groups(self.loader.epoch(epoch), self.recipe.accumulate)):

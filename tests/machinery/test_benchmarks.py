@@ -53,6 +53,15 @@ def test_epoch_times_every_method_beside_a_plain_epoch():
     assert set(script("epoch").METHODS) >= {"fastbat", "gradalign", "trades", "mart", "beta", "standard"}
 
 
+def test_the_trainer_is_compared_with_a_bare_loop():
+    script("trainer").command(["--repeats", "1", "--examples", "40", "--epochs", "1", "--write", "results/trainer.md"])
+    rows = re.findall(r"^\| (\w+), (\w+) \| ([\d.]+) \|$", Path("results/trainer.md").read_text(), re.M)
+    assert [(network, method) for network, method, _ in rows] == [
+        (network, method) for network in ("small_cnn", "small_resnet") for method in ("fastat", "fastbat")
+    ]
+    assert all(float(ratio) > 0 for *_, ratio in rows)
+
+
 def test_full_kkt_compares_its_two_forms():
     script("full_kkt").command(["--examples", "4", "--repeats", "1", "--write", "results/full-kkt.md"])
     rows = re.findall(r"^\| (\d+) \| ([\d.]+) \| (\S+) \|$", Path("results/full-kkt.md").read_text(), re.M)
