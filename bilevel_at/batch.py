@@ -15,8 +15,11 @@ __all__ = ["Batch", "CropFlip", "on_host", "per_sample"]
 
 
 def on_host(values: Tensor) -> bool:
-    """Whether values can be looked at without a wait: on a CPU. Elsewhere a look would wait for the device."""
-    return values.device.type == "cpu"
+    """Whether values can be looked at for nothing: on a CPU, in code that is not being compiled.
+
+    Elsewhere a look would wait for the device, or break the graph.
+    """
+    return values.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 @overload

@@ -24,7 +24,7 @@ from .constraints import Constraint
 from .draws import Draws
 from .errors import InputError
 from .losses import AnyLoss, as_loss, check_prepared, cross_entropy
-from .modes import Mode, attack_mode, no_graph
+from .modes import Mode, attack_mode, full_precision, no_graph
 from .policy import Composite, Policy
 from .solution import Hypergradient, Solution
 
@@ -227,8 +227,8 @@ def solve_by_descent(
 
 
 def objective_gradient(lower: LowerProblem, model: nn.Module, batch: Batch, delta: Tensor, anchor: Tensor) -> Tensor:
-    """∇_δ g(θ, δ; z), shaped like δ, with its graph in θ."""
-    with torch.enable_grad():
+    """∇_δ g(θ, δ; z), shaped like δ, with its graph in θ; in full precision under autocast too."""
+    with torch.enable_grad(), full_precision(delta.device):
         delta = delta.detach().requires_grad_()
         values = lower.objective(model, batch, delta, anchor)
         (gradient,) = torch.autograd.grad(values.sum(), delta, create_graph=True)
