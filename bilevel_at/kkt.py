@@ -49,6 +49,11 @@ class KKTSolver(Solver):
     damping: float = 0.0
     cross_at: CrossAt = "anchor"
 
+    @property
+    def first_order(self) -> bool:  # type: ignore[override]
+        """Whether ∇_δ g needs no graph."""
+        return self.cross_at == "merged"
+
     def _check(self) -> None:
         for name in ("ig_weight", "damping"):
             at_least(name, getattr(self, name))

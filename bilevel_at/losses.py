@@ -19,6 +19,7 @@ from .batch import Batch, on_host
 from .errors import InputError, one_of
 from .modes import full_precision
 from .policy import Number, Policy, Schedule, checked, number
+from .twice import gradient_with_graph
 
 __all__ = [
     "AnyLoss",
@@ -123,9 +124,10 @@ def input_gradient(
         check_values("the attack loss", values, batch)
         if not values.requires_grad:
             raise InputError("the model's output has no gradient in its input; only square attacks need none")
-        (gradient,) = torch.autograd.grad(
-            values.sum(), delta, create_graph=create_graph, retain_graph=create_graph or keep_output, allow_unused=True
-        )
+        if create_graph:
+            gradient = gradient_with_graph(values.sum(), delta, retain_graph=keep_output)
+        else:
+            (gradient,) = torch.autograd.grad(values.sum(), delta, retain_graph=keep_output, allow_unused=True)
     if gradient is None:
         raise InputError("the attack loss does not depend on δ, so that it has no gradient to step along")
     return gradient, output

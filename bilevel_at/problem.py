@@ -27,6 +27,7 @@ from .losses import AnyLoss, as_loss, check_prepared, cross_entropy
 from .modes import Mode, attack_mode, full_precision, no_graph
 from .policy import Composite, Policy
 from .solution import Hypergradient, Solution
+from .twice import gradient_with_graph
 
 __all__ = ["BilevelProblem", "CurvedPart", "LowerProblem", "UpperProblem", "solve_by_descent"]
 
@@ -231,7 +232,9 @@ def objective_gradient(lower: LowerProblem, model: nn.Module, batch: Batch, delt
     with torch.enable_grad(), full_precision(delta.device):
         delta = delta.detach().requires_grad_()
         values = lower.objective(model, batch, delta, anchor)
-        (gradient,) = torch.autograd.grad(values.sum(), delta, create_graph=True)
+        gradient = gradient_with_graph(values.sum(), delta, retain_graph=False)
+    if gradient is None:
+        raise InputError(f"{type(lower).__name__}'s objective does not depend on δ, so that it has no gradient there")
     return gradient
 
 

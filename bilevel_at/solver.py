@@ -10,6 +10,7 @@ that the active constraints leave free, with v = ∇_δ f and H = ∇²_δδ g. 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
@@ -23,6 +24,7 @@ from .losses import check_prepared, check_values
 from .policy import Policy
 from .problem import BilevelProblem, LowerProblem
 from .solution import Gradients, Hypergradient, Solution
+from .twice import explained, first_order
 
 __all__ = ["Attacked", "Solver", "Terms"]
 
@@ -76,10 +78,14 @@ class Solver(Policy):
 
         opt.zero_grad(); step = solver.backward(problem, model, batch); opt.step()
 
-    Class attribute implicit: whether the lower problem's solution is to be differentiated; False where w = 0.
+    Class attributes:
+
+    implicit: whether the lower problem's solution is to be differentiated; False where w = 0.
+    first_order: whether that takes first-order passes alone, so that ∇_δ g needs no graph.
     """
 
     implicit: ClassVar[bool] = True
+    first_order: bool = False
     ig_weight: float = 1.0
 
     def adjoint(self, problem: BilevelProblem, model: nn.Module, solution: Solution, v: Tensor) -> Tensor:
@@ -115,18 +121,31 @@ class Solver(Policy):
             scale: multiplies the upper loss before anything is differentiated.
 
         Raises:
-            InputError: where no parameter requires a gradient, and where this solver differentiates δ* and the lower
-                problem says that it has no derivative.
+            InputError: where no parameter requires a gradient; where this solver differentiates δ* and the lower problem
+                says that it has no derivative; where the network cannot be differentiated twice.
             ConvergenceError, CurvatureError: as the lower level and the adjoint do.
         """
+        with explained(type(self).__name__):
+            return self._hypergradient(problem, model, batch, anchor, generator, scale)
+
+    def _hypergradient(
+        self,
+        problem: BilevelProblem,
+        model: nn.Module,
+        batch: Batch,
+        anchor: Tensor | None,
+        generator: torch.Generator | None,
+        scale: float,
+    ) -> Hypergradient:
         upper, lower = problem.upper, problem.lower
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not named:
             raise InputError("no parameter of the model requires a gradient; there is nothing to differentiate in")
 
         seen = check_prepared(upper, upper.prepare(model, batch, generator))
-        solution = lower.solve(model, batch, anchor, generator, differentiable=self.implicit)
-        gradient = self.lower_gradient(lower, model, solution) if self.implicit else None
+        with first_order() if self.first_order else nullcontext():
+            solution = lower.solve(model, batch, anchor, generator, differentiable=self.implicit)
+            gradient = self.lower_gradient(lower, model, solution) if self.implicit else None
         if self.implicit and gradient is None:
             raise InputError(
                 f"{type(lower).__name__} finds a δ* without a derivative in θ, which {type(self).__name__} needs; use "
