@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from . import policy
 from .batch import Batch
+from .compiled import one_graph
 from .errors import InputError
 from .losses import check_prepared, check_values
 from .policy import Policy
@@ -88,6 +89,22 @@ class Solver(Policy):
     first_order: bool = False
     ig_weight: float = 1.0
 
+    def compile(self, backend: str = "inductor") -> None:
+        """Compile :meth:`hypergradient` as one graph, in place, as ``torch.nn.Module.compile`` does a module.
+
+        Attack, upper loss and double backward are one graph; what is remembered is observed outside it. It is compiled
+        when it is first called, and again where a shape, a mode or a number that a policy reads has changed. Random
+        draws are those that it makes uncompiled, but for a network's own (dropout), which come from ``generator`` too.
+
+        Args:
+            backend: as for ``torch.compile``.
+
+        Raises:
+            InputError: where torch cannot compile this way; from :meth:`hypergradient`, where a problem, solver or
+                network is no graph (it decides by values, or has an optimiser of torch's in it).
+        """
+        object.__setattr__(self, "hypergradient", one_graph(self.hypergradient, backend))
+
     def adjoint(self, problem: BilevelProblem, model: nn.Module, solution: Solution, v: Tensor) -> Tensor:
         """w for v = ∇_δ f, both shaped like δ* and of the batch **mean** of f."""
         raise NotImplementedError(f"{type(self).__name__} does not define adjoint(problem, model, solution, v)")
@@ -121,8 +138,8 @@ class Solver(Policy):
             scale: multiplies the upper loss before anything is differentiated.
 
         Raises:
-            InputError: where no parameter requires a gradient; where this solver differentiates δ* and the lower problem
-                says that it has no derivative; where the network cannot be differentiated twice.
+            InputError: where no parameter requires a gradient, where this solver differentiates δ* and the lower
+                problem says that it has no derivative, and where the network cannot be differentiated twice.
             ConvergenceError, CurvatureError: as the lower level and the adjoint do.
         """
         with explained(type(self).__name__):

@@ -57,6 +57,12 @@ class Lazy(Solver):
             )
         if positive("p", self.p) > 1:
             raise InputError(f"p is {self.p:g}; it must be above 0 and at most 1")
+        self._without = ZeroIG()
+
+    def compile(self, backend: str = "inductor") -> None:
+        """Compile the steps with and without the term; the coin is tossed outside."""
+        self.inner.compile(backend)
+        self._without.compile(backend)
 
     def hypergradient(
         self,
@@ -72,7 +78,7 @@ class Lazy(Solver):
         if self.p == 1:
             return self.inner.hypergradient(problem, model, batch, anchor, generator, scale=scale)
         if host_uniform(generator) >= self.p:
-            return ZeroIG().hypergradient(problem, model, batch, anchor, generator, scale=scale)
+            return self._without.hypergradient(problem, model, batch, anchor, generator, scale=scale)
         step = self.inner.hypergradient(problem, model, batch, anchor, generator, scale=scale)
         larger = {name: None if g is None else g / self.p for name, g in step.implicit.items()}
         return replace(step, implicit=larger)

@@ -125,5 +125,8 @@ def _try_a_step(plan: Plan, model: nn.Module, train: ImageSet) -> None:
     generator = torch.Generator(few.device).manual_seed(0)
     with plan.file.blame("its problem cannot be solved: "):
         problem, model = copy.deepcopy(plan.problem), copy.deepcopy(model).train()
-        step = plan.solver.hypergradient(problem, model, batch, generator=generator)
+        solver = copy.deepcopy(plan.solver) if plan.options.compile else plan.solver
+        if plan.options.compile:
+            solver.compile("eager")  # traces, and leaves out what takes a minute
+        step = solver.hypergradient(problem, model, batch, generator=generator)
     check_coupling(step.losses, plan.options.accumulate)

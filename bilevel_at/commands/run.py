@@ -44,6 +44,8 @@ def run(args: Sequence[str]) -> int:
     plan = understand(args)
     prepared = prepare(plan)
     run_dir = run_directory(plan.options, plan.file.path.stem)
+    if plan.options.compile:
+        plan.solver.compile()
     trainer = _trainer(plan, prepared)
     config = plan.config(prepared.model, prepared.train, prepared.extra)
     if plan.options.resume:
