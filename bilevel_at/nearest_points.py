@@ -144,14 +144,15 @@ def one_by_one(task: Task) -> Tensor:
 
 def newton(task: Task, y: Tensor, rounds: int, damped: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Newton's method from the multipliers ``y [N, m]``: (δ(y), whether it is the nearest point ``[N]``, y)."""
-    weight, slop = task.B.square().sum(1), 16 * task.rounding
-    ridge = torch.full_like(y[:, :1], RIDGE)
+    weight, ridge = task.B.square().sum(1), torch.full_like(y[:, :1], RIDGE)
     for left in range(rounds, -1, -1):
         unclipped = task.u - y @ task.B
         point = task.clip(unclipped)
         excess = point @ task.B.mT - task.b
+        # Most are met to their rounding; one step at least, or what is nearly inside would never be on its face.
+        slop = (4 if left else 16) * task.rounding
         done = ((y >= 0) & (excess <= slop) & ((y == 0) | (excess >= -slop))).all(1)
-        if not left or (y.device.type == "cpu" and done.all()):
+        if not left or (y.device.type == "cpu" and left < rounds and done.all()):
             break
         active = ((y > 0) | (excess > 0) if damped else y * weight + excess > 0).to(y.dtype)
         gram = task.weighted((point == unclipped).to(y.dtype))
