@@ -31,8 +31,8 @@ from .nnls import nearest_one_by_one
 
 __all__ = ["nearest_points"]
 
-PLAIN, DAMPED = (3, 5), (4, 6)
-"""Rounds of Newton's method, without bounds and with them; between the two, finished samples are dropped."""
+PLAIN, DAMPED = (3, 5), (4, 6, 6)
+"""Rounds of Newton's method, without bounds and with them, in parts: after each, finished samples are dropped."""
 INTERIOR, FINISH = 30, 4
 """Rounds of the interior point method, and of Newton's method after it."""
 LENGTHS, SHRINK = 6, 0.35
@@ -89,7 +89,7 @@ def nearest_points(u: Tensor, B: Tensor, b: Tensor, low: Tensor | None = None, h
     """argmin ‖δ − u_i‖ over Bδ ≤ b_i and low_i ≤ δ ≤ high_i for every sample i, ``[N, d]``; detached.
 
     What is inside to rounding stays as it is. On a CPU the rounds end where all samples are done. On a GPU their number
-    is fixed, and the host waits for it four times at most (which samples are outside; what is left after each part of
+    is fixed, and the host waits for it five times at most (which samples are outside; what is left after each part of
     Newton's method and after the interior point method), besides copying what is left in the end to the CPU. On a CPU
     and with more rows than values, m > d, samples are projected one by one, which is up to five times faster there.
 
@@ -149,8 +149,8 @@ def newton(task: Task, y: Tensor, rounds: int, damped: bool) -> tuple[Tensor, Te
         unclipped = task.u - y @ task.B
         point = task.clip(unclipped)
         excess = point @ task.B.mT - task.b
-        # Most are met to their rounding; one step at least, or what is nearly inside would never be on its face.
-        slop = (4 if left else 16) * task.rounding
+        # One step at least, and more while they may help: descents that project here go on to 16 eps.
+        slop = (1 if left else 16) * task.rounding
         done = ((y >= 0) & (excess <= slop) & ((y == 0) | (excess >= -slop))).all(1)
         if not left or (y.device.type == "cpu" and left < rounds and done.all()):
             break

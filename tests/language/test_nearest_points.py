@@ -111,6 +111,30 @@ def test_what_is_inside_stays_bit_for_bit(t, dtype):
     assert nearest_points(inside[:0], t.B, b[:0], *((None, None) if low is None else (low[:0], high[:0]))).shape[0] == 0
 
 
+@pytest.mark.parametrize("rows", ROWS)
+def test_a_point_moved_by_roundings_is_on_its_face_again(rows):
+    """As near as one by one, within 64 eps: a descent that projects stops there."""
+    eps = torch.finfo(F64).eps
+    for seed in range(20):
+        t = task(rows, seed, 1 + seed % 4, 4 + seed % 5, 8, 1.0, bool(seed % 2))
+        at = together(t)
+        noise = torch.randn(at.shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
+        for size in (eps, 8 * eps, 64 * eps, 1e-12):
+            moved = Task(at + size * noise, t.B, t.b, t.low, t.high)
+            again = nearest_points(moved.u, t.B, t.b, t.low, t.high)
+            assert (again - one_by_one(moved)).abs().max() <= 64 * eps
+
+
+def test_what_counts_as_the_nearest_point():
+    """Each condition by itself: the point is on the face, but the multiplier is negative; the row exceeded; not met."""
+    row, side = torch.ones(1, 1, dtype=F64), torch.ones(1, 1, dtype=F64)
+    for damped in (False, True):
+        for u, y, nearest in ((3.0, 2.0, True), (0.0, -1.0, False), (3.0, 1.0, False), (3.0, 2.5, False)):
+            t = Task(torch.full((1, 1), u, dtype=F64), row, side)
+            _, done, _ = batched.newton(t, torch.full((1, 1), y, dtype=F64), 0, damped)
+            assert done.item() is nearest
+
+
 def counting(monkeypatch, name):
     """How many samples reach a function of the module."""
     counts, real = [0], getattr(batched, name)
@@ -140,7 +164,7 @@ def test_hardly_any_sample_is_left(monkeypatch):
         together(t)
     total = sum(len(t.u) for t in tasks)
     assert total == 5376 and left[0] <= 0.005 * total
-    assert hard[0] > 0.1 * total  # Newton's method alone would not do
+    assert hard[0] > 0.05 * total  # Newton's method alone would not do
 
 
 @pytest.mark.parametrize("part", ["newton", "interior"])
