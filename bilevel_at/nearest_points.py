@@ -37,7 +37,7 @@ INTERIOR, FINISH = 30, 4
 """Rounds of the interior point method, and of Newton's method after it."""
 LENGTHS, SHRINK = 6, 0.35
 """How many lengths of a damped Newton step are tried, and how each follows from the one before."""
-RIDGE = 1e-12
+RIDGE = 1e-13
 """Added to the diagonal of B Bᵀ, so that dependent rows share a multiplier; later rounds correct what it changes."""
 ENTRIES = 2**24
 """Numbers in one block of work, 128 MiB: larger batches are split."""
