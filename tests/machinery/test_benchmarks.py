@@ -71,6 +71,19 @@ def test_full_kkt_compares_its_two_forms():
         script("full_kkt").command(["--repeats", "0"])
 
 
+def test_polyhedra_are_projected_both_ways():
+    flags = ["--repeats", "1", "--device", "cpu", "--sizes", "1", "8", "--write", "results/polyhedra.md"]
+    script("polyhedra").command(flags)
+    rows = [line.strip("| ").split(" | ") for line in Path("results/polyhedra.md").read_text().splitlines()]
+    rows = [row for row in rows if row[0].isdigit()]
+    assert [row[:4] for row in rows] == [["128", "64", "20", "none"], ["256", "12", "6", "[0, 1]"]]
+    for *_, single, together, ratio, left, distance in rows:
+        assert min(float(single), float(together), float(ratio)) > 0 and int(left) <= 2 and float(distance) < 1e-11
+    for mistake, message in ((["--repeats", "0"], "--repeats is 0"), (["--sizes", "99"], "--sizes 99 is not a row")):
+        with pytest.raises(ba.InputError, match=message):
+            script("polyhedra").command(mistake)
+
+
 def test_cifar10_trains_evaluates_and_records(capsys):
     flags = [
         "--epochs",
