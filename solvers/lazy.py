@@ -57,6 +57,11 @@ class Lazy(Solver):
         if positive("p", self.p) > 1:
             raise InputError(f"p is {self.p:g}; it must be above 0 and at most 1")
 
+    def mixture(self) -> list[tuple[float, Solver]]:
+        """The inner solver with probability p, and :class:`ZeroIG`."""
+        inner = [(self.p * share, solver) for share, solver in self.inner.mixture()]
+        return inner if self.p == 1 else [*inner, (1 - self.p, ZeroIG())]
+
     def hypergradient(
         self,
         problem: BilevelProblem,
