@@ -192,8 +192,12 @@ class _Trial:
     def run(self, batch: Batch, examples: int, device: torch.device) -> _Counts:
         """Three steps: the first two counted, the memory of the third followed.
 
-        The largest index is that of the last of ``examples``.
+        The largest index is that of the last of ``examples``. Torch's global generators are left as they were.
         """
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            return self._run(batch, examples, device)
+
+    def _run(self, batch: Batch, examples: int, device: torch.device) -> _Counts:
         problem, solver, model = copy.deepcopy((self.problem, self.solver, self.model))
         model.train().to(device)
         index = torch.arange(len(batch), device=device) + (examples - len(batch))

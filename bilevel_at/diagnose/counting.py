@@ -86,7 +86,8 @@ def bytes_alive(compute: Callable[[], Any], device: torch.device, before: Iterab
         return None
     tracker._mod_tracker = _NoModules()
     tracker.track_external(*before)
-    with tracker, _Follow(tracker, device) as follow:
+    follow = _Follow(tracker, device)
+    with tracker, follow:
         follow.note()
         compute()
     return follow.moments

@@ -73,7 +73,8 @@ def words(value: Any) -> str:
         return ", ".join(words(part) for part in value)
     if isinstance(name := getattr(value, "name", None) or getattr(value, "__name__", None), str):
         return name  # directions and functions
-    if type(value).__repr__ is not object.__repr__ and not dataclasses.is_dataclass(value):
+    plain: Any = object.__repr__
+    if type(value).__repr__ is not plain and not dataclasses.is_dataclass(value):
         written = repr(value)
         if " at 0x" not in written:  # of something that has no words of its own
             return written
