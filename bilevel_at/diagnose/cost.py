@@ -201,11 +201,11 @@ class _Trial:
         problem, solver, model = copy.deepcopy((self.problem, self.solver, self.model))
         model.train().to(device)
         index = torch.arange(len(batch), device=device) + (examples - len(batch))
-        batch = batch.to(device).replace(index=index)
+        reserved = {"examples": examples} if hasattr(batch, "examples") else {}
+        batch = batch.to(device).replace(index=index, **reserved)
         generator = None if device.type == "meta" else torch.Generator(device).manual_seed(0)
         optimizer = None if self.optimizer is None else self.optimizer(model.parameters())
         players = (problem, solver)
-        getattr(policy, "set_examples", lambda *_: None)(players, examples)
         policy.set_epoch(players, self.epoch, self.epochs)
 
         def step(number: int) -> None:
