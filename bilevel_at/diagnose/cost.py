@@ -98,7 +98,7 @@ def estimate(
 
     Args:
         problem, solver, model: as for ``solver.backward``; the network is put in train mode, as in training.
-        batch: examples of the size that a step has; their values matter only where the step looks at them.
+        batch: examples of the size that a step has. On the meta device their values are neither used nor checked.
         examples: of the training set, for what is remembered per example; those of the batch if not given.
         optimizer: makes the optimiser of some parameters, such as ``partial(torch.optim.SGD, lr=0.1, momentum=0.9)``.
         epoch, epochs: the step is one of epoch ``epoch`` of ``epochs`` (from 0).

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import bilevel_at as ba
 from bilevel_at.diagnose import StepCost, describe, estimate
-from bilevel_at.problems import atas, fastat, fastbat, fgsm_sdi, minmax, remembered_fastbat, standard
+from bilevel_at.problems import atas, fastat, fastbat, fgsm_sdi, minmax, standard
 from bilevel_at.runs.problem_file import packaged_problems
 from bilevel_at.solvers import FullKKT, HessianFreeKKT, Lazy, ZeroIG
 
@@ -65,7 +65,9 @@ def test_operations_are_those_of_a_real_step(name):
     plain = operations(lambda: nn.functional.cross_entropy(model(few.x), few.y).backward())
     assert cost.plain_flops == plain
     if name in SEARCHES:
-        assert plain < cost.flops <= 3 * plain
+        look = operations(lambda: model(few.x))
+        attacked = operations(lambda: ZeroIG().backward(fastat.problem(0.1), model, few))
+        assert attacked <= cost.flops <= attacked + 2 * look and attacked <= second <= attacked + 2 * look
         return
     # Where a step of 10 was extended from those of 2 and 4, all but a nuclear norm is linear in their number.
     norm = 8 * 10 * 4 * 4 if name == "nuat" and cost.real_examples else 0
@@ -108,7 +110,6 @@ MEASURED = {
     "Fast-BAT": (fastbat.problem(0.1), HessianFreeKKT()),
     "ATAS": (atas.problem(0.1, warmup_epochs=0), ZeroIG()),
     "PGD": (minmax.problem(0.1, steps=4), ZeroIG()),
-    "Fast-BAT from remembered anchors": (remembered_fastbat.problem(0.1), HessianFreeKKT()),
 }
 
 
@@ -175,7 +176,7 @@ def test_what_is_remembered_is_told_for_all_examples(name):
         sizes = dict.fromkeys(cost.remembered, sum(t.numel() * t.element_size() for t in tensors))
     assert dict(cost.remembered) == sizes and sum(sizes.values()) > 0
     assert cost.memory_bytes == cost.network_bytes + sum(sizes.values())
-    less = estimate(problem, solver, model, few, epoch=9, epochs=10)
+    less = estimate(*composed(name), model, few, epoch=9, epochs=10)
     assert cost.peak_bytes - less.peak_bytes == sum(sizes.values()) - sum(less.remembered.values())
 
 
@@ -241,8 +242,8 @@ def test_mistakes():
     model, few = convolutional(), batch()
     with pytest.raises(ba.InputError, match="examples is 3; it must be a whole number, at least 10"):
         estimate(standard.problem(), ZeroIG(), model, few, examples=3)
-    with pytest.raises(ba.InputError, match="label 9 is out of range"):
-        estimate(standard.problem(), ZeroIG(), model, few.replace(y=torch.full((10,), 9)))
+    with pytest.raises(ba.InputError, match="no parameter of the model requires a gradient"):
+        estimate(standard.problem(), ZeroIG(), convolutional().requires_grad_(False), few)
     cost = StepCost(20.0, 30.0, 10.0, None, 4, 0)
     assert cost.seconds(10.0) == 3 and cost.seconds(10.0, 5) == 3 + 4 * 2
     for wrong in (0.0, -1.0, float("nan")):
