@@ -36,10 +36,11 @@ def dry_run(plan: Plan, console: Console) -> None:
     attacks_of(plan)  # which checks their names
     train, usual = _training_images(plan)
     extra = extra_images(plan, train)
-    few = train[slice(0, min(plan.options.batch_size, len(train)))]
+    few = train[slice(0, max(4, plan.options.batch_size))]
     model = network_for(plan, few)
     try_a_step(plan, model, few)
-    batch = next(Loader(few, len(few), plan.options.seed, _augment(plan, usual)).epoch(0))
+    loader = Loader(few[slice(0, plan.options.batch_size)], plan.options.batch_size, 0, _augment(plan, usual))
+    batch = next(iter(loader.epoch(0)))
     rows = [("training", _training(plan, train, model, usual))]
     parts = describe(plan.problem, plan.solver)
     rows += [(part.role, f"{part.name}   ({part.about})" if part.about else part.name) for part in parts]
@@ -125,8 +126,12 @@ def _costs(cost: StepCost, plan: Plan, batch_size: int, steps: int) -> list[tupl
         )
     rows.append(("an epoch", epoch))
     if cost.real_examples:
-        taken = f"steps of {cost.real_examples // 2} and {cost.real_examples} real examples, extended to {batch_size}"
-        rows.append(("counted on", f"{taken}; on torch's meta device: {cost.reason}"))
+        taken = f"a step of {cost.real_examples} real examples"
+        if cost.real_examples < batch_size:
+            taken = (
+                f"steps of {cost.real_examples // 2} and {cost.real_examples} real examples, extended to {batch_size}"
+            )
+        rows.append(("counted on", f"{taken}, because torch's meta device cannot take it ({cost.reason})"))
     return rows
 
 
@@ -139,7 +144,7 @@ def _remembered(cost: StepCost) -> str:
 
 def _operations(cost: StepCost, batch_size: int) -> str:
     line = (
-        f"{cost.multiple:.2f} × plain training in operations: {_scaled(cost.flops)}FLOP for {batch_size} images, "
+        f"{cost.multiple:.2f} × plain training in operations: {_scaled(cost.flops)}FLOP for a batch of {batch_size}, "
         f"{_scaled(cost.plain_flops)}FLOP plain"
     )
     if not math.isclose(cost.first_flops, cost.flops, rel_tol=1e-3):
@@ -156,7 +161,9 @@ def _memory(cost: StepCost, plan: Plan) -> str:
         stays += f"; the averaged network besides, {_mebibytes(cost.network_bytes)}"
     if cost.peak_bytes is None:
         return f"{stays}; the peak cannot be told: this torch has no torch.distributed, whose MemTracker estimates it"
-    return f"{_mebibytes(cost.peak_bytes)} at the peak of a step in float32, by torch's MemTracker; of these {stays}"
+    half = " (less in bfloat16, for which it is not told)" if plan.options.precision == "bfloat16" else ""
+    peak = f"{_mebibytes(cost.peak_bytes)} at the peak of a step in float32{half}, by torch's MemTracker"
+    return f"{peak}; of these {stays}"
 
 
 def _scaled(value: float) -> str:

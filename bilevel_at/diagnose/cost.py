@@ -8,8 +8,11 @@ extended to the batch.
 from __future__ import annotations
 
 import copy
+import textwrap
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +23,7 @@ from ..batch import Batch
 from ..errors import InputError, positive, whole_number
 from ..problem import BilevelProblem
 from ..solver import Solver
-from .counting import bytes_alive, operations, tensors_in
+from .counting import Moment, bytes_alive, extended, operations, tensors_in
 
 __all__ = ["StepCost", "estimate"]
 
@@ -122,15 +125,12 @@ def estimate(
 
 @dataclass(frozen=True)
 class _Counts:
-    """What was counted, and the bytes alive after each operation of a step, all linear in the batch's examples.
-
-    So is their maximum only as long as it stays at one operation; their lists are extended, not their maxima.
-    """
+    """What was counted, and the bytes alive after each operation of a step, all linear in the batch's examples."""
 
     first_flops: float
     flops: float
     plain_flops: float
-    alive: Sequence[float] | None
+    alive: Sequence[Moment] | None
     remembered: Mapping[str, float]
     network_bytes: int
     optimizer_bytes: int
@@ -141,15 +141,13 @@ class _Counts:
         def line(one: float, other: float) -> float:
             return one + times * (one - other)
 
-        alive, before = self.alive, fewer.alive
-        if alive and before and len(alive) != len(before):  # other operations: at least this much
-            alive, before = [max(alive)], [max(before)]
+        alive = extended(self.alive, fewer.alive, times) if self.alive and fewer.alive else None
         return replace(
             self,
             first_flops=line(self.first_flops, fewer.first_flops),
             flops=line(self.flops, fewer.flops),
             plain_flops=line(self.plain_flops, fewer.plain_flops),
-            alive=None if not alive or not before else [*map(line, alive, before)],
+            alive=alive,
             remembered={path: line(size, fewer.remembered.get(path, 0)) for path, size in self.remembered.items()},
         )
 
@@ -159,7 +157,9 @@ class _Counts:
         total = sum(besides.values())
         return replace(
             self,
-            alive=None if self.alive is None else [size + total for size in self.alive],
+            alive=None
+            if self.alive is None
+            else [moment._replace(alive=moment.alive + total) for moment in self.alive],
             remembered={path: size + besides.get(path, 0) for path, size in self.remembered.items()},
         )
 
@@ -168,7 +168,7 @@ class _Counts:
             flops=self.flops,
             first_flops=self.first_flops,
             plain_flops=self.plain_flops,
-            peak_bytes=None if self.alive is None else max(self.alive),
+            peak_bytes=None if self.alive is None else max(moment.alive for moment in self.alive),
             network_bytes=self.network_bytes,
             optimizer_bytes=self.optimizer_bytes,
             remembered=self.remembered,
@@ -231,7 +231,7 @@ def _cost(trial: _Trial, batch: Batch, examples: int) -> StepCost:
     try:
         return trial.run(batch, examples, torch.device("meta")).cost(examples)
     except Exception as error:  # of whatever looks at values, or mixes devices; a step's own errors come again below
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = _in_a_line(error)
     device = batch.x.device
     most = min(len(batch), FEW)
     base = counts = trial.run(batch[:most], most, device)
@@ -242,6 +242,14 @@ def _cost(trial: _Trial, batch: Batch, examples: int) -> StepCost:
         twice = trial.run(batch[:most], 2 * most, device)
         counts = counts.for_examples(twice, base, (examples - most) / most)
     return counts.cost(examples, most, reason)
+
+
+def _in_a_line(error: Exception) -> str:
+    """Where it was raised, as far as that is not in torch, and what it says, cut to a line."""
+    torch_s = Path(torch.__file__).parent
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if torch_s not in Path(f.filename).parents]
+    message = " ".join(str(error).split()) or type(error).__name__
+    return f"{Path(frames[-1].filename).name}, line {frames[-1].lineno}: {textwrap.shorten(message, 100)}"
 
 
 def _plain(model: nn.Module, x: Tensor) -> None:

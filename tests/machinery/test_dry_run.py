@@ -129,6 +129,17 @@ def test_without_torch_s_estimator_the_peak_is_not_told(told, monkeypatch):
     assert "MiB stay from step to step" in memory and "the peak cannot be told: this torch has no" in memory
 
 
+def test_a_batch_of_one(told):
+    rows = told("problems/fastbat.py", "--examples", "20", "--batch-size", "1", "--cross-at", "merged")
+    assert "for a batch of 1," in rows["a step"] and "cross_at=merged" in rows["solver"]
+
+
+def test_settings_that_change_no_count_are_told(told):
+    rows = told("problems/fastat.py", "--precision", "bfloat16", "--ema", "0.9", "--device", "cuda", "--replays", "2")
+    assert "in float32 (less in bfloat16, for which it is not told)" in rows["memory"]
+    assert "the averaged network besides, 0.6 MiB" in rows["memory"] and rows["an epoch"].startswith("42 steps")
+
+
 @pytest.mark.parametrize(
     ("args", "says"),
     [

@@ -18,9 +18,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import bilevel_at as ba
 from bilevel_at.diagnose import StepCost, describe, estimate
+from bilevel_at.diagnose.counting import Moment, extended
 from bilevel_at.problems import atas, fastat, fastbat, fgsm_sdi, minmax, standard
 from bilevel_at.runs.problem_file import packaged_problems
-from bilevel_at.solvers import FullKKT, HessianFreeKKT, Lazy, ZeroIG
+from bilevel_at.solvers import FullKKT, HessianFreeKKT, Lazy, ProjectionAdjoint, ZeroIG
 
 PROBLEMS = sorted(path.stem for path, _ in packaged_problems())
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=5e-4)
@@ -110,6 +111,7 @@ MEASURED = {
     "Fast-BAT": (fastbat.problem(0.1), HessianFreeKKT()),
     "ATAS": (atas.problem(0.1, warmup_epochs=0), ZeroIG()),
     "PGD": (minmax.problem(0.1, steps=4), ZeroIG()),
+    "Fast-BAT, whose projections go on for as long as they must": (fastbat.problem(0.1), ProjectionAdjoint()),
 }
 
 
@@ -138,6 +140,17 @@ def test_the_peak_is_that_of_the_tensors_of_a_real_step(name, optimizer):
     assert cost.peak_bytes == alive.most
     assert cost.optimizer_bytes == sum(m.numel() * 4 for m in momenta)
     assert cost.network_bytes == sum(t.numel() * t.element_size() for t in own)
+
+
+def test_operations_that_only_one_step_makes():
+    """What both make before and after is extended one by one; of what is between, the maxima, or the one there is."""
+    fewer = [Moment("a", 1), Moment("loop", 2), Moment("end", 2), Moment("c", 3)]
+    more = [Moment("a", 2), Moment("loop", 3), Moment("loop", 4), Moment("end", 3), Moment("c", 6)]
+    assert [moment.alive for moment in extended(more, fewer, 10)] == [12, 13, 4, 13, 36]
+    other = [Moment("a", 1), Moment("round", 1), Moment("ring", 3), Moment("c", 3)]
+    assert [moment.alive for moment in extended(more, other, 10)] == [12, 4 + 10 * (4 - 3), 36]
+    assert extended(fewer, fewer, 10) == fewer and extended(fewer[:2], fewer[:2], 3) == fewer[:2]
+    assert extended([], [], 2) == []
 
 
 @pytest.mark.parametrize("name", ["Fast-AT", "Fast-BAT", "ATAS", "PGD"])
