@@ -48,11 +48,11 @@ def dry_run(plan: Plan, console: Console) -> None:
     examples = len(train) + (0 if extra is None else len(extra))
     steps = len(Loader(train, plan.options.batch_size)) * plan.options.replays
     try:
-        cost = _cost(plan, model, batch, examples)
+        cost, but = _cost(plan, model, batch, examples)
     except (BilevelError, InputError) as error:
         rows.append(("a step", f"its cost cannot be told: {error}"))
     else:
-        rows += _costs(cost, plan, len(batch), steps)
+        rows += _costs(cost, but, plan, len(batch), steps)
     _print(rows, console)
 
 
@@ -99,19 +99,20 @@ def _exact(plan: Plan, model: nn.Module, batch: Batch) -> str:
     return f"{exact.solver or 'none'}: {exact.why}{f'; {but}' if but else ''}"
 
 
-def _cost(plan: Plan, model: nn.Module, batch: Batch, examples: int) -> StepCost:
-    """Of a step of the last epoch, where everything has begun that begins late; else of the first."""
+def _cost(plan: Plan, model: nn.Module, batch: Batch, examples: int) -> tuple[StepCost, str]:
+    """Of a step of the last epoch, where everything has begun that begins late; else of the first, and why not."""
     recipe: Recipe = plan.options
     sgd = partial(torch.optim.SGD, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
     tell = partial(estimate, plan.problem, plan.solver, model, batch, examples=examples, optimizer=sgd)
     with plan.file.blame("a step cannot be made: "):
         try:
-            return tell(epoch=recipe.epochs - 1, epochs=recipe.epochs)
-        except (BilevelError, InputError):  # what it goes on from is not there
-            return tell(epoch=0, epochs=recipe.epochs)
+            return tell(epoch=recipe.epochs - 1, epochs=recipe.epochs), ""
+        except (BilevelError, InputError) as error:  # what it goes on from is not there, perhaps
+            reason = str(error)
+        return tell(epoch=0, epochs=recipe.epochs), f"; of the first epoch, as in the last {reason}"
 
 
-def _costs(cost: StepCost, plan: Plan, batch_size: int, steps: int) -> list[tuple[str, str]]:
+def _costs(cost: StepCost, but: str, plan: Plan, batch_size: int, steps: int) -> list[tuple[str, str]]:
     rows = [
         ("remembers", _remembered(cost)),
         ("a step", _operations(cost, batch_size)),

@@ -254,7 +254,10 @@ def _in_a_line(error: Exception) -> str:
 
 def _plain(model: nn.Module, x: Tensor) -> None:
     """Plain training: a forward pass, and a backward pass to the parameters. Losses count for nothing."""
-    out = model(x)
+    try:
+        out = model(x)
+    except Exception as error:
+        raise InputError(f"plain training is model(batch.x), which fails: {_in_a_line(error)}") from error
     if not isinstance(out, Tensor):
         raise InputError(f"the network gives {type(out).__name__}; plain training needs a tensor")
     torch.autograd.grad(out.sum(), [p for p in model.parameters() if p.requires_grad], allow_unused=True)

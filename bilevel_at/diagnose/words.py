@@ -70,7 +70,7 @@ def words(value: Any) -> str:
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{name}: {words(part)}" for name, part in value.items()) + "}"
     if isinstance(value, list | tuple):
-        return ", ".join(words(part) for part in value)
+        return "(" + ", ".join(words(part) for part in value) + ")"
     if isinstance(name := getattr(value, "name", None) or getattr(value, "__name__", None), str):
         return name  # directions and functions
     plain: Any = object.__repr__

@@ -73,6 +73,8 @@ def test_every_problem_can_be_asked(name, told):
     rows = told(f"problems/{name}.py", "--examples", "40", "--batch-size", "8")
     assert re.match(r"\d+\.\d\d × plain", rows["a step"]) and "MiB at the peak" in rows["memory"]
     assert rows["solver"] and rows["exact"] and rows["threat"] and rows["lower"]
+    # In the last epoch it goes on from what the ones before have left.
+    assert ("of the first epoch, as in the last Sub-AT trains in the subspace" in rows["a step"]) == (name == "subat")
 
 
 def test_a_set_that_is_not_there_has_its_usual_size(told):

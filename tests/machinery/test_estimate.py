@@ -251,12 +251,25 @@ def test_without_torch_s_estimator_only_the_peak_is_not_told(monkeypatch):
     assert cost.peak_bytes is None and cost.multiple > 1 and cost.memory_bytes > 0
 
 
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 2)
+
+    def forward(self, x, scale):
+        return self.layer(scale * x).flatten(1)
+
+
 def test_mistakes():
     model, few = convolutional(), batch()
     with pytest.raises(ba.InputError, match="examples is 3; it must be a whole number, at least 10"):
         estimate(standard.problem(), ZeroIG(), model, few, examples=3)
     with pytest.raises(ba.InputError, match="no parameter of the model requires a gradient"):
         estimate(standard.problem(), ZeroIG(), convolutional().requires_grad_(False), few)
+    far = ba.BilevelProblem(ba.UpperProblem(lambda net, batch, delta: net(batch.x + delta, 1).sum(1)),
+                            ba.AtAnchor(ba.LinfBall(0.1)))  # fmt: skip
+    with pytest.raises(ba.InputError, match=r"plain training is model\(batch.x\), which fails: .* missing 1 required"):
+        estimate(far, ZeroIG(), Scaled(), few)
     cost = StepCost(20.0, 30.0, 10.0, None, 4, 0)
     assert cost.seconds(10.0) == 3 and cost.seconds(10.0, 5) == 3 + 4 * 2
     for wrong in (0.0, -1.0, float("nan")):
@@ -281,7 +294,7 @@ class Corners(ba.Start):
 
 
 class Own(ba.LowerProblem):
-    constraint = ba.L2Ball(0.5)
+    constraint = ba.L2Ball(0.5, bounds=(0, 1))
     anchor = Corners(0.25)
 
 
@@ -298,7 +311,10 @@ def test_words_come_from_the_objects():
     own = told(ba.BilevelProblem(ba.UpperProblem(), Own(), threat=ba.LinfBall(8 / 255)))
     assert own["lower.anchor"].name == "Corners(size=0.25)"
     assert own["lower.anchor"].about == "Every corner is as likely"
-    assert own["lower.constraint"].name == "L2Ball(epsilon=0.5)" and own["threat"].name == "LinfBall(epsilon=0.03137)"
+    assert (
+        own["lower.constraint"].name == "L2Ball(epsilon=0.5, bounds=(0, 1))"
+        and own["threat"].name == "LinfBall(epsilon=0.03137)"
+    )
     for name in PROBLEMS:
         for part in describe(*composed(name)):
             assert part.name and " at 0x" not in part.name and "\n" not in part.name + part.about
