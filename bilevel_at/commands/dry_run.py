@@ -115,7 +115,7 @@ def _cost(plan: Plan, model: nn.Module, batch: Batch, examples: int) -> tuple[St
 def _costs(cost: StepCost, but: str, plan: Plan, batch_size: int, steps: int) -> list[tuple[str, str]]:
     rows = [
         ("remembers", _remembered(cost)),
-        ("a step", _operations(cost, batch_size)),
+        ("a step", _operations(cost, batch_size) + but),
         ("memory", _memory(cost, plan)),
     ]
     epochs, operations = plan.options.epochs, cost.seconds(1, steps)
