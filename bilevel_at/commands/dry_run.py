@@ -18,7 +18,7 @@ from ..errors import BilevelError, InputError
 from ..runs.recipe import Recipe
 from ..solvers.exact import Exact, exact_solver
 from .plan import Plan
-from .prepare import attacks_of, extra_images, held_out_share, network_for, try_a_step
+from .prepare import attacks_of, check_threat, extra_images, held_out_share, network_for, try_a_step
 
 __all__ = ["dry_run"]
 
@@ -36,6 +36,7 @@ def dry_run(plan: Plan, console: Console) -> None:
     attacks_of(plan)  # which checks their names
     train, usual = _training_images(plan)
     extra = extra_images(plan, train)
+    check_threat(plan, train)
     few = train[slice(0, max(4, plan.options.batch_size))]
     model = network_for(plan, few)
     try_a_step(plan, model, few)

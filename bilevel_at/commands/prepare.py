@@ -21,7 +21,16 @@ from ..train.trainer import check_coupling
 from .device import resolve_device
 from .plan import Plan
 
-__all__ = ["Prepared", "attacks_of", "extra_images", "held_out_share", "network_for", "prepare", "try_a_step"]
+__all__ = [
+    "Prepared",
+    "attacks_of",
+    "check_threat",
+    "extra_images",
+    "held_out_share",
+    "network_for",
+    "prepare",
+    "try_a_step",
+]
 
 MOST_HELD_OUT = 5_000  # a tenth of CIFAR's; a tenth of ImageNet would take longer to attack than to train on
 
@@ -65,12 +74,17 @@ def prepare(plan: Plan) -> Prepared:
     attacks, select = attacks_of(plan)
     train, held_out, test = _images(plan, device)
     extra = extra_images(plan, train)
-    if norm_of(threat) is None:
-        with plan.file.blame("the threat cannot be projected onto: "):
-            check_set(threat, train[slice(0, 4)].pixels())
+    check_threat(plan, train)
     model = network_for(plan, train)
     try_a_step(plan, model, train)
     return Prepared(model, train, held_out, test, attacks, select, Threat.of(threat), extra)
+
+
+def check_threat(plan: Plan, train: ImageSet) -> None:
+    """Try to project onto a threat of the user's own."""
+    if norm_of(plan.threat) is None:
+        with plan.file.blame("the threat cannot be projected onto: "):
+            check_set(plan.threat, train[slice(0, 4)].pixels())
 
 
 def attacks_of(plan: Plan) -> tuple[list[Attack], Attack]:
