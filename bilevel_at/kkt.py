@@ -148,7 +148,7 @@ def _check_merged(attacked: Attacked) -> None:
     upper, lower, model = attacked.problem.upper, attacked.problem.lower, attacked.model
     needs = 'cross_at="merged" needs'
     of_lower = isinstance(lower, Proximal) or (
-        isinstance(lower, Linearized) and direction_of(lower.direction) is taylor
+        isinstance(lower, Linearized) and direction_of(lower.direction) == taylor
     )
     if not of_lower:
         raise InputError(f'{needs} Proximal, or Linearized with direction "taylor"; use cross_at="solution"')

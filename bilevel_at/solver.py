@@ -113,6 +113,10 @@ class Solver(Policy):
         """∇_δ g(θ, δ*; z) whose derivative in θ is the cross derivative; None where δ* has no derivative."""
         return solution.gradient
 
+    def mixture(self) -> list[tuple[float, Solver]]:
+        """(probability, solver) of what a step may do: this solver, unless it tosses a coin between others."""
+        return [(1.0, self)]
+
     @torch.enable_grad()
     def hypergradient(
         self,

@@ -64,6 +64,11 @@ class Lazy(Solver):
         self.inner.compile(backend)
         self._without.compile(backend)
 
+    def mixture(self) -> list[tuple[float, Solver]]:
+        """The inner solver with probability p, and :class:`ZeroIG`."""
+        inner = [(self.p * share, solver) for share, solver in self.inner.mixture()]
+        return inner if self.p == 1 else [*inner, (1 - self.p, ZeroIG())]
+
     def hypergradient(
         self,
         problem: BilevelProblem,

@@ -26,6 +26,7 @@ from ..runs.headline import WorstCase
 from ..runs.keeper import Keeper
 from ..runs.metrics import Epoch, catastrophic_overfitting, rank
 from ..train import Trainer
+from .dry_run import dry_run
 from .headline import caption
 from .plan import Plan, understand
 from .prepare import Prepared, prepare
@@ -42,6 +43,9 @@ def run(args: Sequence[str]) -> int:
     """
     console = Console()
     plan = understand(args)
+    if plan.options.dry_run:
+        dry_run(plan, console)
+        return 0
     prepared = prepare(plan)
     run_dir = run_directory(plan.options, plan.file.path.stem)
     if plan.options.compile:
