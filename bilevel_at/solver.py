@@ -22,6 +22,7 @@ from .batch import Batch
 from .compiled import one_graph
 from .errors import InputError
 from .losses import check_prepared, check_values
+from .modes import full_precision
 from .policy import Policy
 from .problem import BilevelProblem, LowerProblem
 from .solution import Gradients, Hypergradient, Solution
@@ -200,11 +201,12 @@ class Solver(Policy):
         return losses, dict(zip(named, direct, strict=True)), torch.zeros_like(delta) if v is None else v
 
     def implicit_term(self, attacked: Attacked, v: Tensor) -> Gradients:
-        """−ig_weight · ∇_θ ⟨∇_δ g, w⟩ by parameter name, with w of :meth:`adjoint`."""
+        """−ig_weight · ∇_θ ⟨∇_δ g, w⟩ by parameter name, w of :meth:`adjoint`, all in full precision under autocast."""
         named, gradient = attacked.parameters, attacked.gradient
         assert gradient is not None  # where δ* moves with θ there is one
-        w = self.adjoint(attacked.problem, attacked.model, replace(attacked.solution, gradient=gradient), v)
-        cross = torch.autograd.grad(gradient, list(named.values()), -self.ig_weight * w, allow_unused=True)
+        with full_precision(gradient.device):
+            w = self.adjoint(attacked.problem, attacked.model, replace(attacked.solution, gradient=gradient), v)
+            cross = torch.autograd.grad(gradient, list(named.values()), -self.ig_weight * w, allow_unused=True)
         return dict(zip(named, cross, strict=True))
 
     def backward(

@@ -201,8 +201,7 @@ class _Trial:
         problem, solver, model = copy.deepcopy((self.problem, self.solver, self.model))
         model.train().to(device)
         index = torch.arange(len(batch), device=device) + (examples - len(batch))
-        reserved = {"examples": examples} if hasattr(batch, "examples") else {}
-        batch = batch.to(device).replace(index=index, **reserved)
+        batch = batch.to(device).replace(index=index, examples=examples)
         generator = None if device.type == "meta" else torch.Generator(device).manual_seed(0)
         optimizer = None if self.optimizer is None else self.optimizer(model.parameters())
         players = (problem, solver)
