@@ -33,6 +33,15 @@ def test_the_readme_s_custom_problem_runs(solver):
     assert config["problem"]["epsilon"] == 0.5
 
 
+def test_the_readme_s_figures_are_those_of_the_benchmark_s_page():
+    """Last clean, FGSM and PGD-50-10 accuracy, copied from docs/results/digits.md without a slip."""
+    cell = r"([\d.]+ ± [\d.]+)"
+    page = (ROOT / "docs/results/digits.md").read_text()
+    made = {m[1:] for m in re.findall(rf"^\| (\S+) \|(?:[^|]+\|){{3}} {cell} \| {cell} \| {cell} \|$", page, re.M)}
+    shown = re.findall(rf"^\| [^|]+ \| {cell} \| {cell} \| {cell} \|$", README, re.M)
+    assert len(made) > 10 and len(shown) > 10 and set(shown) <= made
+
+
 def test_the_readme_s_example_runs():
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 4))
     loader = [(torch.rand(5, 3, 2, 2), torch.randint(0, 4, (5,))) for _ in range(3)]
