@@ -9,9 +9,17 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from .errors import InputError
+from .errors import InputError, whole_number
 
-__all__ = ["Batch", "CropFlip", "per_sample"]
+__all__ = ["Batch", "CropFlip", "on_host", "per_sample"]
+
+
+def on_host(values: Tensor) -> bool:
+    """Whether values can be looked at for nothing: on a CPU, in code that is not being compiled.
+
+    Elsewhere a look would wait for the device, or break the graph.
+    """
+    return values.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 @overload
@@ -91,6 +99,7 @@ class Batch:
         y: targets ``[B, ...]``: class labels (int64), real values, ...; None where there are none.
         index: ``[B]`` positions in the training set, needed by whatever is remembered per example (ATTA, ATAS).
         view: the crop and flip that produced ``x``, so that what is remembered follows the image.
+        examples: how many positions there are, where that is known: memories are then reserved as a whole.
         more: further tensors ``[B, ...]`` by name, indexed and moved along with x. A loss's ``prepare`` keeps what it
             computes once per solve here; targeted lower levels keep ``target``, the classes aimed at.
 
@@ -102,6 +111,7 @@ class Batch:
     y: Tensor | None
     index: Tensor | None
     view: CropFlip | None
+    examples: int | None
     more: Mapping[str, Tensor]
 
     def __init__(
@@ -110,6 +120,7 @@ class Batch:
         y: Tensor | None = None,
         index: Tensor | None = None,
         view: CropFlip | None = None,
+        examples: int | None = None,
         **more: Tensor,
     ) -> None:
         if x.ndim < 1:
@@ -119,7 +130,9 @@ class Batch:
                 raise InputError(f"{name} has shape {tuple(value.shape)}; {len(x)} inputs need [{len(x)}, ...]")
         if index is not None and index.ndim != 1:
             raise InputError(f"index has shape {tuple(index.shape)}; it must be [{len(x)}]")
-        fields = {"x": x, "y": y, "index": index, "view": view, "more": more}
+        if examples is not None:
+            whole_number("examples", examples, 1)
+        fields = {"x": x, "y": y, "index": index, "view": view, "examples": examples, "more": more}
         for name, field in fields.items():
             object.__setattr__(self, name, field)
 
@@ -130,7 +143,7 @@ class Batch:
         """The batch with ``function`` applied to every tensor and to the view."""
         values: dict[str, Any] = {"x": self.x, "y": self.y, "index": self.index, "view": self.view, **self.more}
         mapped: dict[str, Any] = {name: None if value is None else function(value) for name, value in values.items()}
-        return Batch(**mapped)
+        return Batch(**mapped, examples=self.examples)
 
     def __getitem__(self, rows: Any) -> Batch:
         """The examples at ``rows`` (a slice, mask or index tensor), every tensor with them."""
@@ -143,8 +156,9 @@ class Batch:
         return self._map(lambda value: value.to(device))
 
     def replace(self, **tensors: Any) -> Batch:
-        """The batch with these tensors in place of its own; names other than x, y, index and view go to ``more``."""
-        return Batch(**{"x": self.x, "y": self.y, "index": self.index, "view": self.view, **self.more, **tensors})
+        """The batch with these in place of its own; names that are no argument of :class:`Batch` go to ``more``."""
+        own = {"x": self.x, "y": self.y, "index": self.index, "view": self.view, "examples": self.examples}
+        return Batch(**{**own, **self.more, **tensors})
 
     def repeat(self, times: int) -> Batch:
         """Each example ``times`` times, copies side by side: rows ``i·times … (i+1)·times − 1`` are example i."""

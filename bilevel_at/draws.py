@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
-__all__ = ["Draws"]
+__all__ = ["Draws", "generator_on", "host_uniform"]
+
+
+def generator_on(device: torch.device, seed: int) -> torch.Generator:
+    """A generator for tensors on ``device``, seeded; on the meta device one of the CPU, from which nothing is drawn."""
+    return torch.Generator("cpu" if device.type == "meta" else device).manual_seed(seed)
+
+
+def host_uniform(generator: torch.Generator | None) -> float:
+    """A number uniform in [0, 1) for the host to branch on, drawn from ``generator`` (None: torch's global one).
+
+    From a generator of another device it is a hash of its state, which then moves on by one draw: a look at the draw
+    itself would wait for the device.
+    """
+    if generator is None or generator.device.type == "cpu":
+        return torch.rand((), generator=generator).item()
+    digest = hashlib.sha256(generator.get_state().numpy().tobytes()).digest()
+    torch.rand((), generator=generator, device=generator.device)
+    return int.from_bytes(digest[:4], "little") / 2**32
 
 
 class Draws:

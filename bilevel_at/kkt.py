@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from .batch import per_sample
+from .batch import on_host, per_sample
 from .constraints import ActiveSet
 from .directions import direction_of, taylor
 from .draws import Draws
@@ -48,6 +48,11 @@ class KKTSolver(Solver):
 
     damping: float = 0.0
     cross_at: CrossAt = "anchor"
+
+    @property
+    def first_order(self) -> bool:  # type: ignore[override]
+        """Whether ∇_δ g needs no graph."""
+        return self.cross_at == "merged"
 
     def _check(self) -> None:
         for name in ("ig_weight", "damping"):
@@ -96,8 +101,13 @@ class KKTSolver(Solver):
         delta = solution.delta
         return torch.zeros(len(delta), dtype=delta.dtype, device=delta.device) + solution.lam + self.damping
 
-    def refuse_flat(self, lower: LowerProblem, diagonal: Tensor) -> None:
-        """Raise :class:`CurvatureError` where ``diagonal``, which is to stand for the Hessian, is 0."""
+    def refuse_flat(self, lower: LowerProblem, lam: Tensor | float, diagonal: Tensor) -> None:
+        """Raise :class:`CurvatureError` where ``diagonal``, which is to stand for the Hessian, is 0.
+
+        The diagonal is looked at only where λ, as a number, leaves it open (μ is never negative), or is on a CPU.
+        """
+        if not on_host(lam) if isinstance(lam, Tensor) else lam + self.damping > 0:
+            return
         flat = (diagonal <= 0).nonzero().flatten().tolist()
         if flat:
             raise CurvatureError(
@@ -138,7 +148,7 @@ def _check_merged(attacked: Attacked) -> None:
     upper, lower, model = attacked.problem.upper, attacked.problem.lower, attacked.model
     needs = 'cross_at="merged" needs'
     of_lower = isinstance(lower, Proximal) or (
-        isinstance(lower, Linearized) and direction_of(lower.direction) is taylor
+        isinstance(lower, Linearized) and direction_of(lower.direction) == taylor
     )
     if not of_lower:
         raise InputError(f'{needs} Proximal, or Linearized with direction "taylor"; use cross_at="solution"')

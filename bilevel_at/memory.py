@@ -7,14 +7,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .batch import Batch
+from .batch import Batch, on_host
 from .errors import InputError, one_of
 
 __all__ = ["SampleMemory"]
 
 
 class SampleMemory:
-    """A table of rows. It grows to the largest row written, and knows which rows were ever written.
+    """A table of rows, which knows which of them were ever written.
+
+    It is reserved as a whole where ``batch.examples`` says how many there may be. Where it does not, it grows to the
+    largest row written, for which every write waits for a GPU.
 
     Args:
         by: "example" addresses rows by ``batch.index``; "position" by the place in the batch.
@@ -39,8 +42,14 @@ class SampleMemory:
             raise InputError(
                 f"{count} rows cannot be remembered for {len(batch)} examples; remember what a batch shares by position"
             )
-        if not batch.index.is_cuda and (batch.index < 0).any():
-            raise InputError(f"index has values down to {int(batch.index.min())}; positions count from 0")
+        if on_host(batch.index) and len(batch):
+            low, high = int(batch.index.min()), int(batch.index.max())
+            if low < 0:
+                raise InputError(f"index has values down to {low}; positions count from 0")
+            if batch.examples is not None and high >= batch.examples:
+                raise InputError(
+                    f"index has values up to {high}; with examples={batch.examples} they must be below that"
+                )
         return batch.index
 
     def read(self, batch: Batch, fresh: Tensor) -> Tensor:
@@ -59,7 +68,7 @@ class SampleMemory:
         rows = self.rows(batch, len(values))
         if self.values is not None and self.values.shape[1:] != values.shape[1:]:
             self.clear()
-        self._reserve(int(rows.max()) + 1, values)
+        self._reserve(self._least(batch, rows), values)
         assert self.values is not None and self.known is not None
         self.values[rows] = values.detach().to(self.values)
         self.known[rows] = True
@@ -67,6 +76,12 @@ class SampleMemory:
     def clear(self) -> None:
         """Forget everything."""
         self.values = self.known = None
+
+    def _least(self, batch: Batch, rows: Tensor) -> int:
+        """How many rows the table needs for these."""
+        if self.by == "position":
+            return len(rows)
+        return int(rows.max()) + 1 if batch.examples is None else batch.examples
 
     def _reserve(self, n: int, like: Tensor) -> None:
         if self.values is None or self.known is None:

@@ -6,6 +6,7 @@ Computing (``solve``, ``hypergradient``) only reads policies. A policy changes i
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -104,12 +105,23 @@ def _walk(value: Any, path: str, seen: set[int]) -> Iterator[tuple[str, Policy]]
 
 def _attributes(value: Any) -> dict[str, Any]:
     """What the object has, in its dictionary, in slots and on its class, by name."""
-    names = dict.fromkeys(getattr(value, "__dict__", {}))
-    for kind in type(value).__mro__:
-        slots = kind.__dict__.get("__slots__", ())
+    own: dict[str, Any] = getattr(value, "__dict__", {})
+    attributes = {name: part for name, part in own.items() if not name.startswith("__")}
+    for name in _names_of_class(type(value)):
+        if name not in attributes and hasattr(value, name):
+            attributes[name] = getattr(value, name)
+    return attributes
+
+
+@functools.cache  # the walk is made twice in every training step
+def _names_of_class(kind: type) -> tuple[str, ...]:
+    """The names of slots, and of what may be or hold policies, on a class."""
+    names: dict[str, None] = {}
+    for base in kind.__mro__:
+        slots = base.__dict__.get("__slots__", ())
         names.update(dict.fromkeys([slots] if isinstance(slots, str) else slots))
-        names.update(dict.fromkeys(n for n, v in vars(kind).items() if isinstance(v, Composite | list | tuple | dict)))
-    return {name: getattr(value, name) for name in names if not name.startswith("__") and hasattr(value, name)}
+        names.update(dict.fromkeys(n for n, v in vars(base).items() if isinstance(v, Composite | list | tuple | dict)))
+    return tuple(name for name in names if not name.startswith("__"))
 
 
 def observe(root: Any, step: Hypergradient) -> None:

@@ -19,14 +19,15 @@ from torch import Tensor, nn
 
 from . import descent, policy
 from .anchors import Anchor, anchor_policy
-from .batch import Batch
+from .batch import Batch, on_host
 from .constraints import Constraint
 from .draws import Draws
 from .errors import InputError
 from .losses import AnyLoss, as_loss, check_prepared, cross_entropy
-from .modes import Mode, attack_mode, no_graph
+from .modes import Mode, attack_mode, full_precision, no_graph
 from .policy import Composite, Policy
 from .solution import Hypergradient, Solution
+from .twice import gradient_with_graph
 
 __all__ = ["BilevelProblem", "CurvedPart", "LowerProblem", "UpperProblem", "solve_by_descent"]
 
@@ -136,16 +137,20 @@ class LowerProblem(Policy):
             differentiable: keep ``solution.gradient`` with its graph in θ.
 
         Raises:
-            InputError: for an unknown mode or anchor, for inputs that the constraint, a loss or a policy refuses.
+            InputError: for an unknown mode or anchor, for inputs that the constraint, a loss or a policy refuses (their
+                values are looked at on a CPU alone).
             ConvergenceError: where an iterative solve does not reach its tolerance, naming the samples.
         """
         with torch.enable_grad(), attack_mode(model, attack_mode_of(self)):
             with contextlib.nullcontext() if differentiable else no_graph():
                 seen = check_prepared(self, self.prepare(model, batch, generator))
-            memo, drawn = None, anchor is None
+            memo, drawn, base = None, anchor is None, self.base(model, seen)
+            constraint = getattr(self, "constraint", None)
+            if constraint is not None and on_host(base):
+                constraint.check(base)
             if anchor is None:
                 anchor, memo = anchor_policy(getattr(self, "anchor", "zero")).draw(self, model, seen, generator)
-            _check_anchor(anchor, self.base(model, seen), batch)
+            _check_anchor(anchor, base, batch)
             solution = self.solve_at(model, seen, anchor.detach(), differentiable)
         return replace(solution, delta=solution.delta.detach(), memo=memo, drawn=drawn)
 
@@ -223,11 +228,13 @@ def solve_by_descent(
 
 
 def objective_gradient(lower: LowerProblem, model: nn.Module, batch: Batch, delta: Tensor, anchor: Tensor) -> Tensor:
-    """∇_δ g(θ, δ; z), shaped like δ, with its graph in θ."""
-    with torch.enable_grad():
+    """∇_δ g(θ, δ; z), shaped like δ, with its graph in θ; in full precision under autocast too."""
+    with torch.enable_grad(), full_precision(delta.device):
         delta = delta.detach().requires_grad_()
         values = lower.objective(model, batch, delta, anchor)
-        (gradient,) = torch.autograd.grad(values.sum(), delta, create_graph=True)
+        gradient = gradient_with_graph(values.sum(), delta, retain_graph=False)
+    if gradient is None:
+        raise InputError(f"{type(lower).__name__}'s objective does not depend on δ, so that it has no gradient there")
     return gradient
 
 

@@ -10,6 +10,7 @@ that the active constraints leave free, with v = ∇_δ f and H = ∇²_δδ g. 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
@@ -18,11 +19,14 @@ from torch import Tensor, nn
 
 from . import policy
 from .batch import Batch
+from .compiled import one_graph
 from .errors import InputError
 from .losses import check_prepared, check_values
+from .modes import full_precision
 from .policy import Policy
 from .problem import BilevelProblem, LowerProblem
 from .solution import Gradients, Hypergradient, Solution
+from .twice import explained, first_order
 
 __all__ = ["Attacked", "Solver", "Terms"]
 
@@ -76,11 +80,31 @@ class Solver(Policy):
 
         opt.zero_grad(); step = solver.backward(problem, model, batch); opt.step()
 
-    Class attribute implicit: whether the lower problem's solution is to be differentiated; False where w = 0.
+    Class attributes:
+
+    implicit: whether the lower problem's solution is to be differentiated; False where w = 0.
+    first_order: whether that takes first-order passes alone, so that ∇_δ g needs no graph.
     """
 
     implicit: ClassVar[bool] = True
+    first_order: bool = False
     ig_weight: float = 1.0
+
+    def compile(self, backend: str = "inductor") -> None:
+        """Compile :meth:`hypergradient` as one graph, in place, as ``torch.nn.Module.compile`` does a module.
+
+        Attack, upper loss and double backward are one graph; what is remembered is observed outside it. It is compiled
+        when it is first called, and again where a shape, a mode or a number that a policy reads has changed. Random
+        draws are those that it makes uncompiled, but for a network's own (dropout), which come from ``generator`` too.
+
+        Args:
+            backend: as for ``torch.compile``.
+
+        Raises:
+            InputError: where torch cannot compile this way; from :meth:`hypergradient`, where a problem, solver or
+                network is no graph (it decides by values, or has an optimiser of torch's in it).
+        """
+        object.__setattr__(self, "hypergradient", one_graph(self.hypergradient, backend))
 
     def adjoint(self, problem: BilevelProblem, model: nn.Module, solution: Solution, v: Tensor) -> Tensor:
         """w for v = ∇_δ f, both shaped like δ* and of the batch **mean** of f."""
@@ -89,6 +113,10 @@ class Solver(Policy):
     def lower_gradient(self, lower: LowerProblem, model: nn.Module, solution: Solution) -> Tensor | None:
         """∇_δ g(θ, δ*; z) whose derivative in θ is the cross derivative; None where δ* has no derivative."""
         return solution.gradient
+
+    def mixture(self) -> list[tuple[float, Solver]]:
+        """(probability, solver) of what a step may do: this solver, unless it tosses a coin between others."""
+        return [(1.0, self)]
 
     @torch.enable_grad()
     def hypergradient(
@@ -115,18 +143,31 @@ class Solver(Policy):
             scale: multiplies the upper loss before anything is differentiated.
 
         Raises:
-            InputError: where no parameter requires a gradient, and where this solver differentiates δ* and the lower
-                problem says that it has no derivative.
+            InputError: where no parameter requires a gradient, where this solver differentiates δ* and the lower
+                problem says that it has no derivative, and where the network cannot be differentiated twice.
             ConvergenceError, CurvatureError: as the lower level and the adjoint do.
         """
+        with explained(type(self).__name__):
+            return self._hypergradient(problem, model, batch, anchor, generator, scale)
+
+    def _hypergradient(
+        self,
+        problem: BilevelProblem,
+        model: nn.Module,
+        batch: Batch,
+        anchor: Tensor | None,
+        generator: torch.Generator | None,
+        scale: float,
+    ) -> Hypergradient:
         upper, lower = problem.upper, problem.lower
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not named:
             raise InputError("no parameter of the model requires a gradient; there is nothing to differentiate in")
 
         seen = check_prepared(upper, upper.prepare(model, batch, generator))
-        solution = lower.solve(model, batch, anchor, generator, differentiable=self.implicit)
-        gradient = self.lower_gradient(lower, model, solution) if self.implicit else None
+        with first_order() if self.first_order else nullcontext():
+            solution = lower.solve(model, batch, anchor, generator, differentiable=self.implicit)
+            gradient = self.lower_gradient(lower, model, solution) if self.implicit else None
         if self.implicit and gradient is None:
             raise InputError(
                 f"{type(lower).__name__} finds a δ* without a derivative in θ, which {type(self).__name__} needs; use "
@@ -160,11 +201,12 @@ class Solver(Policy):
         return losses, dict(zip(named, direct, strict=True)), torch.zeros_like(delta) if v is None else v
 
     def implicit_term(self, attacked: Attacked, v: Tensor) -> Gradients:
-        """−ig_weight · ∇_θ ⟨∇_δ g, w⟩ by parameter name, with w of :meth:`adjoint`."""
+        """−ig_weight · ∇_θ ⟨∇_δ g, w⟩ by parameter name, w of :meth:`adjoint`, all in full precision under autocast."""
         named, gradient = attacked.parameters, attacked.gradient
         assert gradient is not None  # where δ* moves with θ there is one
-        w = self.adjoint(attacked.problem, attacked.model, replace(attacked.solution, gradient=gradient), v)
-        cross = torch.autograd.grad(gradient, list(named.values()), -self.ig_weight * w, allow_unused=True)
+        with full_precision(gradient.device):
+            w = self.adjoint(attacked.problem, attacked.model, replace(attacked.solution, gradient=gradient), v)
+            cross = torch.autograd.grad(gradient, list(named.values()), -self.ig_weight * w, allow_unused=True)
         return dict(zip(named, cross, strict=True))
 
     def backward(

@@ -34,8 +34,9 @@ class Targeted(LowerProblem):
 
         η_j ∈ argmin_{η ∈ C(x)} ℓ_atk(θ, η; target j)        j* = argmin_j ℓ_atk(θ, η_j; target j)
 
-    ``solution.batch.more["target"]`` is the class of each row. g has no proximal term, so the KKT solvers need a
-    ``damping``. Source: BETA (Robey et al., 2023), Algorithm 1 and equations 17 to 19.
+    ``solution.batch.more`` has each row's class as "target", and all classes aimed at for its example as "aims". g has
+    no proximal term, so the KKT solvers need a ``damping``. Source: BETA (Robey et al., 2023), Algorithm 1 and
+    equations 17 to 19.
 
     Args:
         constraint: C(x).
@@ -78,11 +79,11 @@ class Targeted(LowerProblem):
         """A row for each example and class aimed at; a batch that has targets already is aimed at those alone."""
         targets, classes = self._targets(model, batch)
         each = targets.shape[1]
-        example = torch.arange(len(batch), device=targets.device).repeat_interleave(each)
-        wide = batch.repeat(each).replace(target=targets.flatten(), example=example)
-        if wide.index is not None and "example" not in batch.more:
+        wide = batch.repeat(each).replace(target=targets.flatten(), aims=targets.repeat_interleave(each, 0))
+        if wide.index is not None and "aims" not in batch.more:
             # What is remembered is remembered per example and class; a batch that has been here says so by its rows.
-            wide = wide.replace(index=wide.index * classes + targets.flatten())
+            examples = None if wide.examples is None else wide.examples * classes
+            wide = wide.replace(index=wide.index * classes + targets.flatten(), examples=examples)
         return super().prepare(model, wide, generator)
 
     def _targets(self, model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
@@ -141,9 +142,10 @@ class Targeted(LowerProblem):
 
     def _best(self, model: nn.Module, solution: Solution) -> Solution:
         """The row of the least attack loss of each example, whose rows are side by side."""
-        batch, examples = solution.batch, int(solution.batch.more["example"][-1]) + 1
+        batch = solution.batch
+        each = batch.more["aims"].shape[1]
         with no_graph():
-            values = self.attack_loss(model, batch, solution.delta).reshape(examples, -1)
+            values = self.attack_loss(model, batch, solution.delta).reshape(-1, each)
         best = values.argmin(1)
-        rows = torch.arange(examples, device=best.device) * values.shape[1] + best
+        rows = torch.arange(len(best), device=best.device) * each + best
         return Solution(solution.delta[rows], solution.anchor[rows], batch[rows])

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import bilevel_at as ba
-from bilevel_at.batch import per_sample
+from bilevel_at.batch import on_host, per_sample
 from bilevel_at.errors import one_of, whole_number
 from bilevel_at.losses import check_classes
 from bilevel_at.modes import Mode, no_graph
@@ -52,29 +52,45 @@ class Shortened(ba.Linearized):
         self.keep_output = self.ask == "start"
 
     def solve_at(self, model: nn.Module, batch: ba.Batch, anchor: Tensor, differentiable: bool) -> ba.Solution:
-        """t δ, without a derivative. A checkpoint's pass is of the examples that are still right.
+        """t δ, without a derivative.
 
-        Of all examples where that is one and the network is in train mode.
+        A checkpoint's pass is of the examples that are still right, as published, where batch statistics depend on that
+        or a look costs nothing; on a GPU in eval mode it is of all examples, which gives the same lengths without a
+        wait.
         """
         solution = super().solve_at(model, batch, anchor, False)
-        delta = solution.delta
         with no_graph():
             first = solution.output if self.ask == "start" else model(batch.x)
-            right = (first.argmax(1) == check_classes(first, batch)).nonzero().squeeze(1)
-            length = delta.new_zeros(len(batch))
-            length[right] = 1.0
-            for k in range(1, self.checkpoints):
-                if len(right) == 0:
-                    break
-                seen, share = right, k / self.checkpoints
-                if len(right) == 1 and model.training:  # one example may have no batch statistics
-                    seen = torch.arange(len(batch), device=delta.device)
-                rows = batch[seen]
-                wrong = model(rows.x + share * delta[seen]).argmax(1) != rows.y
-                wrong = wrong[torch.isin(seen, right)]
-                length[right[wrong]] = share
-                right = right[~wrong]
-        return replace(solution, delta=per_sample(length, delta) * delta, kept_output=None)
+            right = first.argmax(1) == check_classes(first, batch)
+            lengths = self._of_those_left if model.training or on_host(right) else self._of_all
+            length = lengths(model, batch, solution.delta, right)
+        return replace(solution, delta=per_sample(length, solution.delta) * solution.delta, kept_output=None)
+
+    def _of_those_left(self, model: nn.Module, batch: ba.Batch, delta: Tensor, right: Tensor) -> Tensor:
+        """t ``[B]``. In train mode the last one left is seen with all others: it may have no batch statistics."""
+        length, left = right.to(delta), right.nonzero().squeeze(1)
+        for k in range(1, self.checkpoints):
+            if len(left) == 0:
+                break
+            seen, share = left, k / self.checkpoints
+            if len(left) == 1 and model.training:
+                seen = torch.arange(len(batch), device=delta.device)
+            rows = batch[seen]
+            wrong = model(rows.x + share * delta[seen]).argmax(1) != rows.y
+            wrong = wrong[torch.isin(seen, left)]
+            length[left[wrong]] = share
+            left = left[~wrong]
+        return length
+
+    def _of_all(self, model: nn.Module, batch: ba.Batch, delta: Tensor, right: Tensor) -> Tensor:
+        """t ``[B]``, every checkpoint of every example."""
+        length = right.to(delta)
+        for k in range(1, self.checkpoints):
+            share = k / self.checkpoints
+            wrong = model(batch.x + share * delta).argmax(1) != batch.y
+            length = torch.where(right & wrong, share, length)
+            right = right & ~wrong
+        return length
 
 
 def problem(

@@ -42,5 +42,5 @@ class HessianFreeKKT(KKTSolver):
         """w = T v / (λ + μ + damping), ``[B, ...]``."""
         active = self.active(problem.lower, model, solution)
         diagonal = with_multiplier(self.proximal(solution), active)
-        self.refuse_flat(problem.lower, diagonal)
+        self.refuse_flat(problem.lower, solution.lam, diagonal)
         return scalar_adjoint(diagonal, active, v)

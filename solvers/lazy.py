@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bilevel_at.batch import Batch
+from bilevel_at.draws import host_uniform
 from bilevel_at.errors import InputError, positive
 from bilevel_at.problem import BilevelProblem
 from bilevel_at.solution import Hypergradient
@@ -56,6 +57,17 @@ class Lazy(Solver):
             )
         if positive("p", self.p) > 1:
             raise InputError(f"p is {self.p:g}; it must be above 0 and at most 1")
+        self._without = ZeroIG()
+
+    def compile(self, backend: str = "inductor") -> None:
+        """Compile the steps with and without the term; the coin is tossed outside."""
+        self.inner.compile(backend)
+        self._without.compile(backend)
+
+    def mixture(self) -> list[tuple[float, Solver]]:
+        """The inner solver with probability p, and :class:`ZeroIG`."""
+        inner = [(self.p * share, solver) for share, solver in self.inner.mixture()]
+        return inner if self.p == 1 else [*inner, (1 - self.p, ZeroIG())]
 
     def hypergradient(
         self,
@@ -70,9 +82,8 @@ class Lazy(Solver):
         """The inner solver's with its implicit term divided by p, or :class:`ZeroIG`'s."""
         if self.p == 1:
             return self.inner.hypergradient(problem, model, batch, anchor, generator, scale=scale)
-        device = torch.device("cpu") if generator is None else generator.device
-        if torch.rand((), generator=generator, device=device).item() >= self.p:
-            return ZeroIG().hypergradient(problem, model, batch, anchor, generator, scale=scale)
+        if host_uniform(generator) >= self.p:
+            return self._without.hypergradient(problem, model, batch, anchor, generator, scale=scale)
         step = self.inner.hypergradient(problem, model, batch, anchor, generator, scale=scale)
         larger = {name: None if g is None else g / self.p for name, g in step.implicit.items()}
         return replace(step, implicit=larger)

@@ -74,7 +74,7 @@ class Neumann(KKTSolver):
         diagonal = self.proximal(replace(solution, lam=lam))
         if part is None or (self.terms == 1 and self.alpha != "auto"):  # the one term has no H in it
             if self.alpha == "auto":
-                self.refuse_flat(lower, diagonal)
+                self.refuse_flat(lower, lam, diagonal)
             alpha = 1 / diagonal if self.alpha == "auto" else torch.full_like(diagonal, self.alpha)
             return self._series(lambda p: active.tangent(per_sample(diagonal, p) * p), alpha, active, v)
         with attack_mode(model, attack_mode_of(lower)):

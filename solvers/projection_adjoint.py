@@ -53,7 +53,7 @@ class ProjectionAdjoint(KKTSolver):
         lower, gradient = problem.lower, solution.gradient
         assert gradient is not None  # a solver with an implicit term is not called without it
         lam = self.proximal(solution)
-        self.refuse_flat(lower, lam)
+        self.refuse_flat(lower, solution.lam, lam)
         with torch.no_grad():
             base = lower.base(model, solution.batch).detach()
             u = solution.delta - gradient.detach() / per_sample(lam, gradient)

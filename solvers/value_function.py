@@ -61,6 +61,8 @@ class ValueFunction(Solver):
     tol: float | None = None
     max_iter: int = 1000
 
+    first_order = True
+
     def __post_init__(self) -> None:
         if self.s != "auto":
             positive("s", self.s)

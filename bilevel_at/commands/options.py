@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
-from ..errors import InputError
+from ..errors import InputError, positive
 from ..evaluate.active import checks_asked
 from ..models import ActivationName
 from ..runs.networks import Which
@@ -34,9 +34,12 @@ class RunOptions(Recipe):
     attacks: what the final table shows, on the test set: clean, fgsm, pgd-STEPS-RESTARTS.
     device: cpu, cuda, or auto for a GPU where there is one.
     precision: float32, or bfloat16 for autocast; auto is float32.
+    compile: compile each step as one graph (torch.compile), which takes a minute or more before the first.
     seed: of the weights, the order of the data, and every draw.
     out: run directory; runs/FILE-DATA-seedN if not given.
     resume: go on with the run that is there.
+    dry_run: print what would be trained and what a step costs (operations, memory), and train and write nothing.
+    tflops: of --dry-run, measured operations in 10¹² a second, for the time of an epoch.
     """
 
     recipe: Literal["published", "modern"] = "published"
@@ -53,9 +56,12 @@ class RunOptions(Recipe):
     attacks: tuple[str, ...] = ("clean", "fgsm", "pgd-50-10")
     device: str = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    compile: bool = False
     seed: int = 0
     out: str | None = None
     resume: bool = False
+    dry_run: bool = False
+    tflops: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -65,6 +71,10 @@ class RunOptions(Recipe):
             raise InputError(f"--seed is {self.seed}; it must be at least 0 and below 2**32")
         if not 0 <= self.dropout < 1:
             raise InputError(f"--dropout is {self.dropout:g}; it must be at least 0 and below 1")
+        if self.tflops is not None:
+            positive("--tflops", self.tflops)
+            if not self.dry_run:
+                raise InputError("--tflops is for --dry-run, which says how long an epoch takes at it")
         if self.test_examples is not None and self.test_examples < 1:
             raise InputError(f"--test-examples is {self.test_examples}; it must be at least 1")
         if self.examples is not None and self.examples < 20:

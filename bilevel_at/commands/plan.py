@@ -36,6 +36,9 @@ USAGE = f"""usage: python -m {PROG} FILE [flags]
 FILE defines problem(...): problems/fastbat.py, another of problems/, or your own.
 python -m {PROG} FILE --help lists its flags; --list the methods, models and data sets known by name."""
 
+NOT_RECORDED = ("out", "problem", "modern", "resume", "dry_run", "tflops")
+"""Options that are no part of what is trained, or recorded elsewhere."""
+
 
 @dataclass
 class Plan:
@@ -94,7 +97,7 @@ class Plan:
             "problem": self.problem_arguments,
             "argument_sha256": self._argument_files(),
             "solver": _settings_of(self.solver),
-            "options": {k: v for k, v in vars(self.options).items() if k not in ("out", "problem", "modern", "resume")},
+            "options": {k: v for k, v in vars(self.options).items() if k not in NOT_RECORDED},
             "constraint": Threat.of(self.threat).asdict(),
             **({} if self.feasible_set is None else {"feasible_set": self.feasible_set}),
             "model": self.options.model,

@@ -21,7 +21,16 @@ from ..train.trainer import check_coupling
 from .device import resolve_device
 from .plan import Plan
 
-__all__ = ["Prepared", "prepare"]
+__all__ = [
+    "Prepared",
+    "attacks_of",
+    "check_threat",
+    "extra_images",
+    "held_out_share",
+    "network_for",
+    "prepare",
+    "try_a_step",
+]
 
 MOST_HELD_OUT = 5_000  # a tenth of CIFAR's; a tenth of ImageNet would take longer to attack than to train on
 
@@ -62,16 +71,27 @@ def prepare(plan: Plan) -> Prepared:
     options = plan.options
     device = resolve_device(options.device)
     threat = plan.threat
-    attacks = [attack_from_name(name, threat, surrogates=load) for name in dict.fromkeys(options.attacks)]
-    select = attack_from_name(options.select, threat, surrogates=load)
+    attacks, select = attacks_of(plan)
     train, held_out, test = _images(plan, device)
-    extra = _extra(plan, train)
-    if norm_of(threat) is None:
-        with plan.file.blame("the threat cannot be projected onto: "):
-            check_set(threat, train[slice(0, 4)].pixels())
-    model = _network(plan, train)
-    _try_a_step(plan, model, train)
+    extra = extra_images(plan, train)
+    check_threat(plan, train)
+    model = network_for(plan, train)
+    try_a_step(plan, model, train)
     return Prepared(model, train, held_out, test, attacks, select, Threat.of(threat), extra)
+
+
+def check_threat(plan: Plan, train: ImageSet) -> None:
+    """Try to project onto a threat of the user's own."""
+    if norm_of(plan.threat) is None:
+        with plan.file.blame("the threat cannot be projected onto: "):
+            check_set(plan.threat, train[slice(0, 4)].pixels())
+
+
+def attacks_of(plan: Plan) -> tuple[list[Attack], Attack]:
+    """The attacks of the final table, and the one that picks the best epoch."""
+    names = [*dict.fromkeys(plan.options.attacks), plan.options.select]
+    *attacks, select = [attack_from_name(name, plan.threat, surrogates=load) for name in names]
+    return attacks, select
 
 
 def _images(plan: Plan, device: torch.device) -> tuple[ImageSet, ImageSet, ImageSet]:
@@ -82,14 +102,19 @@ def _images(plan: Plan, device: torch.device) -> tuple[ImageSet, ImageSet, Image
         train = train.sample(options.examples)
     if options.test_examples is not None:
         test = test.sample(options.test_examples)
-    if options.held_out > len(train) - 2:  # one image has no batch statistics
-        raise InputError(f"--held-out is {options.held_out}, and there are {len(train)} training images")
-    share = options.held_out / len(train) if options.held_out else min(0.1, MOST_HELD_OUT / len(train))
-    train, held_out = (part.to(device) for part in train.split(share))
+    train, held_out = (part.to(device) for part in train.split(held_out_share(plan, len(train))))
     return train, held_out, test.to(device)
 
 
-def _extra(plan: Plan, train: ImageSet) -> Images | None:
+def held_out_share(plan: Plan, count: int) -> float:
+    """The share of ``count`` training images that is held out."""
+    asked = plan.options.held_out
+    if asked > count - 2:  # one image has no batch statistics
+        raise InputError(f"--held-out is {asked}, and there are {count} training images")
+    return asked / count if asked else min(0.1, MOST_HELD_OUT / count)
+
+
+def extra_images(plan: Plan, train: ImageSet) -> Images | None:
     """The images of ``--extra``, on the device of the training images."""
     if plan.options.extra is None:
         return None
@@ -98,7 +123,7 @@ def _extra(plan: Plan, train: ImageSet) -> Images | None:
     return extra_from_npz(Path(plan.options.extra), train).to(train.device)
 
 
-def _network(plan: Plan, train: ImageSet) -> nn.Module:
+def network_for(plan: Plan, train: ImageSet) -> nn.Module:
     """The network on the data's device, after a check of its output for two images."""
     options = plan.options
     torch.manual_seed(options.seed)
@@ -118,12 +143,15 @@ def _network(plan: Plan, train: ImageSet) -> nn.Module:
     return model
 
 
-def _try_a_step(plan: Plan, model: nn.Module, train: ImageSet) -> None:
+def try_a_step(plan: Plan, model: nn.Module, train: ImageSet) -> None:
     """Compute one hypergradient on copies, so that errors are raised before anything is written."""
     few = train[slice(0, min(4, plan.options.batch_size))]
     batch = Batch(few.pixels(), few.y, torch.arange(len(few), device=few.device))
     generator = torch.Generator(few.device).manual_seed(0)
     with plan.file.blame("its problem cannot be solved: "):
         problem, model = copy.deepcopy(plan.problem), copy.deepcopy(model).train()
-        step = plan.solver.hypergradient(problem, model, batch, generator=generator)
+        solver = copy.deepcopy(plan.solver) if plan.options.compile else plan.solver
+        if plan.options.compile:
+            solver.compile("eager")  # traces, and leaves out what takes a minute
+        step = solver.hypergradient(problem, model, batch, generator=generator)
     check_coupling(step.losses, plan.options.accumulate)

@@ -15,7 +15,6 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from .. import figures
 from ..data import ImageSet
 from ..errors import BilevelError
 from ..evaluate import Score, Threat
@@ -26,6 +25,7 @@ from ..runs.headline import WorstCase
 from ..runs.keeper import Keeper
 from ..runs.metrics import Epoch, catastrophic_overfitting, rank
 from ..train import Trainer
+from .dry_run import dry_run
 from .headline import caption
 from .plan import Plan, understand
 from .prepare import Prepared, prepare
@@ -42,8 +42,13 @@ def run(args: Sequence[str]) -> int:
     """
     console = Console()
     plan = understand(args)
+    if plan.options.dry_run:
+        dry_run(plan, console)
+        return 0
     prepared = prepare(plan)
     run_dir = run_directory(plan.options, plan.file.path.stem)
+    if plan.options.compile:
+        plan.solver.compile()
     trainer = _trainer(plan, prepared)
     config = plan.config(prepared.model, prepared.train, prepared.extra)
     if plan.options.resume:
@@ -160,6 +165,8 @@ def _how_to_go_on(plan: Plan, run: RunDir, trainer: Trainer) -> str:
 
 def _draw(plan: Plan, prepared: Prepared, run: RunDir) -> None:
     """Draw the run's figures: training curves, and images perturbed by the strongest attack of the table."""
+    from .. import figures  # here: matplotlib takes a quarter as long to import as torch
+
     title = f"{plan.file.path.stem}, {type(plan.solver).__name__}, {plan.options.data}, seed {plan.options.seed}"
     figures.curves(run.metrics(), run.figures / "curves.png", title)
     prepared.model.load_state_dict(weights(run.checkpoint("best", prepared.test.device)))

@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 from .loader import Augment, Loader
-from .named import DATA_NAMES, load_data
+from .named import DATA_NAMES, NotThere, load_data, stand_in
 from .npz import extra_from_npz
 from .sets import Images, ImageSet
 from .stream import Streamed
 
-__all__ = ["DATA_NAMES", "Augment", "ImageSet", "Images", "Loader", "Streamed", "extra_from_npz", "load_data"]
+__all__ = [
+    "DATA_NAMES",
+    "Augment",
+    "ImageSet",
+    "Images",
+    "Loader",
+    "NotThere",
+    "Streamed",
+    "extra_from_npz",
+    "load_data",
+    "stand_in",
+]

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 import torch
 
 from ..batch import Batch, CropFlip
+from ..draws import generator_on
 from ..errors import InputError
 from .sets import Images, ImageSet
 from .stream import ResizedCropFlip, Streamed, evaluation_view
@@ -77,7 +78,7 @@ class Loader:
 
     def _order(self, epoch: int, device: torch.device) -> tuple[list[torch.Tensor], torch.Generator]:
         """The positions of each batch, and the generator that shuffled them."""
-        generator = torch.Generator(device).manual_seed(1_000_003 * self.seed + epoch)
+        generator = generator_on(device, 1_000_003 * self.seed + epoch)
         order = torch.randperm(len(self.images), generator=generator, device=device)
         batches = list(order.split(self.batch_size))
         if self.batch_size > 1 and len(batches) > 1 and len(batches[-1]) == 1:
@@ -107,7 +108,7 @@ class Loader:
             if self.augment == "crop-flip":
                 view = CropFlip.draw(len(index), self.padding, generator, images.device)
                 x = view.apply(view.pad(x))
-            yield Batch(x, y, index, view)
+            yield Batch(x, y, index, view, len(self.labels))
 
     def _examples(self, images: Images, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(pixels, labels) of these indices; own images come before extra ones in a batch."""
@@ -126,4 +127,4 @@ class Loader:
         for index, bytes_ in zip(batches, decoded, strict=True):
             index = index.to(images.device)
             x = bytes_.to(images.device, non_blocking=True).float() / 255
-            yield Batch(x, images.y[index], index)
+            yield Batch(x, images.y[index], index, examples=len(images))

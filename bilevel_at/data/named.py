@@ -17,7 +17,7 @@ from .sets import Images, ImageSet
 from .staging import staged
 from .stream import default_workers
 
-__all__ = ["DATA_NAMES", "load_data"]
+__all__ = ["DATA_NAMES", "NotThere", "load_data", "stand_in"]
 
 DATA_NAMES = {
     "digits": "1,797 handwritten digits, 8×8, 10 classes, embedded in scikit-learn",
@@ -39,8 +39,32 @@ FILES = {
 }
 """What, put into the data folder, makes a set loadable besides its ``.npz``."""
 
+TRAINING_SETS = {
+    "fashion_mnist": (60_000, (1, 28, 28), 10),
+    "cifar10": (50_000, (3, 32, 32), 10),
+    "cifar100": (50_000, (3, 32, 32), 100),
+    "svhn": (73_257, (3, 32, 32), 10),
+    "tiny_imagenet": (100_000, (3, 64, 64), 200),
+    "imagenet": (1_281_167, (3, 224, 224), 1_000),
+}
+"""Images, their shape, and classes."""
+
 TINY_IMAGENET = ("http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de")
 TIMEOUT = 30  # seconds without a byte
+
+
+class NotThere(InputError):
+    """A named data set is not in the data directory, and has not been downloaded."""
+
+
+def stand_in(name: str) -> Images:
+    """A training set as large as the one of that name, of one random image: for what asks for sizes alone.
+
+    It takes the memory of one image, and so does a slice of it.
+    """
+    count, shape, classes = TRAINING_SETS[name]
+    image = torch.randint(0, 256, (1, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return Images(image.expand(count, *shape), torch.arange(count) % classes, classes)
 
 
 def load_data(
@@ -57,7 +81,8 @@ def load_data(
 
     workers: processes that decode image files (0: this one); as many as there are CPUs, at most 8, if not given.
 
-    Raises :class:`InputError`, saying what to put where; then nothing has been left in ``data_dir``.
+    Raises :class:`InputError`, saying what to put where (:class:`NotThere`, where a known name is not there); then
+    nothing has been left in ``data_dir``.
     """
     if name.endswith(".npz"):
         return from_npz(Path(name))
@@ -183,8 +208,8 @@ def fetch(name: str, folder: Path) -> None:
         socket.setdefaulttimeout(before)
 
 
-def _not_there(name: str, data_dir: Path, why: str) -> InputError:
-    return InputError(
+def _not_there(name: str, data_dir: Path, why: str) -> NotThere:
+    return NotThere(
         f"data set {name} is not in {data_dir}/, or not whole, and {why}; put {name}.npz (arrays {', '.join(ARRAYS)}) "
         f"into {data_dir}/, or {FILES[name]}, or name another folder with --data-dir"
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torchvision
 from torch import nn
 
 from ..errors import InputError
@@ -17,6 +16,8 @@ def imagenet_resnet(
     """torchvision's ResNet-18, -34 or -50, untrained. Raises :class:`InputError` unless images have three channels."""
     if shape[0] != 3:
         raise InputError(f"imagenet_resnet{depth} takes images of 3 channels; these have {shape[0]}")
+    import torchvision  # here: it takes as long to import as torch
+
     network: nn.Module = getattr(torchvision.models, f"resnet{depth}")(num_classes=classes)
     for module in list(network.modules()):
         for name, child in module.named_children():

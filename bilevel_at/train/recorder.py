@@ -64,7 +64,7 @@ class Recorder:
         if self.follows_examples and self.epochs:
             norms, steps = (torch.stack(part).numpy() for part in zip(*self.epochs, strict=True))
             history = {"gradient_norm": norms, "step": steps, "label": self.labels.cpu().numpy()}
-        filters = [f for f in self.filters if f is not None]
+        filters = [f.cpu() for f in self.filters if f is not None]
         if history and filters and len(filters) == len(self.filters):
             history["filters"] = torch.stack(filters).numpy()
         return history
@@ -91,4 +91,4 @@ def _filters(model: nn.Module) -> Tensor | None:
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     if first is None or first.weight.numel() > MOST_WEIGHTS:
         return None
-    return first.weight.detach().float().cpu().clone()
+    return first.weight.detach().float().clone()

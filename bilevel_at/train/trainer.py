@@ -15,17 +15,19 @@ from .. import policy
 from ..batch import Batch
 from ..data import Images, ImageSet, Loader
 from ..diagnose import gradient_alignment
+from ..draws import generator_on
 from ..errors import BilevelError, InputError
 from ..evaluate import Attack, robust_correct
 from ..modes import attack_mode
 from ..problem import BilevelProblem
 from ..runs.metrics import Epoch
 from ..runs.recipe import Recipe
-from ..solution import Solution
+from ..solution import Hypergradient, Solution
 from ..solver import Solver
 from .averages import WeightAverage
 from .recorder import Recorder
 from .schedules import momentum_at, rate_at
+from .watch import Watch
 
 __all__ = ["Trainer"]
 
@@ -113,41 +115,12 @@ class Trainer:
         start = time.perf_counter()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        torch.manual_seed(1_000_003 * self.seed + epoch)  # dropout and the like
-        generator = torch.Generator(self.device).manual_seed(2_000_003 * self.seed + epoch)
-        self.model.train()
-        policy.set_epoch((self.problem, self.solver), epoch, self.recipe.epochs)
-        means = torch.zeros(3, dtype=torch.float64, device=self.device)
-        looks = torch.zeros(3, dtype=torch.float64, device=self.device)
-        step_number = epoch * self.steps_per_epoch
-        for number, group in enumerate(_groups(self.loader.epoch(epoch), self.recipe.accumulate)):
-            examples = sum(len(batch) for batch in group)
-            for _ in range(self.recipe.replays):
-                self._follow_schedules(step_number)
-                policy.set_step((self.problem, self.solver), step_number, self.recipe.epochs * self.steps_per_epoch)
-                self.optimizer.zero_grad()
-                for place, batch in enumerate(group, number * self.recipe.accumulate):
-                    with self._autocast():
-                        step = self.solver.backward(
-                            self.problem, self.model, batch, generator, weight=len(batch) / examples
-                        )
-                    check_coupling(step.losses, self.recipe.accumulate)
-                    ratio = step.implicit_norm / step.direct_norm.clamp(min=1e-30)
-                    measured = torch.stack([step.loss.double(), ratio.double(), step.implicit_cosine.double()])
-                    means += len(batch) * measured
-                    self.recorder.note(batch, step.solution)
-                    if place % LOOK_EVERY == 0:
-                        looks += self._look(step.solution)
-                        self._check(step.loss, epoch)
-                self.optimizer.step()
-                if self.average is not None:
-                    self.average.after_update(self.model)
-                step_number += 1
+        means, looks = self.train_batches(epoch)
         if self.average is not None:
             self.average.after_epoch(self.model, epoch + 1, (batch.x for batch in self.loader.epoch(epoch)))
         self.recorder.close_epoch(self.evaluated)
         loss, ratio_mean, cosine_mean = (means / (len(self.loader.images) * self.recipe.replays)).tolist()
-        self._check(means[0], epoch)
+        self._check(loss, epoch)
         right, size, rows = looks.tolist()
         return {
             "loss": loss,
@@ -159,6 +132,45 @@ class Trainer:
             "memory": torch.cuda.max_memory_allocated(self.device) / 2**30 if self.device.type == "cuda" else 0.0,
         }
 
+    def train_batches(self, epoch: int) -> tuple[Tensor, Tensor]:
+        """The updates of epoch ``epoch`` (from 0), without a wait for the device; :meth:`train_epoch` without its end.
+
+        Returns, on the device, the sums over examples of (loss, share of the implicit term, its cosine), and those of
+        :meth:`_look`. Raises :class:`BilevelError` soon after a loss that is not finite.
+        """
+        torch.manual_seed(1_000_003 * self.seed + epoch)  # dropout and the like
+        generator = generator_on(self.device, 2_000_003 * self.seed + epoch)
+        self.model.train()
+        policy.set_epoch((self.problem, self.solver), epoch, self.recipe.epochs)
+        means = torch.zeros(3, dtype=torch.float64, device=self.device)
+        looks = torch.zeros(3, dtype=torch.float64, device=self.device)
+        parts = policy.policies((self.problem, self.solver)).values()  # once: it is 1 % of a step on the digits
+        watch = Watch(lambda loss: self._check(loss, epoch))
+        step_number = epoch * self.steps_per_epoch
+        for number, group in enumerate(_groups(self.loader.epoch(epoch), self.recipe.accumulate)):
+            examples = sum(len(batch) for batch in group)
+            for _ in range(self.recipe.replays):
+                self._follow_schedules(step_number)
+                for part in parts:
+                    part.set_step(step_number, self.recipe.epochs * self.steps_per_epoch)
+                self.optimizer.zero_grad()
+                for place, batch in enumerate(group, number * self.recipe.accumulate):
+                    with self._autocast():
+                        step = self.solver.backward(
+                            self.problem, self.model, batch, generator, weight=len(batch) / examples
+                        )
+                    check_coupling(step.losses, self.recipe.accumulate)
+                    means += len(batch) * _measured(step)
+                    self.recorder.note(batch, step.solution)
+                    if place % LOOK_EVERY == 0:
+                        looks += self._look(step.solution)
+                        watch.see(step.loss)
+                self.optimizer.step()
+                if self.average is not None:
+                    self.average.after_update(self.model)
+                step_number += 1
+        return means, looks
+
     def _alignment(self) -> float | None:
         few = self.held_out[slice(0, ALIGNED)]
         try:
@@ -167,8 +179,7 @@ class Trainer:
             return None
         return value if math.isfinite(value) else None
 
-    def _check(self, loss: Tensor, epoch: int) -> None:
-        value = loss.item()
+    def _check(self, value: float, epoch: int) -> None:
         if not math.isfinite(value):
             half = " or float32" if self.precision == "bfloat16" else ""
             raise BilevelError(
@@ -214,6 +225,15 @@ class Trainer:
         self.done = state["epochs"]
         if self.average is not None:
             self.average.load_state_dict(state)
+
+
+def _measured(step: Hypergradient) -> Tensor:
+    """(loss, ‖implicit term‖ / ‖∇_θ f‖, the cosine between the two), float64."""
+    loss = step.loss.double()
+    if not step.implicit:
+        return torch.stack([loss, loss.new_zeros(()), loss.new_zeros(())])
+    ratio = step.implicit_norm / step.direct_norm.clamp(min=1e-30)
+    return torch.stack([loss, ratio.double(), step.implicit_cosine.double()])
 
 
 def check_coupling(losses: Tensor, accumulate: int) -> None:

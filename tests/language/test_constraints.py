@@ -58,6 +58,20 @@ def test_l2_ball_in_the_input_range_against_scipy(seed, epsilon):
     np.testing.assert_allclose(ours, reference.x, atol=1e-5)
 
 
+@given(d=st.integers(1, 40), epsilon=st.floats(0.0, 4.0), seed=bst.seeds, dtype=st.sampled_from([F64, torch.float32]))
+def test_l2_ball_in_the_input_range_by_one_sort_or_by_rounds(d, epsilon, seed, dtype):
+    """A GPU takes the sort, which needs no look; zeros, inputs at a bound, and equal values among them."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.rand(7, d, generator=g, dtype=dtype)
+    x = torch.where(torch.rand(7, d, generator=g) < 0.3, x.round(), x)
+    u = torch.randn(7, d, generator=g, dtype=dtype)
+    u = torch.where(torch.rand(7, d, generator=g) < 0.3, u.round(), u)
+    ball, low, high = ba.L2Ball(epsilon, bounds=(0, 1)), -x, 1 - x
+    one, other = ball._scale_by_rounds(u, low, high), ball._scale_by_sort(u, low, high)
+    points = [torch.clamp(s[:, None] * u, low, high) for s in (one, other)]
+    torch.testing.assert_close(*points, rtol=0, atol=8 * torch.finfo(dtype).eps * max(1, epsilon))
+
+
 @given(shape=bst.shapes(8), epsilon=st.floats(0.01, 0.5), seed=bst.seeds)
 def test_linf_ball_is_the_polyhedron_of_its_faces(shape, epsilon, seed):
     """Fast-BAT paper, equation 10: B = [I; −I]."""
@@ -128,9 +142,9 @@ def test_bad_sets_and_inputs_are_named():
     with pytest.raises(ba.InputError, match=r"bounds are \(1, 0\)"):
         ba.LinfBall(0.1, bounds=(1, 0))
     with pytest.raises(ba.InputError, match=r"from 0 to 255; .* takes inputs in \[0, 1\]"):
-        ba.LinfBall(0.1).project(torch.zeros(1, 2), torch.tensor([[0.0, 255.0]]))
+        ba.LinfBall(0.1).check(torch.tensor([[0.0, 255.0]]))
     with pytest.raises(ba.InputError, match="takes inputs in"):
-        ba.LinfBall(0.1).sample(torch.tensor([[0.0, float("nan")]]))
+        ba.L2Ball(0.1, bounds=(0, 1)).check(torch.tensor([[0.0, float("nan")]]))
     with pytest.raises(ba.InputError, match=r"B has shape \(2, 3\) and b \(3,\)"):
         ba.Polyhedron(torch.zeros(2, 3), torch.zeros(3))
     with pytest.raises(ba.InputError, match="inputs have 2 values; this polyhedron's B has 3 columns"):
@@ -204,7 +218,7 @@ def test_a_range_is_the_input_range_alone():
     assert everything.unbounded() == ba.Range(None) and ba.Range((-1, 2)).bounds == (-1.0, 2.0)
     assert getattr(everything, "radius", None) is None
     with pytest.raises(ba.InputError, match=r"takes inputs in \[0, 1\]"):
-        everything.project(delta, x + 1)
+        everything.check(x + 1)
     with pytest.raises(ba.InputError, match=r"bounds are \(1, 0\)"):
         ba.Range((1, 0))
 

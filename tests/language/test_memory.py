@@ -24,6 +24,30 @@ def test_memory_grows_and_needs_an_index():
         ZeroIG().hypergradient(problem, model, ba.Batch(batch.x, batch.y))
 
 
+def test_a_table_is_reserved_as_a_whole_where_the_number_of_examples_is_known():
+    model, batch = small()
+    problem = atas.problem()
+    known = batch.replace(examples=9)
+    assert known[1:].examples == known.repeat(2).examples == known.to("cpu").examples == 9
+    ZeroIG().backward(problem, model, known)
+    memory = problem.lower.anchor.memory
+    assert memory.values.shape == (9, 6) and memory.known.nonzero().flatten().tolist() == [1, 2, 5, 7]
+    with pytest.raises(ba.InputError, match="index has values up to 7; with examples=7 they must be below that"):
+        ZeroIG().backward(problem, model, batch.replace(examples=7))
+    with pytest.raises(ba.InputError, match="examples is 0"):
+        batch.replace(examples=0)
+
+
+def test_rows_of_classes_are_reserved_too():
+    """BETA's perturbations are of an example and a class."""
+    model, batch = small()
+    lower = ba.Targeted(ba.LinfBall(0.1), steps=2, anchor="remembered")
+    problem = ba.BilevelProblem(ba.UpperProblem(), lower)
+    for known in (None, 8):
+        ZeroIG().backward(problem, model, batch.replace(examples=known))
+    assert problem.lower.anchor.memory.values.shape == (24, 6)
+
+
 def test_holding_the_anchor_remembers_nothing():
     model, batch = small()
     problem = atas.problem(epsilon=0.1)

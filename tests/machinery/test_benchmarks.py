@@ -53,6 +53,15 @@ def test_epoch_times_every_method_beside_a_plain_epoch():
     assert set(script("epoch").METHODS) >= {"fastbat", "gradalign", "trades", "mart", "beta", "standard"}
 
 
+def test_the_trainer_is_compared_with_a_bare_loop():
+    script("trainer").command(["--repeats", "1", "--examples", "40", "--epochs", "1", "--write", "results/trainer.md"])
+    rows = re.findall(r"^\| (\w+), (\w+) \| ([\d.]+) \|$", Path("results/trainer.md").read_text(), re.M)
+    assert [(network, method) for network, method, _ in rows] == [
+        (network, method) for network in ("small_cnn", "small_resnet") for method in ("fastat", "fastbat")
+    ]
+    assert all(float(ratio) > 0 for *_, ratio in rows)
+
+
 def test_full_kkt_compares_its_two_forms():
     script("full_kkt").command(["--examples", "4", "--repeats", "1", "--write", "results/full-kkt.md"])
     rows = re.findall(r"^\| (\d+) \| ([\d.]+) \| (\S+) \|$", Path("results/full-kkt.md").read_text(), re.M)
@@ -60,6 +69,19 @@ def test_full_kkt_compares_its_two_forms():
     assert all(float(ratio) > 0 and float(gap) < 1e-4 for _, ratio, gap in rows)
     with pytest.raises(ba.InputError, match="--repeats is 0; it must be at least 1"):
         script("full_kkt").command(["--repeats", "0"])
+
+
+def test_polyhedra_are_projected_both_ways():
+    flags = ["--repeats", "1", "--device", "cpu", "--sizes", "1", "8", "--write", "results/polyhedra.md"]
+    script("polyhedra").command(flags)
+    rows = [line.strip("| ").split(" | ") for line in Path("results/polyhedra.md").read_text().splitlines()]
+    rows = [row for row in rows if row[0].isdigit()]
+    assert [row[:4] for row in rows] == [["128", "64", "20", "none"], ["256", "12", "6", "[0, 1]"]]
+    for *_, single, together, ratio, left, distance in rows:
+        assert min(float(single), float(together), float(ratio)) > 0 and int(left) <= 2 and float(distance) < 1e-11
+    for mistake, message in ((["--repeats", "0"], "--repeats is 0"), (["--sizes", "99"], "--sizes 99 is not a row")):
+        with pytest.raises(ba.InputError, match=message):
+            script("polyhedra").command(mistake)
 
 
 def test_cifar10_trains_evaluates_and_records(capsys):

@@ -215,6 +215,20 @@ print(*{name.split(".")[0] for name in set(sys.modules) - before} - {"bilevel_at
     assert done.returncode == 0 and done.stdout.split() == [], done
 
 
+def test_help_loads_nothing_that_draws_or_decodes():
+    """Torchvision takes as long to import as torch, and matplotlib a quarter of that."""
+    code = """
+import contextlib, io, sys
+from bilevel_at.run import run
+with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+    run(["--help"])
+print(*{name.split(".")[0] for name in sys.modules} & {"torchvision", "matplotlib", "scipy", "sklearn", "pyautoattack"})
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and done.stdout.split() == [], done
+
+
 RUN_FILES = {f"{which}.pt" for which in ("best", "last", "last_good")} | {
     "config.json",
     "metrics.jsonl",

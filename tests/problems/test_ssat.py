@@ -120,3 +120,21 @@ def test_in_train_mode_one_example_that_is_left_has_batch_statistics():
     zero = torch.zeros_like(x)
     delta = ssat.problem(1e-9, mode="train").lower.solve(model, ba.Batch(x, y), zero).delta
     assert delta[0].abs().max() > 0 and delta[1:].abs().max() == 0
+
+
+def test_a_gpu_takes_every_checkpoint_of_every_example(monkeypatch):
+    """In eval mode the lengths are the same, without a look at who is still right."""
+    torch.manual_seed(0)
+    model, batch = (
+        torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 4)).double(),
+        ba.Batch(torch.rand(200, 3, 2, 2, dtype=torch.float64), torch.randint(0, 4, (200,))),
+    )
+    batch = batch.replace(y=model(batch.x).argmax(1))  # all right, so that every length occurs
+    deltas = []
+    for host in (True, False):
+        monkeypatch.setattr(ssat, "on_host", lambda values, host=host: host)
+        lower = ssat.problem(epsilon=0.05, checkpoints=4).lower
+        deltas.append(lower.solve(model, batch, generator=torch.Generator().manual_seed(0)).delta)
+    assert torch.equal(*deltas)
+    sizes = (deltas[0].flatten(1).abs().amax(1) * 80).round().unique()
+    assert len(sizes) >= 4

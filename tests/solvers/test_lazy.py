@@ -10,6 +10,7 @@ from networks import batch_of, dense, taylor
 from torch.utils.flop_counter import FlopCounterMode
 
 import bilevel_at as ba
+from bilevel_at.draws import host_uniform
 from bilevel_at.models import build_model
 from bilevel_at.problems import fastbat, standard, subat
 from bilevel_at.solvers import FullKKT, HessianFreeKKT, Lazy, ZeroIG
@@ -143,3 +144,10 @@ def test_nothing_to_leave_out():
     assert Lazy(Lazy(HessianFreeKKT(), 0.5), 0.5).inner.p == 0.5
     with pytest.raises(ba.InputError, match="inner is 'hessian-free-kkt'; it must be a solver"):
         Lazy("hessian-free-kkt", 0.5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_coin_of_a_gpu_s_generator_is_fair_and_moves_it_on():
+    generator = torch.Generator("cuda").manual_seed(0)
+    coins = [host_uniform(generator) for _ in range(1000)]
+    assert len(set(coins)) > 990 and 0.45 < sum(coins) / 1000 < 0.55

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from networks import ATK, batch_of, dense, proximal, taylor, with_batch_norm
@@ -159,3 +161,15 @@ def test_a_coupled_loss():
     exact = HessianFreeKKT(1e-3, cross_at="solution").hypergradient(problem, model, batch)
     merged = HessianFreeKKT(1e-3, cross_at="merged").hypergradient(problem, model, batch)
     assert exact.implicit_norm > 0 and gap(merged, exact) < 1e-2 * exact.implicit_norm
+
+
+def test_a_copy_of_a_problem_is_merged_too():
+    """As the run command's trial step makes one; its direction is another object that says the same."""
+    problem, batch = fastbat.problem(0.2, step=1.0), batch_of(4, 4)
+    solver, model = HessianFreeKKT(ig_weight=0.1, cross_at="merged"), dense(4, 5, 3)
+    model.train()
+    steps = [
+        solver.hypergradient(p, model, batch, generator=torch.Generator().manual_seed(0))
+        for p in (problem, copy.deepcopy(problem))
+    ]
+    assert all(torch.equal(g, steps[1].grads[name]) for name, g in steps[0].grads.items())

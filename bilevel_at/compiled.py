@@ -1,0 +1,86 @@
+"""A hypergradient as one compiled graph: torch.compile, with the random draws of the uncompiled one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from .batch import Batch
+from .errors import InputError
+from .solution import Hypergradient
+
+__all__ = ["one_graph"]
+
+VARIANTS = 64  # graphs: of each batch size, before and after a memory is filled, of each epoch that a policy counts
+
+
+def one_graph(hypergradient: Callable[..., Hypergradient], backend: str) -> Callable[..., Hypergradient]:
+    """``solver.hypergradient``, compiled with ``fullgraph=True``; for :meth:`bilevel_at.Solver.compile`.
+
+    Raises:
+        InputError: where this torch does not trace ``torch.autograd.grad``, or does not know the backend.
+    """
+    from torch._dynamo import config, exc, list_backends  # two seconds to import, which only this needs
+    from torch._inductor import config as inductor
+
+    if not hasattr(config, "trace_autograd_ops"):
+        raise InputError(f"torch {torch.__version__} cannot compile torch.autograd.grad; a newer one is needed")
+    if backend not in list_backends(exclude_tags=None):
+        raise InputError(f"backend {backend!r} is not known; torch has {', '.join(list_backends(exclude_tags=None))}")
+
+    def traced(problem: Any, model: nn.Module, batch: Batch, anchor: Any, scale: float) -> Hypergradient:
+        return hypergradient(problem, model, batch, anchor, None, scale=scale)
+
+    graph = torch.compile(traced, fullgraph=True, dynamic=False, backend=backend)  # draws have no symbolic shapes
+
+    def compiled(
+        problem: Any,
+        model: nn.Module,
+        batch: Batch,
+        anchor: torch.Tensor | None = None,
+        generator: torch.Generator | None = None,
+        *,
+        scale: float = 1.0,
+    ) -> Hypergradient:
+        with (
+            config.patch(trace_autograd_ops=True, recompile_limit=VARIANTS),
+            inductor.patch(fallback_random=True),  # the numbers that torch draws, not another stream of them
+        ):
+            try:
+                with _global_draws_from(generator, batch.x.device):
+                    return graph(problem, model, batch, anchor, scale)
+            except (exc.TorchDynamoException, exc.FailOnRecompileLimitHit) as error:
+                # What the library has to say itself comes out of a trace as something else.
+                hypergradient(problem, model, batch, anchor, generator, scale=scale)
+                raise InputError(f"no single graph of this can be compiled: {_reason(error)}") from error
+
+    return compiled
+
+
+def _reason(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    first = lines[0] if lines else type(error).__name__
+    explanation = next((line for line in lines if line.startswith("Explanation:")), "")
+    return f"{first}. {explanation.removeprefix('Explanation:').strip()}"[:300].strip()
+
+
+@contextmanager
+def _global_draws_from(generator: torch.Generator | None, device: torch.device) -> Iterator[None]:
+    """Torch's global generator in the state of ``generator``, and the other way round: graphs take no generators."""
+    if generator is None:
+        yield
+        return
+    get, put = torch.get_rng_state, torch.set_rng_state
+    if device.type == "cuda":
+        get, put = (lambda: torch.cuda.get_rng_state(device)), (lambda state: torch.cuda.set_rng_state(state, device))
+    before = get()
+    put(generator.get_state())
+    try:
+        yield
+    finally:
+        generator.set_state(get())
+        put(before)

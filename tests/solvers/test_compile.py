@@ -1,0 +1,134 @@
+"""Solver.compile: one graph for attack, upper loss and double backward, with the numbers of the uncompiled step."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import sys
+
+import pytest
+import torch
+from networks import batch_of, dense, taylor
+
+import bilevel_at as ba
+from bilevel_at import policy
+from bilevel_at.models import build_model
+from bilevel_at.problems import fastbat
+from bilevel_at.solvers import FullKKT, HessianFreeKKT, Lazy, ValueFunction, ZeroIG
+
+sys.path.insert(0, str(importlib.import_module("pathlib").Path(__file__).parents[1] / "machinery"))
+from marks import fast  # noqa: E402
+from running import PROBLEMS  # noqa: E402
+
+NO_GRAPH = {"beta", "smooth_beta", "yopo"}
+"""An optimiser of torch's and hooks are no part of a graph."""
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def batches(count, examples=8, draws=0):
+    g = torch.Generator().manual_seed(draws)
+    for i in range(count):
+        index = (torch.arange(examples) + 4 * i) % 12
+        yield ba.Batch(torch.rand(examples, 1, 8, 8, generator=g), index % 10, index, examples=12)
+
+
+def trained(problem, solver, steps=3, seed=1):
+    """Everything that steps of SGD give: losses, δ*, both terms, weights and buffers, and the generators' states."""
+    torch.manual_seed(0)
+    model, generator, out = build_model("small_cnn", (1, 8, 8), 10), torch.Generator().manual_seed(seed), []
+    policy.set_epoch((problem, solver), 1, 3)
+    for i, batch in enumerate(batches(steps)):
+        policy.set_step((problem, solver), i, 30)
+        model.zero_grad()
+        step = solver.backward(problem, model, batch, generator)
+        out += [step.losses, step.solution.delta, *step.direct.values(), *step.implicit.values()]
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    parameter -= 0.1 * parameter.grad
+    return [t for t in out if t is not None] + [
+        *model.state_dict().values(),
+        generator.get_state(),
+        torch.get_rng_state(),
+    ]
+
+
+def of_file(name):
+    module = importlib.import_module(f"bilevel_at.problems.{name}")
+    return module.problem(epsilon=0.1), module.solver() if hasattr(module, "solver") else ZeroIG()
+
+
+@pytest.mark.parametrize("name", fast(PROBLEMS, ["atas", "beta", "fastbat"]))
+def test_every_problem_s_graph_is_the_step_bit_for_bit_or_there_is_none(name):
+    plain, (problem, solver) = of_file(name), of_file(name)
+    solver.compile("eager")
+    if name in NO_GRAPH:
+        with pytest.raises(ba.InputError, match="no single graph of this can be compiled: ") as error:
+            trained(problem, solver)
+        assert "\n" not in str(error.value) and len(str(error.value)) < 400
+        return
+    for want, got in zip(trained(*plain), trained(problem, solver), strict=True):
+        assert torch.equal(want, got)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "solver", [ZeroIG(), HessianFreeKKT(ig_weight=0.5), HessianFreeKKT(cross_at="solution")], ids=str
+)
+def test_compiled_code_is_the_step_up_to_rounding(solver):
+    compiled = copy.deepcopy(solver)
+    compiled.compile()
+    # Without training between: rounding would grow with every step.
+    for batch in batches(3):
+        wants = []
+        for one in (solver, compiled):
+            torch.manual_seed(0)
+            model = build_model("small_cnn", (1, 8, 8), 10)
+            step = one.hypergradient(fastbat.problem(epsilon=0.2, step=2.0), model, batch, generator=torch.Generator())
+            wants.append(torch.cat([g.flatten() for g in step.grads.values()]))
+        assert (wants[0] - wants[1]).norm() < 1e-5 * wants[0].norm()
+
+
+def test_lazy_tosses_its_coin_outside():
+    plain, lazy = Lazy(HessianFreeKKT(ig_weight=0.5), 0.5), Lazy(HessianFreeKKT(ig_weight=0.5), 0.5)
+    lazy.compile("eager")
+    for want, got in zip(trained(taylor(), plain, 4, seed=3), trained(taylor(), lazy, 4, seed=3), strict=True):
+        assert torch.equal(want, got)
+
+
+def test_what_the_library_says_of_a_batch_it_still_says():
+    solver, model = HessianFreeKKT(), dense(6, 5, 3)
+    solver.compile("eager")
+    solver.hypergradient(taylor(), model, batch_of(4, 6))
+    with pytest.raises(ba.InputError, match=r"y is torch.float32 of shape \(4,\); class labels are int64"):
+        solver.hypergradient(taylor(), model, batch_of(4, 6).replace(y=torch.zeros(4)))
+
+
+@pytest.mark.parametrize("solver", [FullKKT(), ValueFunction()], ids=str)
+def test_solvers_that_decide_by_values_are_refused_in_one_line(solver):
+    solver = copy.deepcopy(solver)
+    solver.compile("eager")
+    model, problem = dense(6, 5, 3), taylor()
+    problem.lower = ba.Proximal(problem.lower.attack_loss, problem.lower.constraint, lam=20.0, anchor="zero")
+    with pytest.raises(ba.InputError, match="no single graph of this can be compiled"):
+        solver.hypergradient(problem, model, batch_of(4, 6))
+
+
+def test_unknown_backends_and_older_torches_are_named(monkeypatch):
+    with pytest.raises(ba.InputError, match="backend 'fast' is not known; torch has "):
+        ZeroIG().compile("fast")
+    config = importlib.import_module("torch._dynamo").config
+
+    class Older:
+        pass
+
+    monkeypatch.setattr(torch._dynamo, "config", Older())
+    with pytest.raises(ba.InputError, match=r"torch \S+ cannot compile torch.autograd.grad; a newer one is needed"):
+        ZeroIG().compile()
+    assert hasattr(config, "trace_autograd_ops")
