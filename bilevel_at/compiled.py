@@ -74,9 +74,17 @@ def _global_draws_from(generator: torch.Generator | None, device: torch.device) 
     if generator is None:
         yield
         return
-    get, put = torch.get_rng_state, torch.set_rng_state
-    if device.type == "cuda":
-        get, put = (lambda: torch.cuda.get_rng_state(device)), (lambda state: torch.cuda.set_rng_state(state, device))
+    on_gpu = device.type == "cuda"
+
+    def put(state: torch.Tensor) -> None:
+        if on_gpu:
+            torch.cuda.set_rng_state(state, device)
+        else:
+            torch.set_rng_state(state)
+
+    def get() -> torch.Tensor:
+        return torch.cuda.get_rng_state(device) if on_gpu else torch.get_rng_state()
+
     before = get()
     put(generator.get_state())
     try:

@@ -103,7 +103,7 @@ def _walk(value: Any, path: str, seen: set[int]) -> Iterator[tuple[str, Policy]]
         yield from _walk(part, f"{path}.{name}" if path else str(name), seen)
 
 
-def _attributes(value: Any) -> dict[str, Any]:
+def _attributes(value: object) -> dict[str, Any]:
     """What the object has, in its dictionary, in slots and on its class, by name."""
     own: dict[str, Any] = getattr(value, "__dict__", {})
     attributes = {name: part for name, part in own.items() if not name.startswith("__")}
