@@ -107,7 +107,7 @@ def _attributes(value: object) -> dict[str, Any]:
     """What the object has, in its dictionary, in slots and on its class, by name."""
     own: dict[str, Any] = getattr(value, "__dict__", {})
     attributes = {name: part for name, part in own.items() if not name.startswith("__")}
-    for name in _names_of_class(type(value)):
+    for name in _names_of_class(type(value)):  # type: ignore[arg-type]  # to mypy a class is not hashable here
         if name not in attributes and hasattr(value, name):
             attributes[name] = getattr(value, name)
     return attributes
