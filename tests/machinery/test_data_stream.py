@@ -254,10 +254,13 @@ def test_ctrl_c_waits_until_a_batch_is_fetched(streamed, times, monkeypatch):
             yield torch.zeros(1)
 
     monkeypatch.setattr(stream, "DataLoader", Interrupted)
-    before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
-        next(streamed.files().batches([[0]], workers=1))
-    assert seen == ["fetched"] * (times == 1) and signal.getsignal(signal.SIGINT) is before
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background ignores it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            next(streamed.files().batches([[0]], workers=1))
+        assert seen == ["fetched"] * (times == 1) and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.slow
