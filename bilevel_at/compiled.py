@@ -24,7 +24,7 @@ def one_graph(hypergradient: Callable[..., Hypergradient], backend: str) -> Call
     Raises:
         InputError: where this torch does not trace ``torch.autograd.grad``, or does not know the backend.
     """
-    from torch._dynamo import config, exc, list_backends  # two seconds to import, which only this needs
+    from torch._dynamo import config, exc, list_backends, mark_static  # two seconds to import, which only this needs
     from torch._inductor import config as inductor
 
     if not hasattr(config, "trace_autograd_ops"):
@@ -35,7 +35,7 @@ def one_graph(hypergradient: Callable[..., Hypergradient], backend: str) -> Call
     def traced(problem: Any, model: nn.Module, batch: Batch, anchor: Any, scale: float) -> Hypergradient:
         return hypergradient(problem, model, batch, anchor, None, scale=scale)
 
-    graph = torch.compile(traced, fullgraph=True, dynamic=False, backend=backend)  # draws have no symbolic shapes
+    graph = torch.compile(traced, fullgraph=True, backend=backend)
 
     def compiled(
         problem: Any,
@@ -52,6 +52,9 @@ def one_graph(hypergradient: Callable[..., Hypergradient], backend: str) -> Call
         ):
             try:
                 with _global_draws_from(generator, batch.x.device):
+                    for tensor in (batch.x, batch.y, batch.index, anchor, *batch.more.values()):
+                        if tensor is not None:
+                            mark_static(tensor)  # random draws have no symbolic shapes; numbers may be symbols
                     return graph(problem, model, batch, anchor, scale)
             except (exc.TorchDynamoException, exc.FailOnRecompileLimitHit) as error:
                 # What the library has to say itself comes out of a trace as something else.

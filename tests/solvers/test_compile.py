@@ -78,6 +78,31 @@ def test_every_problem_s_graph_is_the_step_bit_for_bit_or_there_is_none(name):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["nuat", "liet", "atas"])
+def test_counting_batches_and_epochs_does_not_compile_each_anew(name):
+    """A counter that is read in every step is a symbol; memories are known from the second epoch on."""
+    torch._dynamo.utils.counters.clear()
+    problem, solver = of_file(name)
+    solver.compile("eager")
+    model = build_model("small_cnn", (1, 8, 8), 10)
+    for epoch in range(3):
+        policy.set_epoch((problem, solver), epoch, 3)
+        for batch in [*batches(30), *batches(1, examples=5)]:
+            solver.backward(problem, model, batch, torch.Generator())
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 12
+
+
+def test_a_number_that_changes_with_every_step_is_refused():
+    problem, solver = taylor(), ZeroIG()
+    problem.lower.constraint = ba.LinfBall(ba.Schedule(lambda step, steps: min(0.3, 0.1 + step / steps), by="step"))
+    solver.compile("eager")
+    with pytest.raises(ba.InputError, match="no single graph of this can be compiled"):
+        for step in range(3):
+            problem.set_step(step, 10)
+            solver.backward(problem, dense(6, 5, 3), batch_of(4, 6))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "solver", [ZeroIG(), HessianFreeKKT(ig_weight=0.5), HessianFreeKKT(cross_at="solution")], ids=str
 )
