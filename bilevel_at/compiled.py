@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,7 +16,10 @@ from .solution import Hypergradient
 
 __all__ = ["one_graph"]
 
-VARIANTS = 64  # graphs: of each batch size, before and after a memory is filled, of each epoch that a policy counts
+VARIANTS = 4096  # graphs: of each batch size, before and after a memory is filled, of each number that an epoch sets
+
+
+_numbers = itertools.count()
 
 
 def one_graph(hypergradient: Callable[..., Hypergradient], backend: str) -> Callable[..., Hypergradient]:
@@ -35,6 +39,8 @@ def one_graph(hypergradient: Callable[..., Hypergradient], backend: str) -> Call
     def traced(problem: Any, model: nn.Module, batch: Batch, anchor: Any, scale: float) -> Hypergradient:
         return hypergradient(problem, model, batch, anchor, None, scale=scale)
 
+    # Dynamo knows functions by their code: what one solver's calls have shown of a number is not to guide another's.
+    traced.__code__ = traced.__code__.replace(co_name=f"hypergradient_{next(_numbers)}")
     graph = torch.compile(traced, fullgraph=True, backend=backend)
 
     def compiled(
