@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from torch._inductor import config as inductor
 
 import bilevel_at as ba
 from bilevel_at.commands import flags
@@ -47,6 +48,7 @@ def compare(
     problem = file.problem(**file.recipe("digits" if model_name == "small_cnn" else "cifar10").problem)
     plain, compiled = (ZeroIG() if file.solver is None else file.solver() for _ in range(2))
     compiled.compile()
+    inductor.force_disable_caches = True
     torch.manual_seed(0)
     model = build_model(model_name, shape, 10).to(device).train()
     g = torch.Generator().manual_seed(0)
@@ -98,7 +100,7 @@ def benchmark(
         f"{batch_size} --repeats {repeats}`; {datetime.date.today()}, {device_name(where)}, "
         f"{torch.get_num_threads()} CPU threads, torch {torch.__version__}. Float32; the hypergradient alone. "
         "A pixel whose gradient is nearly 0 turns with its rounding, and a unit at its kink with it; in float64 both "
-        "forms agree to 1e-12 (`tests/solvers/test_compile.py`). First steps use what torch has cached of earlier runs.",
+        "forms agree to 1e-12 (`tests/solvers/test_compile.py`). First steps without torch's cache of earlier ones.",
         "",
         "| network, method | uncompiled time / compiled time | largest relative difference of dF/dθ | first step, s |",
         "|---|---|---|---|",
