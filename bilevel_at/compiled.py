@@ -10,12 +10,14 @@ import torch
 from torch import nn
 
 from .batch import Batch
+from .draws import is_global
 from .errors import InputError
 from .solution import Hypergradient
 
 __all__ = ["one_graph"]
 
 VARIANTS = 64  # graphs: of each batch size, before and after a memory is filled, of each epoch that a policy counts
+"""How many are kept; at one more all are forgotten, as numbers that have changed once (an epoch's) do not come back."""
 
 
 def one_graph(hypergradient: Callable[..., Hypergradient], backend: str) -> Callable[..., Hypergradient]:
@@ -24,7 +26,7 @@ def one_graph(hypergradient: Callable[..., Hypergradient], backend: str) -> Call
     Raises:
         InputError: where this torch does not trace ``torch.autograd.grad``, or does not know the backend.
     """
-    from torch._dynamo import config, exc, list_backends  # two seconds to import, which only this needs
+    from torch._dynamo import config, exc, list_backends, reset_code  # two seconds to import, which only this needs
     from torch._inductor import config as inductor
 
     if not hasattr(config, "trace_autograd_ops"):
@@ -51,8 +53,12 @@ def one_graph(hypergradient: Callable[..., Hypergradient], backend: str) -> Call
             inductor.patch(fallback_random=True),  # the numbers that torch draws, not another stream of them
         ):
             try:
-                with _global_draws_from(generator, batch.x.device):
-                    return graph(problem, model, batch, anchor, scale)
+                with _global_draws_from(generator, batch.x.device), _no_shared_casts():
+                    try:
+                        return graph(problem, model, batch, anchor, scale)
+                    except exc.FailOnRecompileLimitHit:  # before anything has run
+                        reset_code(traced.__code__)
+                        return graph(problem, model, batch, anchor, scale)
             except (exc.TorchDynamoException, exc.FailOnRecompileLimitHit) as error:
                 # What the library has to say itself comes out of a trace as something else.
                 hypergradient(problem, model, batch, anchor, generator, scale=scale)
@@ -69,9 +75,20 @@ def _reason(error: Exception) -> str:
 
 
 @contextmanager
+def _no_shared_casts() -> Iterator[None]:
+    """Autocast casts a weight for every pass: one cast for all of them is a graph that two gradients would consume."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
+
+
+@contextmanager
 def _global_draws_from(generator: torch.Generator | None, device: torch.device) -> Iterator[None]:
     """Torch's global generator in the state of ``generator``, and the other way round: graphs take no generators."""
-    if generator is None:
+    if generator is None or is_global(generator, device):
         yield
         return
     on_gpu = device.type == "cuda"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from running import complaint, npz
+from running import ROOT, complaint, npz
 
 from bilevel_at.evaluate.radius import number_from_text as number
 
@@ -198,3 +198,9 @@ def test_a_coupled_loss_has_no_parts():
     for flags in (["problems/nuat.py"], ["problems/awp.py", "--of", "nuat"]):
         line = complaint(*flags, "--data", npz(), "--accumulate", "2", "--out", "out")
         assert line.startswith("--accumulate is 2, but the upper loss is one number for all of a batch")
+
+
+def test_steps_that_would_each_be_compiled_anew_are_refused():
+    says = complaint(ROOT / "problems" / "fastat.py", "--epsilon-warmup", "2", "--compile")
+    assert says.startswith("--compile compiles a step for each number that it reads, and ")
+    assert says.endswith("leave out --compile, or what changes by the step (--epsilon-warmup)")
