@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .batch import Batch
+from .batch import Batch, on_host
 from .draws import is_global
 from .errors import InputError
 from .solution import Hypergradient
@@ -55,16 +55,27 @@ def one_graph(hypergradient: Callable[..., Hypergradient], backend: str) -> Call
             try:
                 with _global_draws_from(generator, batch.x.device), _no_shared_casts():
                     try:
-                        return graph(problem, model, batch, anchor, scale)
+                        step = graph(problem, model, batch, anchor, scale)
                     except exc.FailOnRecompileLimitHit:  # before anything has run
                         reset_code(traced.__code__)
-                        return graph(problem, model, batch, anchor, scale)
+                        step = graph(problem, model, batch, anchor, scale)
             except (exc.TorchDynamoException, exc.FailOnRecompileLimitHit) as error:
                 # What the library has to say itself comes out of a trace as something else.
                 hypergradient(problem, model, batch, anchor, generator, scale=scale)
                 raise InputError(f"no single graph of this can be compiled: {_reason(error)}") from error
+        _check_inputs(problem, model, step)
+        return step
 
     return compiled
+
+
+def _check_inputs(problem: Any, model: nn.Module, step: Hypergradient) -> None:
+    """What ``LowerProblem.solve`` checks where a look is free, which a graph leaves out."""
+    constraint = getattr(problem.lower, "constraint", None)
+    with torch.no_grad():
+        base = problem.lower.base(model, step.solution.batch)
+    if constraint is not None and on_host(base):
+        constraint.check(base)
 
 
 def _reason(error: Exception) -> str:

@@ -110,6 +110,9 @@ def test_what_the_library_says_of_a_batch_it_still_says():
     solver.hypergradient(taylor(), model, batch_of(4, 6))
     with pytest.raises(ba.InputError, match=r"y is torch.float32 of shape \(4,\); class labels are int64"):
         solver.hypergradient(taylor(), model, batch_of(4, 6).replace(y=torch.zeros(4)))
+    outside = batch_of(4, 6)
+    with pytest.raises(ba.InputError, match=r"this constraint takes inputs in \[0, 1\]"):
+        solver.hypergradient(fastbat.problem(epsilon=0.1), model, outside.replace(x=outside.x + 1))
 
 
 @pytest.mark.parametrize("solver", [FullKKT(), ValueFunction()], ids=str)
