@@ -153,5 +153,6 @@ def try_a_step(plan: Plan, model: nn.Module, train: ImageSet) -> None:
         solver = copy.deepcopy(plan.solver) if plan.options.compile else plan.solver
         if plan.options.compile:
             solver.compile("eager")  # traces, and leaves out what takes a minute
-        step = solver.hypergradient(problem, model, batch, generator=generator)
+        with torch.autocast(few.device.type, torch.bfloat16, enabled=plan.options.precision == "bfloat16"):
+            step = solver.hypergradient(problem, model, batch, generator=generator)
     check_coupling(step.losses, plan.options.accumulate)
