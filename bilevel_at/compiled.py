@@ -63,6 +63,10 @@ def one_graph(hypergradient: Callable[..., Hypergradient], backend: str) -> Call
                 # What the library has to say itself comes out of a trace as something else.
                 hypergradient(problem, model, batch, anchor, generator, scale=scale)
                 raise InputError(f"no single graph of this can be compiled: {_reason(error)}") from error
+            except (RuntimeError, IndexError):  # of compiled code: a label out of range, on a CPU
+                if on_host(batch.x):
+                    hypergradient(problem, model, batch, anchor, generator, scale=scale)
+                raise
         _check_inputs(problem, model, step)
         return step
 

@@ -113,6 +113,8 @@ def test_what_the_library_says_of_a_batch_it_still_says():
     outside = batch_of(4, 6)
     with pytest.raises(ba.InputError, match=r"this constraint takes inputs in \[0, 1\]"):
         solver.hypergradient(fastbat.problem(epsilon=0.1), model, outside.replace(x=outside.x + 1))
+    with pytest.raises(ba.InputError, match="label 3 is out of range: the model has 3 outputs"):
+        solver.hypergradient(taylor(), model, batch_of(4, 6).replace(y=torch.arange(4)))
 
 
 @pytest.mark.parametrize("solver", [FullKKT(), ValueFunction()], ids=str)
