@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,8 +17,10 @@ from .solution import Hypergradient
 
 __all__ = ["one_graph"]
 
-VARIANTS = 64  # graphs: of each batch size, before and after a memory is filled, of each epoch that a policy counts
-"""How many are kept; at one more all are forgotten, as numbers that have changed once (an epoch's) do not come back."""
+VARIANTS = 4096  # graphs: of each batch size, before and after a memory is filled, of each number that an epoch sets
+
+
+_numbers = itertools.count()
 
 
 def one_graph(hypergradient: Callable[..., Hypergradient], backend: str) -> Callable[..., Hypergradient]:
@@ -26,7 +29,8 @@ def one_graph(hypergradient: Callable[..., Hypergradient], backend: str) -> Call
     Raises:
         InputError: where this torch does not trace ``torch.autograd.grad``, or does not know the backend.
     """
-    from torch._dynamo import config, exc, list_backends, reset_code  # two seconds to import, which only this needs
+    # Two seconds to import, which only this needs.
+    from torch._dynamo import config, exc, list_backends, mark_static, reset_code
     from torch._inductor import config as inductor
 
     if not hasattr(config, "trace_autograd_ops"):
@@ -37,7 +41,9 @@ def one_graph(hypergradient: Callable[..., Hypergradient], backend: str) -> Call
     def traced(problem: Any, model: nn.Module, batch: Batch, anchor: Any, scale: float) -> Hypergradient:
         return hypergradient(problem, model, batch, anchor, None, scale=scale)
 
-    graph = torch.compile(traced, fullgraph=True, dynamic=False, backend=backend)  # draws have no symbolic shapes
+    # Dynamo knows functions by their code: what one solver's calls have shown of a number is not to guide another's.
+    traced.__code__ = traced.__code__.replace(co_name=f"hypergradient_{next(_numbers)}")
+    graph = torch.compile(traced, fullgraph=True, backend=backend)
 
     def compiled(
         problem: Any,
@@ -54,9 +60,12 @@ def one_graph(hypergradient: Callable[..., Hypergradient], backend: str) -> Call
         ):
             try:
                 with _global_draws_from(generator, batch.x.device), _no_shared_casts():
+                    for tensor in (batch.x, batch.y, batch.index, anchor, *batch.more.values()):
+                        if tensor is not None:
+                            mark_static(tensor)  # random draws have no symbolic shapes; numbers may be symbols
                     try:
                         step = graph(problem, model, batch, anchor, scale)
-                    except exc.FailOnRecompileLimitHit:  # before anything has run
+                    except exc.FailOnRecompileLimitHit:  # before anything has run; old numbers rarely come back
                         reset_code(traced.__code__)
                         step = graph(problem, model, batch, anchor, scale)
             except (exc.TorchDynamoException, exc.FailOnRecompileLimitHit) as error:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from .. import policy
 from ..batch import Batch
 from ..data import Images, ImageSet, extra_from_npz, load_data
 from ..errors import InputError
@@ -150,9 +151,14 @@ def try_a_step(plan: Plan, model: nn.Module, train: ImageSet) -> None:
     generator = torch.Generator(few.device).manual_seed(0)
     with plan.file.blame("its problem cannot be solved: "):
         problem, model = copy.deepcopy(plan.problem), copy.deepcopy(model).train()
-        solver = copy.deepcopy(plan.solver) if plan.options.compile else plan.solver
+        half = torch.autocast(few.device.type, torch.bfloat16, enabled=plan.options.precision == "bfloat16")
+        with half:
+            step = plan.solver.hypergradient(problem, model, batch, generator=generator)
         if plan.options.compile:
+            solver = copy.deepcopy(plan.solver)
             solver.compile("eager")  # traces, and leaves out what takes a minute
-        with torch.autocast(few.device.type, torch.bfloat16, enabled=plan.options.precision == "bfloat16"):
-            step = solver.hypergradient(problem, model, batch, generator=generator)
+            for number in range(3):  # a schedule by update shows in the second step
+                policy.set_step((problem, solver), number, 3)
+                with half:
+                    solver.backward(problem, model, batch, generator)
     check_coupling(step.losses, plan.options.accumulate)

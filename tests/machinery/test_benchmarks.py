@@ -158,3 +158,12 @@ def test_gradient_norms_make_a_page_and_two_figures():
     page = Path("docs/norms.md").read_text()
     assert "| lowest 20 % | " in page and "| random 40 % | " in page and "(norms.png)" in page
     assert Path("docs/norms.png").read_bytes()[:4] == Path("docs/norms-epochs.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_compiled_steps_are_compared():
+    flags = ["--models", "small_cnn", "--methods", "fastat", "--batch-size", "4", "--repeats", "1"]
+    script("compiled").command([*flags, "--write", "results/compiled.md"])
+    row = re.search(
+        r"^\| small_cnn, fastat \| ([\d.]+) \| (\S+) \| \d+ \|$", Path("results/compiled.md").read_text(), re.M
+    )
+    assert row is not None and float(row[1]) > 0 and float(row[2]) < 0.1
