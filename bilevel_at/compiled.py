@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .batch import Batch
+from .batch import Batch, on_host
+from .draws import is_global
 from .errors import InputError
 from .solution import Hypergradient
 
@@ -28,7 +29,8 @@ def one_graph(hypergradient: Callable[..., Hypergradient], backend: str) -> Call
     Raises:
         InputError: where this torch does not trace ``torch.autograd.grad``, or does not know the backend.
     """
-    from torch._dynamo import config, exc, list_backends, mark_static  # two seconds to import, which only this needs
+    # Two seconds to import, which only this needs.
+    from torch._dynamo import config, exc, list_backends, mark_static, reset_code
     from torch._inductor import config as inductor
 
     if not hasattr(config, "trace_autograd_ops"):
@@ -57,17 +59,36 @@ def one_graph(hypergradient: Callable[..., Hypergradient], backend: str) -> Call
             inductor.patch(fallback_random=True),  # the numbers that torch draws, not another stream of them
         ):
             try:
-                with _global_draws_from(generator, batch.x.device):
+                with _global_draws_from(generator, batch.x.device), _no_shared_casts():
                     for tensor in (batch.x, batch.y, batch.index, anchor, *batch.more.values()):
                         if tensor is not None:
                             mark_static(tensor)  # random draws have no symbolic shapes; numbers may be symbols
-                    return graph(problem, model, batch, anchor, scale)
+                    try:
+                        step = graph(problem, model, batch, anchor, scale)
+                    except exc.FailOnRecompileLimitHit:  # before anything has run; old numbers rarely come back
+                        reset_code(traced.__code__)
+                        step = graph(problem, model, batch, anchor, scale)
             except (exc.TorchDynamoException, exc.FailOnRecompileLimitHit) as error:
                 # What the library has to say itself comes out of a trace as something else.
                 hypergradient(problem, model, batch, anchor, generator, scale=scale)
                 raise InputError(f"no single graph of this can be compiled: {_reason(error)}") from error
+            except (RuntimeError, IndexError):  # of compiled code: a label out of range, on a CPU
+                if on_host(batch.x):
+                    hypergradient(problem, model, batch, anchor, generator, scale=scale)
+                raise
+        _check_inputs(problem, model, step)
+        return step
 
     return compiled
+
+
+def _check_inputs(problem: Any, model: nn.Module, step: Hypergradient) -> None:
+    """What ``LowerProblem.solve`` checks where a look is free, which a graph leaves out."""
+    constraint = getattr(problem.lower, "constraint", None)
+    with torch.no_grad():
+        base = problem.lower.base(model, step.solution.batch)
+    if constraint is not None and on_host(base):
+        constraint.check(base)
 
 
 def _reason(error: Exception) -> str:
@@ -78,9 +99,20 @@ def _reason(error: Exception) -> str:
 
 
 @contextmanager
+def _no_shared_casts() -> Iterator[None]:
+    """Autocast casts a weight for every pass: one cast for all of them is a graph that two gradients would consume."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
+
+
+@contextmanager
 def _global_draws_from(generator: torch.Generator | None, device: torch.device) -> Iterator[None]:
     """Torch's global generator in the state of ``generator``, and the other way round: graphs take no generators."""
-    if generator is None:
+    if generator is None or is_global(generator, device):
         yield
         return
     on_gpu = device.type == "cuda"

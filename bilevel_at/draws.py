@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-__all__ = ["Draws", "generator_on", "host_uniform"]
+__all__ = ["Draws", "generator_on", "host_uniform", "is_global"]
 
 
 def generator_on(device: torch.device, seed: int) -> torch.Generator:
@@ -40,7 +40,7 @@ class Draws:
     def __init__(self, generator: torch.Generator | None, device: torch.device) -> None:
         self._generator = generator
         # A copy of a default generator would be a second stream, where the passes had one.
-        self._state = None if generator is None or _is_global(generator, device) else generator.get_state()
+        self._state = None if generator is None or is_global(generator, device) else generator.get_state()
         self._cpu = torch.get_rng_state()
         self._cuda = [device] if device.type == "cuda" else []
         self._cuda_states = [torch.cuda.get_rng_state(d) for d in self._cuda]
@@ -60,6 +60,7 @@ class Draws:
                 yield generator
 
 
-def _is_global(generator: torch.Generator, device: torch.device) -> bool:
+def is_global(generator: torch.Generator, device: torch.device) -> bool:
+    """Whether this is torch's own generator, of the CPU or of ``device``."""
     of_device = torch.cuda.default_generators[device.index or 0] if device.type == "cuda" else None
     return generator is torch.default_generator or generator is of_device

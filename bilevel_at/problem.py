@@ -8,7 +8,6 @@ Source: Fast-BAT paper (Zhang et al., 2022), equations 2, 3 and 8.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from collections.abc import Callable
 from dataclasses import replace
@@ -142,7 +141,8 @@ class LowerProblem(Policy):
             ConvergenceError: where an iterative solve does not reach its tolerance, naming the samples.
         """
         with torch.enable_grad(), attack_mode(model, attack_mode_of(self)):
-            with contextlib.nullcontext() if differentiable else no_graph():
+            # What is prepared is differentiated again too, or is set against passes that are: KL(f(x) ‖ f(x + δ)).
+            with full_precision(batch.x.device) if differentiable else no_graph():
                 seen = check_prepared(self, self.prepare(model, batch, generator))
             memo, drawn, base = None, anchor is None, self.base(model, seen)
             constraint = getattr(self, "constraint", None)

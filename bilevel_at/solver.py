@@ -9,10 +9,12 @@ that the active constraints leave free, with v = ∇_δ f and H = ∇²_δδ g. 
 
 from __future__ import annotations
 
+import copyreg
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import ClassVar, NamedTuple
+from types import MethodType
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -96,6 +98,7 @@ class Solver(Policy):
         Attack, upper loss and double backward are one graph; what is remembered is observed outside it. It is compiled
         when it is first called, and again where a shape, a mode or a number that a policy reads has changed. Random
         draws are those that it makes uncompiled, but for a network's own (dropout), which come from ``generator`` too.
+        Copies and pickles of the solver are not compiled.
 
         Args:
             backend: as for ``torch.compile``.
@@ -104,7 +107,14 @@ class Solver(Policy):
             InputError: where torch cannot compile this way; from :meth:`hypergradient`, where a problem, solver or
                 network is no graph (it decides by values, or has an optimiser of torch's in it).
         """
-        object.__setattr__(self, "hypergradient", one_graph(self.hypergradient, backend))
+        uncompiled = MethodType(type(self).hypergradient, self)  # compiling once more is compiling anew
+        object.__setattr__(self, "hypergradient", one_graph(uncompiled, backend))
+
+    def __getstate__(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Without the compiled graph, which is this object's: a copy would go on with this one's settings."""
+        slots = copyreg._slotnames(type(self))  # type: ignore[attr-defined]
+        own = {name: value for name, value in vars(self).items() if name != "hypergradient"}
+        return own, {name: getattr(self, name) for name in slots if hasattr(self, name)}
 
     def adjoint(self, problem: BilevelProblem, model: nn.Module, solution: Solution, v: Tensor) -> Tensor:
         """w for v = ∇_δ f, both shaped like δ* and of the batch **mean** of f."""

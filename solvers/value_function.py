@@ -13,7 +13,7 @@ from bilevel_at import descent
 from bilevel_at.batch import per_sample
 from bilevel_at.draws import Draws
 from bilevel_at.errors import ConvergenceError, InputError, at_least, name_samples, positive, whole_number
-from bilevel_at.modes import attack_mode, same_buffers
+from bilevel_at.modes import attack_mode, full_precision, same_buffers
 from bilevel_at.problem import LowerProblem, attack_mode_of
 from bilevel_at.solution import Gradients, Solution
 from bilevel_at.solver import Attacked, Solver, Terms
@@ -77,7 +77,8 @@ class ValueFunction(Solver):
             return super().differentiate(attacked)
         draws = Draws(attacked.generator, attacked.solution.delta.device)
         losses, direct, v = self.direct_terms(attacked)
-        with same_buffers(attacked.model):
+        # A difference of passes that are close together: half precision would leave nothing of it.
+        with same_buffers(attacked.model), full_precision(v.device):
             implicit = self._difference(attacked, draws)
         return Terms(losses, direct, implicit, v)
 

@@ -153,6 +153,8 @@ def understand(args: Sequence[str]) -> Plan:
     trained = problem
     if options.epsilon_warmup:
         trained = _warming_up(file, problem_arguments, problem, options.epsilon_warmup / options.epochs)
+    if options.compile:
+        _refuse_graphs_of_each_step(trained, solver)
     return Plan(file, options, trained, problem, solver, problem_arguments, [PROG, *args])
 
 
@@ -171,6 +173,15 @@ def _warming_up(file: ProblemFile, arguments: dict[str, Any], stated: BilevelPro
     except InputError as error:
         raise InputError(f"--epsilon-warmup gives problem(...) a ba.Schedule as epsilon: {error}") from error
     return BilevelProblem(made.upper, made.lower, stated.threat)
+
+
+def _refuse_graphs_of_each_step(problem: BilevelProblem, solver: Solver) -> None:
+    for path, part in policies((problem, solver)).items():
+        if isinstance(part, Schedule) and part.by == "step":
+            raise InputError(
+                f"--compile compiles a step for each number that it reads, and {path.partition('.')[2]} is another one "
+                "with every step; leave out --compile, or what changes by the step (--epsilon-warmup)"
+            )
 
 
 def _flags(file: ProblemFile, args: Sequence[str]) -> tuple[list[flags.Flag], list[flags.Flag], list[flags.Flag]]:

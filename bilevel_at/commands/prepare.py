@@ -151,11 +151,14 @@ def try_a_step(plan: Plan, model: nn.Module, train: ImageSet) -> None:
     generator = torch.Generator(few.device).manual_seed(0)
     with plan.file.blame("its problem cannot be solved: "):
         problem, model = copy.deepcopy(plan.problem), copy.deepcopy(model).train()
-        step = plan.solver.hypergradient(problem, model, batch, generator=generator)
+        half = torch.autocast(few.device.type, torch.bfloat16, enabled=plan.options.precision == "bfloat16")
+        with half:
+            step = plan.solver.hypergradient(problem, model, batch, generator=generator)
         if plan.options.compile:
             solver = copy.deepcopy(plan.solver)
             solver.compile("eager")  # traces, and leaves out what takes a minute
             for number in range(3):  # a schedule by update shows in the second step
                 policy.set_step((problem, solver), number, 3)
-                solver.backward(problem, model, batch, generator)
+                with half:
+                    solver.backward(problem, model, batch, generator)
     check_coupling(step.losses, plan.options.accumulate)

@@ -178,9 +178,10 @@ def check_set(constraint: Constraint, x: Tensor) -> None:
     """Check that ``project`` gives perturbations of x, and does not move points of the set.
 
     Attacked images outside the set do not count as broken: a projection that is not exact would make a network look
-    robust. Raises :class:`InputError`.
+    robust. Raises :class:`InputError`, also for images outside its range.
     """
     few = x[:SEEN]
+    constraint.check(few)
     points, name = _projected(constraint, few), set_name(constraint)
     shape = tuple(points.shape) if isinstance(points, Tensor) else type(points).__name__
     if shape != tuple(few.shape):

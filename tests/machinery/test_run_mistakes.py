@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from running import complaint, npz
+from running import ROOT, complaint, npz
 
 from bilevel_at.evaluate.radius import number_from_text as number
 
@@ -198,3 +198,25 @@ def test_a_coupled_loss_has_no_parts():
     for flags in (["problems/nuat.py"], ["problems/awp.py", "--of", "nuat"]):
         line = complaint(*flags, "--data", npz(), "--accumulate", "2", "--out", "out")
         assert line.startswith("--accumulate is 2, but the upper loss is one number for all of a batch")
+
+
+def test_steps_that_would_each_be_compiled_anew_are_refused():
+    says = complaint(ROOT / "problems" / "fastat.py", "--epsilon-warmup", "2", "--compile")
+    assert says.startswith("--compile compiles a step for each number that it reads, and ")
+    assert says.endswith("leave out --compile, or what changes by the step (--epsilon-warmup)")
+
+
+def test_a_network_that_does_not_take_half_precision_is_named_before_anything_is_written():
+    Path("single.py").write_text(
+        "import torch, bilevel_at as ba\n"
+        "from bilevel_at.problems.fgsm import problem\n"
+        "class Single(torch.nn.Linear):\n"
+        "    def forward(self, x):\n"
+        "        if torch.is_autocast_enabled('cpu'):\n"
+        "            raise ValueError('not in half precision')\n"
+        "        return super().forward(x.flatten(1))\n"
+        "def model(shape, classes):\n"
+        "    return Single(64, classes)\n"
+    )
+    says = complaint("single.py", "--precision", "bfloat16")
+    assert says == "single.py, line 6: its problem cannot be solved: ValueError: not in half precision"

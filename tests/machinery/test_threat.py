@@ -313,6 +313,8 @@ def test_a_projection_that_is_none_is_refused_in_one_line():
         check_set(space, x)
     with pytest.raises(ba.InputError, match=r"Outward\(\): project\(delta, x\) moves a point that it has projected"):
         check_set(Outward(), x)
+    with pytest.raises(ba.InputError, match=r"this constraint takes inputs in \[0.2, 0.5\]"):
+        check_set(ba.L2Ball(0.1, (0.2, 0.5)), x)
     with pytest.raises(ba.InputError, match="moves a point"):
         evaluate(linear(), (torch.rand(3, 1, 4, 4), torch.zeros(3).long()), ["fgsm"], constraint=Outward())
     Path("outward.py").write_text(

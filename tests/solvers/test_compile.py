@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import copy
 import importlib
+import pickle
 import sys
+from dataclasses import dataclass
 
 import pytest
 import torch
 from networks import batch_of, dense, taylor
 
 import bilevel_at as ba
-from bilevel_at import policy
+from bilevel_at import compiled, policy
 from bilevel_at.models import build_model
-from bilevel_at.problems import fastbat
+from bilevel_at.problems import fastat, fastbat
 from bilevel_at.solvers import FullKKT, HessianFreeKKT, Lazy, ValueFunction, ZeroIG
 
 sys.path.insert(0, str(importlib.import_module("pathlib").Path(__file__).parents[1] / "machinery"))
@@ -134,6 +136,11 @@ def test_what_the_library_says_of_a_batch_it_still_says():
     solver.hypergradient(taylor(), model, batch_of(4, 6))
     with pytest.raises(ba.InputError, match=r"y is torch.float32 of shape \(4,\); class labels are int64"):
         solver.hypergradient(taylor(), model, batch_of(4, 6).replace(y=torch.zeros(4)))
+    outside = batch_of(4, 6)
+    with pytest.raises(ba.InputError, match=r"this constraint takes inputs in \[0, 1\]"):
+        solver.hypergradient(fastbat.problem(epsilon=0.1), model, outside.replace(x=outside.x + 1))
+    with pytest.raises(ba.InputError, match="label 3 is out of range: the model has 3 outputs"):
+        solver.hypergradient(taylor(), model, batch_of(4, 6).replace(y=torch.arange(4)))
 
 
 @pytest.mark.parametrize("solver", [FullKKT(), ValueFunction()], ids=str)
@@ -158,3 +165,75 @@ def test_unknown_backends_and_older_torches_are_named(monkeypatch):
     with pytest.raises(ba.InputError, match=r"torch \S+ cannot compile torch.autograd.grad; a newer one is needed"):
         ZeroIG().compile()
     assert hasattr(config, "trace_autograd_ops")
+
+
+@dataclass(slots=True)
+class Slotted(ZeroIG):
+    note: str = ""
+
+
+def test_copies_and_pickles_are_not_compiled_and_have_their_own_settings():
+    solver = HessianFreeKKT(ig_weight=0.5)
+    solver.compile("eager")
+    for copied in (copy.copy(solver), copy.deepcopy(solver), pickle.loads(pickle.dumps(solver))):
+        assert copied == solver and "hypergradient" in vars(solver) and "hypergradient" not in vars(copied)
+        copied.ig_weight = 0.0
+        assert not copied.hypergradient(taylor(), dense(6, 5, 3), batch_of(4, 6)).implicit
+    assert copy.deepcopy(Slotted("kept")).note == "kept"
+
+
+def test_compiling_once_more_is_compiling_anew():
+    solver, model, batch = HessianFreeKKT(ig_weight=0.5), dense(6, 5, 3), batch_of(4, 6)
+    want = solver.hypergradient(taylor(), model, batch, generator=torch.Generator())
+    for _ in range(2):
+        solver.compile("eager")
+    got = solver.hypergradient(taylor(), model, batch, generator=torch.Generator())
+    assert all(torch.equal(want.grads[name], got.grads[name]) for name in want.grads)
+
+
+def test_torch_s_own_generator_moves_on_as_it_does_uncompiled():
+    problem, model = fastat.problem(epsilon=0.1), dense(6, 5, 3)
+
+    def anchors(solver):
+        torch.manual_seed(5)
+        generators = (torch.default_generator, torch.default_generator, None)
+        steps = [solver.hypergradient(problem, model, batch_of(4, 6), None, generator) for generator in generators]
+        return [step.solution.anchor for step in steps]
+
+    solver = ZeroIG()
+    want = anchors(solver)
+    solver.compile("eager")
+    got = anchors(solver)
+    assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True)) and not torch.equal(got[0], got[1])
+
+
+def test_more_shapes_than_graphs_are_kept_for(monkeypatch):
+    monkeypatch.setattr(compiled, "VARIANTS", 2)
+
+    def losses(solver):
+        problem, model = fastbat.problem(epsilon=0.1), dense(6, 5, 3)
+        for examples in range(2, 7):
+            g = torch.Generator().manual_seed(examples)
+            yield solver.hypergradient(problem, model, batch_of(examples, 6), generator=g).losses
+
+    solver = ZeroIG()
+    want = list(losses(solver))
+    solver.compile("eager")
+    assert all(torch.equal(a, b) for a, b in zip(want, losses(solver), strict=True))
+
+
+def test_under_autocast_the_step_is_one_graph_too():
+    steps = []
+    for compile_it in (False, True):
+        solver, model = HessianFreeKKT(ig_weight=0.5), build_model("small_cnn", (1, 8, 8), 10)
+        torch.manual_seed(0)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+        if compile_it:
+            solver.compile("eager")
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            generator = torch.Generator().manual_seed(0)
+            steps.append(solver.hypergradient(fastbat.problem(epsilon=0.1), model, next(batches(1)), None, generator))
+    want, got = steps
+    assert torch.equal(want.solution.delta, got.solution.delta)
+    assert all(torch.equal(want.grads[name], got.grads[name]) for name in want.grads)
