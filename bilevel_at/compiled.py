@@ -30,7 +30,7 @@ def one_graph(hypergradient: Callable[..., Hypergradient], backend: str) -> Call
         InputError: where this torch does not trace ``torch.autograd.grad``, or does not know the backend.
     """
     # Two seconds to import, which only this needs.
-    from torch._dynamo import config, exc, list_backends, mark_static, reset_code
+    from torch._dynamo import config, exc, list_backends, mark_static
     from torch._inductor import config as inductor
 
     if not hasattr(config, "trace_autograd_ops"):
@@ -38,12 +38,16 @@ def one_graph(hypergradient: Callable[..., Hypergradient], backend: str) -> Call
     if backend not in list_backends(exclude_tags=None):
         raise InputError(f"backend {backend!r} is not known; torch has {', '.join(list_backends(exclude_tags=None))}")
 
-    def traced(problem: Any, model: nn.Module, batch: Batch, anchor: Any, scale: float) -> Hypergradient:
-        return hypergradient(problem, model, batch, anchor, None, scale=scale)
+    # Numbers that change are symbols of one graph, or, where something does not take a symbol, of a graph each.
+    graphs = [_graph(hypergradient, backend, dynamic) for dynamic in (None, False)]
 
-    # Dynamo knows functions by their code: what one solver's calls have shown of a number is not to guide another's.
-    traced.__code__ = traced.__code__.replace(co_name=f"hypergradient_{next(_numbers)}")
-    graph = torch.compile(traced, fullgraph=True, backend=backend)
+    def call(*arguments: Any) -> Hypergradient:
+        try:
+            return graphs[0](*arguments)
+        except exc.Unsupported:
+            step = graphs[-1](*arguments)
+            del graphs[:-1]
+            return step
 
     def compiled(
         problem: Any,
@@ -55,19 +59,15 @@ def one_graph(hypergradient: Callable[..., Hypergradient], backend: str) -> Call
         scale: float = 1.0,
     ) -> Hypergradient:
         with (
-            config.patch(trace_autograd_ops=True, recompile_limit=VARIANTS),
+            config.patch(trace_autograd_ops=True, recompile_limit=VARIANTS, accumulated_recompile_limit=2 * VARIANTS),
             inductor.patch(fallback_random=True),  # the numbers that torch draws, not another stream of them
         ):
             try:
                 with _global_draws_from(generator, batch.x.device), _no_shared_casts():
                     for tensor in (batch.x, batch.y, batch.index, anchor, *batch.more.values()):
                         if tensor is not None:
-                            mark_static(tensor)  # random draws have no symbolic shapes; numbers may be symbols
-                    try:
-                        step = graph(problem, model, batch, anchor, scale)
-                    except exc.FailOnRecompileLimitHit:  # before anything has run; old numbers rarely come back
-                        reset_code(traced.__code__)
-                        step = graph(problem, model, batch, anchor, scale)
+                            mark_static(tensor)  # random draws have no symbolic shapes
+                    step = call(problem, model, batch, anchor, scale)
             except (exc.TorchDynamoException, exc.FailOnRecompileLimitHit) as error:
                 # What the library has to say itself comes out of a trace as something else.
                 hypergradient(problem, model, batch, anchor, generator, scale=scale)
@@ -80,6 +80,29 @@ def one_graph(hypergradient: Callable[..., Hypergradient], backend: str) -> Call
         return step
 
     return compiled
+
+
+def _graph(
+    hypergradient: Callable[..., Hypergradient], backend: str, dynamic: bool | None
+) -> Callable[..., Hypergradient]:
+    """``hypergradient`` of (problem, model, batch, anchor, scale) as torch.compile makes it."""
+    from torch._dynamo import exc, reset_code
+
+    def traced(problem: Any, model: nn.Module, batch: Batch, anchor: Any, scale: float) -> Hypergradient:
+        return hypergradient(problem, model, batch, anchor, None, scale=scale)
+
+    # Dynamo knows functions by their code: what one solver's calls have shown of a number is not to guide another's.
+    traced.__code__ = traced.__code__.replace(co_name=f"hypergradient_{next(_numbers)}")
+    graph = torch.compile(traced, fullgraph=True, dynamic=dynamic, backend=backend)
+
+    def call(*arguments: Any) -> Hypergradient:
+        try:
+            return graph(*arguments)
+        except exc.FailOnRecompileLimitHit:  # before anything has run; old numbers rarely come back
+            reset_code(traced.__code__)
+            return graph(*arguments)
+
+    return call
 
 
 def _check_inputs(problem: Any, model: nn.Module, step: Hypergradient) -> None:

@@ -107,15 +107,16 @@ def _attributes(value: object) -> dict[str, Any]:
     """What the object has, in its dictionary, in slots and on its class, by name."""
     own: dict[str, Any] = getattr(value, "__dict__", {})
     attributes = {name: part for name, part in own.items() if not name.startswith("__")}
-    for name in _names_of_class(type(value)):  # type: ignore[arg-type]  # to mypy a class is not hashable here
+    kind: Any = type(value)
+    for name in _names_of_class(kind, sum(len(base.__dict__) for base in kind.__mro__)):
         if name not in attributes and hasattr(value, name):
             attributes[name] = getattr(value, name)
     return attributes
 
 
-@functools.cache  # the walk is made twice in every training step
-def _names_of_class(kind: type) -> tuple[str, ...]:
-    """The names of slots, and of what may be or hold policies, on a class."""
+@functools.cache  # the walk is made in every training step
+def _names_of_class(kind: Any, size: int) -> tuple[str, ...]:
+    """The names of slots, and of what may be or hold policies, on a class whose namespaces have ``size`` names."""
     names: dict[str, None] = {}
     for base in kind.__mro__:
         slots = base.__dict__.get("__slots__", ())

@@ -94,14 +94,20 @@ def test_counting_batches_and_epochs_does_not_compile_each_anew(name):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 12
 
 
-def test_a_number_that_changes_with_every_step_is_refused():
-    problem, solver = taylor(), ZeroIG()
-    problem.lower.constraint = ba.LinfBall(ba.Schedule(lambda step, steps: min(0.3, 0.1 + step / steps), by="step"))
-    solver.compile("eager")
-    with pytest.raises(ba.InputError, match="no single graph of this can be compiled"):
-        for step in range(3):
-            problem.set_step(step, 10)
-            solver.backward(problem, dense(6, 5, 3), batch_of(4, 6))
+@pytest.mark.parametrize("by", ["epoch", "step"])
+def test_a_number_that_takes_no_symbol_has_a_graph_for_each_of_its_values(by):
+    """A radius is checked as a number."""
+    radius = ba.Schedule(lambda now, total: 0.1 * (now + 1) / total, by=by)
+    solvers, problems, model = [ZeroIG(), ZeroIG()], [taylor(), taylor()], dense(6, 5, 3)
+    solvers[1].compile("eager")
+    for now in range(4):
+        deltas = []
+        for problem, solver in zip(problems, solvers, strict=True):
+            problem.lower.constraint = ba.LinfBall(radius)
+            problem.set_epoch(now, 4)
+            problem.set_step(now, 4)
+            deltas.append(solver.backward(problem, model, batch_of(4, 6)).solution.delta)
+        assert torch.equal(*deltas) and deltas[0].abs().max() > 0.02 * (now + 1)
 
 
 @pytest.mark.slow
