@@ -48,7 +48,6 @@ def compare(
     problem = file.problem(**file.recipe("digits" if model_name == "small_cnn" else "cifar10").problem)
     plain, compiled = (ZeroIG() if file.solver is None else file.solver() for _ in range(2))
     compiled.compile()
-    inductor.force_disable_caches = True
     torch.manual_seed(0)
     model = build_model(model_name, shape, 10).to(device).train()
     g = torch.Generator().manual_seed(0)
@@ -92,7 +91,8 @@ def benchmark(
             raise InputError(f"--{name} is {value}; it must be at least 1")
     where = resolve_device(device)
     cases = [(model, method) for model in models for method in methods]
-    rows = [(*case, *compare(*case, batch_size, repeats, where)) for case in cases]
+    with inductor.patch(force_disable_caches=True):
+        rows = [(*case, *compare(*case, batch_size, repeats, where)) for case in cases]
     lines = [
         "# Compiled steps beside uncompiled ones",
         "",
