@@ -109,8 +109,8 @@ MUTATIONS = [
     (
         "the reference of the divergence",
         "bilevel_at/problem.py",
-        "contextlib.nullcontext() if differentiable else no_graph()",
-        "contextlib.nullcontext()",
+        "full_precision(batch.x.device) if differentiable else no_graph()",
+        "full_precision(batch.x.device)",
         ("tests/language/test_losses.py",),
     ),
 ]
