@@ -13,6 +13,7 @@ from torch import nn
 from .batch import Batch, on_host
 from .draws import is_global
 from .errors import InputError
+from .problem import check_base
 from .solution import Hypergradient
 
 __all__ = ["one_graph"]
@@ -76,7 +77,10 @@ def one_graph(hypergradient: Callable[..., Hypergradient], backend: str) -> Call
                 if on_host(batch.x):
                     hypergradient(problem, model, batch, anchor, generator, scale=scale)
                 raise
-        _check_inputs(problem, model, step)
+        # What a solve looks at where that is free, and a graph cannot.
+        if on_host(step.solution.delta):
+            with torch.no_grad():
+                check_base(problem.lower, problem.lower.base(model, step.solution.batch))
         return step
 
     return compiled
@@ -103,15 +107,6 @@ def _graph(
             return graph(*arguments)
 
     return call
-
-
-def _check_inputs(problem: Any, model: nn.Module, step: Hypergradient) -> None:
-    """What ``LowerProblem.solve`` checks where a look is free, which a graph leaves out."""
-    constraint = getattr(problem.lower, "constraint", None)
-    with torch.no_grad():
-        base = problem.lower.base(model, step.solution.batch)
-    if constraint is not None and on_host(base):
-        constraint.check(base)
 
 
 def _reason(error: Exception) -> str:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 __all__ = ["Draws", "generator_on", "host_uniform", "is_global"]
 
@@ -58,6 +59,15 @@ class Draws:
                 generator = torch.Generator(self._generator.device)
                 generator.set_state(self._state)
                 yield generator
+
+
+def difference(loss: Callable[[Tensor], Tensor], before: Tensor, after: Tensor) -> Tensor:
+    """Σ loss(after) − Σ loss(before), where both passes make the same draws: dropout drops the same units."""
+    draws = Draws(None, after.device)
+    low = loss(before)
+    with draws.again():
+        high = loss(after)
+    return high.sum() - low.sum()
 
 
 def is_global(generator: torch.Generator, device: torch.device) -> bool:

@@ -106,7 +106,8 @@ class KKTSolver(Solver):
 
         The diagonal is looked at only where λ, as a number, leaves it open (μ is never negative), or is on a CPU.
         """
-        if not on_host(lam) if isinstance(lam, Tensor) else lam + self.damping > 0:
+        leave = not on_host(lam) if isinstance(lam, Tensor) else lam + self.damping > 0
+        if leave:
             return
         flat = (diagonal <= 0).nonzero().flatten().tolist()
         if flat:

@@ -11,7 +11,7 @@ from .anchors import Anchor, Steps, anchor_policy
 from .batch import Batch, per_sample
 from .constraints import Constraint
 from .directions import Direction, direction_of
-from .draws import Draws
+from .draws import difference
 from .errors import InputError, positive, whole_number
 from .losses import AnyLoss, input_gradient
 from .modes import Mode
@@ -135,12 +135,8 @@ class Linearized(LowerProblem):
             slope = slope.detach().requires_grad_()
             read = direction_of(self.direction)(slope)
             (u,) = torch.autograd.grad(read, slope, (after - before) / 2)
-        batch, z = solution.batch, solution.anchor
-        draws = Draws(None, z.device)
-        low = self.attack_loss(model, batch, z - u)
-        with draws.again():  # dropout in train mode drops the same units
-            high = self.attack_loss(model, batch, z + u)
-        return high.sum() - low.sum()
+        z = solution.anchor
+        return difference(lambda d: self.attack_loss(model, solution.batch, d), z - u, z + u)
 
     def curvature(self, model: nn.Module, solution: Solution) -> tuple[CurvedPart | None, Tensor | float]:
         return None, solution.lam

@@ -11,7 +11,7 @@ from torch import nn
 
 from .errors import InputError
 
-__all__ = ["Mode", "attack_mode", "full_precision", "no_graph", "same_buffers"]
+__all__ = ["Mode", "attack_mode", "autocast", "full_precision", "no_graph", "same_buffers"]
 
 Mode = Literal["train", "eval"]
 
@@ -27,6 +27,11 @@ def no_graph() -> Iterator[None]:
         yield
     if torch.is_autocast_enabled() or torch.is_autocast_enabled("cpu"):
         torch.clear_autocast_cache()
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[None]:
+    """Autocast to bfloat16 where ``precision`` is "bfloat16"; else nothing."""
+    return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bfloat16" else nullcontext()
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[None]:

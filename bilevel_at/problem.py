@@ -20,7 +20,7 @@ from . import descent, policy
 from .anchors import Anchor, anchor_policy
 from .batch import Batch, on_host
 from .constraints import Constraint
-from .draws import Draws
+from .draws import difference
 from .errors import InputError
 from .losses import AnyLoss, as_loss, check_prepared, cross_entropy
 from .modes import Mode, attack_mode, full_precision, no_graph
@@ -145,9 +145,7 @@ class LowerProblem(Policy):
             with full_precision(batch.x.device) if differentiable else no_graph():
                 seen = check_prepared(self, self.prepare(model, batch, generator))
             memo, drawn, base = None, anchor is None, self.base(model, seen)
-            constraint = getattr(self, "constraint", None)
-            if constraint is not None and on_host(base):
-                constraint.check(base)
+            check_base(self, base)
             if anchor is None:
                 anchor, memo = anchor_policy(getattr(self, "anchor", "zero")).draw(self, model, seen, generator)
             _check_anchor(anchor, base, batch)
@@ -166,15 +164,18 @@ class LowerProblem(Policy):
             solution: of a differentiable solve: its batch, anchor and λ are those of g.
             before, after: two perturbations, shaped like δ*.
         """
-        draws = Draws(None, after.device)
-        low = self.objective(model, solution.batch, before, solution.anchor)
-        with draws.again():  # dropout in train mode drops the same units
-            high = self.objective(model, solution.batch, after, solution.anchor)
-        return high.sum() - low.sum()
+        return difference(lambda d: self.objective(model, solution.batch, d, solution.anchor), before, after)
 
     def curvature(self, model: nn.Module, solution: Solution) -> tuple[CurvedPart | None, Tensor | float]:
         """(ℓ, λ) such that ∇²_δδ g = ∇²_δδ ℓ + λI; None for ℓ where the Hessian is λI."""
         return lambda batch, delta, anchor: self.objective(model, batch, delta, anchor), 0.0
+
+
+def check_base(lower: LowerProblem, base: Tensor) -> None:
+    """Raise :class:`InputError` where the constraint does not take ``base``, which is looked at where that is free."""
+    constraint = getattr(lower, "constraint", None)
+    if constraint is not None and on_host(base):
+        constraint.check(base)
 
 
 def _check_anchor(anchor: Tensor, base: Tensor, batch: Batch) -> None:

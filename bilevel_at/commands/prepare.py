@@ -17,6 +17,7 @@ from ..errors import InputError
 from ..evaluate import Attack, Threat, attack_from_name, norm_of
 from ..evaluate.threat import check_set
 from ..models import build_model
+from ..modes import autocast
 from ..runs.networks import load
 from ..train.trainer import check_coupling
 from .device import resolve_device
@@ -151,14 +152,13 @@ def try_a_step(plan: Plan, model: nn.Module, train: ImageSet) -> None:
     generator = torch.Generator(few.device).manual_seed(0)
     with plan.file.blame("its problem cannot be solved: "):
         problem, model = copy.deepcopy(plan.problem), copy.deepcopy(model).train()
-        half = torch.autocast(few.device.type, torch.bfloat16, enabled=plan.options.precision == "bfloat16")
-        with half:
+        with autocast(plan.options.precision, few.device):
             step = plan.solver.hypergradient(problem, model, batch, generator=generator)
         if plan.options.compile:
             solver = copy.deepcopy(plan.solver)
             solver.compile("eager")  # traces, and leaves out what takes a minute
             for number in range(3):  # a schedule by update shows in the second step
                 policy.set_step((problem, solver), number, 3)
-                with half:
+                with autocast(plan.options.precision, few.device):
                     solver.backward(problem, model, batch, generator)
     check_coupling(step.losses, plan.options.accumulate)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from collections.abc import Iterable, Iterator
@@ -18,7 +17,7 @@ from ..diagnose import gradient_alignment
 from ..draws import generator_on
 from ..errors import BilevelError, InputError
 from ..evaluate import Attack, robust_correct
-from ..modes import attack_mode
+from ..modes import attack_mode, autocast
 from ..problem import BilevelProblem
 from ..runs.metrics import Epoch
 from ..runs.recipe import Recipe
@@ -155,7 +154,7 @@ class Trainer:
                     part.set_step(step_number, self.recipe.epochs * self.steps_per_epoch)
                 self.optimizer.zero_grad()
                 for place, batch in enumerate(group, number * self.recipe.accumulate):
-                    with self._autocast():
+                    with autocast(self.precision, self.device):
                         step = self.solver.backward(
                             self.problem, self.model, batch, generator, weight=len(batch) / examples
                         )
@@ -194,15 +193,10 @@ class Trainer:
     def _look(self, solution: Solution) -> Tensor:
         """(correct on x + δ*, the sum of ‖δ*‖_∞, rows): what training saw, before the step is taken."""
         batch, delta = solution.batch, solution.delta
-        with torch.no_grad(), attack_mode(self.model, "eval"), self._autocast():
+        with torch.no_grad(), attack_mode(self.model, "eval"), autocast(self.precision, self.device):
             right = self.model(batch.x + delta).argmax(1) == batch.y
         sizes = delta.flatten(1).abs().amax(1)
         return torch.stack([right.sum().double(), sizes.sum().double(), sizes.new_tensor(len(sizes)).double()])
-
-    def _autocast(self) -> contextlib.AbstractContextManager[None]:
-        if self.precision == "float32":
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
     def state_dict(self) -> dict[str, Any]:
         """Weights, their average where there is one, optimiser, what the problem remembers, and the epochs done."""
