@@ -18,13 +18,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from pages import at_least_one
 from rich.console import Console
 
 import bilevel_at as ba
 from bilevel_at import run as main_job
 from bilevel_at.commands import flags
 from bilevel_at.data import load_data
-from bilevel_at.errors import InputError
 from bilevel_at.evaluate import Attack, attack_from_name
 from bilevel_at.evaluate.stages import Margins
 from bilevel_at.runs.evaluations import Store
@@ -106,8 +106,7 @@ def benchmark(seeds: int = 3, folder: str = "runs/bench-attacks", write: str | N
         folder: where the runs go.
         write: a markdown file for the page; in the folder if not given.
     """
-    if seeds < 1:
-        raise InputError(f"--seeds is {seeds}; it must be at least 1")
+    at_least_one(seeds=seeds)
     found = {method: [measure(method, seed, Path(folder)) for seed in range(seeds)] for method in METHODS}
     page = Path(write) if write is not None else Path(folder) / "attacks.md"
     page.parent.mkdir(parents=True, exist_ok=True)

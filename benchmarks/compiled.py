@@ -13,16 +13,14 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
-from rich.console import Console
+from pages import at_least_one, show
 from torch._inductor import config as inductor
 
 import bilevel_at as ba
 from bilevel_at.commands import flags
 from bilevel_at.commands.device import resolve_device
-from bilevel_at.errors import InputError
 from bilevel_at.models import build_model
 from bilevel_at.runs.problem_file import ProblemFile
 from bilevel_at.runs.provenance import device_name
@@ -86,9 +84,7 @@ def benchmark(
         device: cpu, cuda, or auto for a GPU where there is one.
         write: a markdown file to write the table to.
     """
-    for name, value in (("batch-size", batch_size), ("repeats", repeats)):
-        if value < 1:
-            raise InputError(f"--{name} is {value}; it must be at least 1")
+    at_least_one(batch_size=batch_size, repeats=repeats)
     where = resolve_device(device)
     cases = [(model, method) for model in models for method in methods]
     with inductor.patch(force_disable_caches=True):
@@ -109,11 +105,7 @@ def benchmark(
             for model, method, ratio, gap, first in rows
         ),
     ]
-    text = "\n".join(lines) + "\n"
-    Console().print(text, highlight=False, markup=False, soft_wrap=True)
-    if write is not None:
-        Path(write).parent.mkdir(parents=True, exist_ok=True)
-        Path(write).write_text(text)
+    show(lines, write)
 
 
 def command(args: Sequence[str]) -> int:

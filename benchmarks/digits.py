@@ -23,6 +23,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 from matplotlib import pyplot as plt
+from pages import at_least_one
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -177,9 +178,7 @@ def benchmark(
     unknown = [method for method in methods if method not in METHODS]
     if unknown:
         raise InputError(f"--methods {unknown[0]} is not known; choose from {', '.join(METHODS)}")
-    for name, value in (("seeds", seeds), ("jobs", jobs)):
-        if value is not None and value < 1:
-            raise InputError(f"--{name} is {value}; it must be at least 1")
+    at_least_one(seeds=seeds, jobs=jobs)
     cores = os.cpu_count() or 1
     jobs = cores if jobs is None else jobs
     threads = max(1, cores // jobs)

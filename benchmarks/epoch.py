@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pages import at_least_one
 from rich.console import Console
 from rich.table import Table
 
@@ -125,9 +126,7 @@ def benchmark(
         device: cpu, cuda, or auto.
         write: a folder for epoch-DEVICE-MODEL.json.
     """
-    for flag, value in (("examples", examples), ("batch-size", batch_size)):
-        if value is not None and value < 1:
-            raise InputError(f"--{flag} is {value}; it must be at least 1")
+    at_least_one(examples=examples, batch_size=batch_size)
     place = resolve_device(device)
     train, _ = load_data(data, data_dir)
     train = (train if examples is None else train.sample(examples)).to(place)

@@ -14,15 +14,13 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
-from rich.console import Console
+from pages import at_least_one, show
 from torch import Tensor, nn
 
 import bilevel_at as ba
 from bilevel_at.commands import flags
-from bilevel_at.errors import InputError
 from bilevel_at.solvers import FullKKT
 
 SIZES = (12, 27, 48, 75, 108, 192)
@@ -65,9 +63,7 @@ def benchmark(examples: int = 64, repeats: int = 9, write: str | None = None) ->
         repeats: pairs that are timed.
         write: a markdown file to write the table to.
     """
-    for name, value in (("examples", examples), ("repeats", repeats)):
-        if value < 1:
-            raise InputError(f"--{name} is {value}; it must be at least 1")
+    at_least_one(examples=examples, repeats=repeats)
     rows = [(d, *compare(d, examples, repeats)) for d in SIZES]
     lines = [
         "# FullKKT: conjugate gradients beside the dense form",
@@ -80,11 +76,7 @@ def benchmark(examples: int = 64, repeats: int = 9, write: str | None = None) ->
         "|---|---|---|",
         *(f"| {d} | {ratio:.1f} | {gap:.0e} |" for d, ratio, gap in rows),
     ]
-    text = "\n".join(lines) + "\n"
-    Console().print(text, highlight=False, markup=False, soft_wrap=True)
-    if write is not None:
-        Path(write).parent.mkdir(parents=True, exist_ok=True)
-        Path(write).write_text(text)
+    show(lines, write)
 
 
 def command(args: Sequence[str]) -> int:

@@ -29,6 +29,7 @@ matplotlib.use("Agg")
 import numpy as np
 import torch
 from matplotlib import pyplot as plt
+from pages import at_least_one
 from rich.console import Console
 from rich.progress import Progress
 from scipy.stats import spearmanr
@@ -306,8 +307,7 @@ def benchmark(
     """
     if not steps or min(steps) <= 0:
         raise InputError(f"--steps are {' '.join(map(str, steps)) or 'none'}; they must be positive, such as 1.25 2")
-    if seeds < 1:
-        raise InputError(f"--seeds is {seeds}; it must be at least 1")
+    at_least_one(seeds=seeds)
     setting: dict[str, Any] = {"data": data, "data_dir": data_dir, "model": model, "epsilon": epsilon}
     setting |= {"batch": batch, "lr": lr, "examples": examples, "epochs": epochs, "by_class": by_class}
     images, _ = data_of(setting)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pages import at_least_one
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -27,7 +28,6 @@ import bilevel_at as ba
 from bilevel_at import run as main_job
 from bilevel_at.commands import flags
 from bilevel_at.data import ImageSet, load_data
-from bilevel_at.errors import InputError
 from bilevel_at.evaluate import attack_from_name
 from bilevel_at.evaluate.robust import attacked
 
@@ -145,8 +145,7 @@ def benchmark(
         folder: where the runs go.
         write: a markdown file for the page; in the folder if not given.
     """
-    if examples < 1:
-        raise InputError(f"--examples is {examples}; it must be at least 1")
+    at_least_one(examples=examples)
     torch.set_num_threads(1)
     results, sizes = {}, {}
     for case in cases(data_dir):

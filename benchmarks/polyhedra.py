@@ -13,12 +13,11 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
 import torch
-from rich.console import Console
+from pages import at_least_one, show
 from torch import Tensor
 
 import bilevel_at as ba
@@ -108,8 +107,7 @@ def benchmark(repeats: int = 7, device: str = "auto", sizes: tuple[int, ...] = (
         sizes: which rows of the table to make, by their number from 1; all by default.
         write: a markdown file to write the table to.
     """
-    if repeats < 1:
-        raise InputError(f"--repeats is {repeats}; it must be at least 1")
+    at_least_one(repeats=repeats)
     place = resolve_device(device)
     for i in sizes:
         if not 1 <= i <= len(SIZES):
@@ -134,12 +132,7 @@ def benchmark(repeats: int = 7, device: str = "auto", sizes: tuple[int, ...] = (
             f"{size.scale:g} | {1e3 * at.single:.1f} | {1e3 * at.batched:.1f} | {at.single / at.batched:.1f} | "
             f"{at.left} | {at.distance:.0e} |"
         )
-    text = "\n".join([*lines, "", "On a CPU, where there are more rows than values, `project` itself goes one by one."])
-    text += "\n"
-    Console().print(text, highlight=False, markup=False, soft_wrap=True)
-    if write is not None:
-        Path(write).parent.mkdir(parents=True, exist_ok=True)
-        Path(write).write_text(text)
+    show([*lines, "", "On a CPU, where there are more rows than values, `project` itself goes one by one."], write)
 
 
 def command(args: Sequence[str]) -> int:

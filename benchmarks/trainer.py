@@ -15,15 +15,13 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
-from rich.console import Console
+from pages import at_least_one, show
 
 import bilevel_at as ba
 from bilevel_at.commands import flags
 from bilevel_at.data import Images, load_data
-from bilevel_at.errors import InputError
 from bilevel_at.evaluate import Attack
 from bilevel_at.models import build_model
 from bilevel_at.runs.problem_file import ProblemFile
@@ -93,9 +91,7 @@ def benchmark(repeats: int = 9, examples: int = 1280, epochs: int = 3, write: st
         epochs: of each training.
         write: a markdown file to write the table to.
     """
-    for name, value in (("repeats", repeats), ("examples", examples), ("epochs", epochs)):
-        if value < 1:
-            raise InputError(f"--{name} is {value}; it must be at least 1")
+    at_least_one(repeats=repeats, examples=examples, epochs=epochs)
     rows = [(model, method, compare(model, method, examples, epochs, repeats)) for model, method in CASES]
     lines = [
         "# The trainer beside a bare loop",
@@ -109,11 +105,7 @@ def benchmark(repeats: int = 9, examples: int = 1280, epochs: int = 3, write: st
         "|---|---|",
         *(f"| {model}, {method} | {ratio:.3f} |" for model, method, ratio in rows),
     ]
-    text = "\n".join(lines) + "\n"
-    Console().print(text, highlight=False, markup=False, soft_wrap=True)
-    if write is not None:
-        Path(write).parent.mkdir(parents=True, exist_ok=True)
-        Path(write).write_text(text)
+    show(lines, write)
 
 
 def command(args: Sequence[str]) -> int:

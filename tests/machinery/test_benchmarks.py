@@ -21,6 +21,7 @@ FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(FOLDER)  # as Python does for a script
     g = np.random.default_rng(0)
     Path("data").mkdir()
     np.savez(
