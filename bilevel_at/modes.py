@@ -35,7 +35,7 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[Non
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[None]:
-    """No autocast: for linear algebra on what the network's passes gave, which autocast would round to half precision.
+    """No autocast: for passes that are differentiated twice, and for linear algebra on what passes gave.
 
     Without autocast this does nothing, on any device.
     """
