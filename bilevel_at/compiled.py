@@ -90,7 +90,7 @@ def _graph(
     hypergradient: Callable[..., Hypergradient], backend: str, dynamic: bool | None
 ) -> Callable[..., Hypergradient]:
     """``hypergradient`` of (problem, model, batch, anchor, scale) as torch.compile makes it."""
-    from torch._dynamo import exc, reset_code  # type: ignore[attr-defined]
+    from torch._dynamo import exc, reset_code  # type: ignore[attr-defined]  # not among its exports
 
     def traced(problem: Any, model: nn.Module, batch: Batch, anchor: Any, scale: float) -> Hypergradient:
         return hypergradient(problem, model, batch, anchor, None, scale=scale)

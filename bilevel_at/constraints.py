@@ -235,7 +235,7 @@ class LinfBall(Box):
         object.__setattr__(self, "bounds", check_bounds(self.bounds))
 
     @property
-    def radius(self) -> float:  # type: ignore[override]
+    def radius(self) -> float:  # type: ignore[override]  # elsewhere an attribute
         """ε now."""
         return check_epsilon("epsilon", number(self.epsilon))
 
@@ -279,7 +279,7 @@ class L2Ball(Constraint):
         object.__setattr__(self, "bounds", check_bounds(self.bounds))
 
     @property
-    def radius(self) -> float:  # type: ignore[override]
+    def radius(self) -> float:  # type: ignore[override]  # elsewhere an attribute
         """ε now."""
         return check_epsilon("epsilon", number(self.epsilon))
 

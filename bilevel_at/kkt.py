@@ -50,7 +50,7 @@ class KKTSolver(Solver):
     cross_at: CrossAt = "anchor"
 
     @property
-    def first_order(self) -> bool:  # type: ignore[override]
+    def first_order(self) -> bool:  # type: ignore[override]  # elsewhere an attribute
         """Whether ∇_δ g needs no graph."""
         return self.cross_at == "merged"
 

@@ -104,7 +104,8 @@ def nearest_points(u: Tensor, B: Tensor, b: Tensor, low: Tensor | None = None, h
         InputError: where no δ satisfies all of this.
         ConvergenceError: where the one-by-one method does not find the point either.
     """
-    task = Task(*(side if side is None else side.detach().double() for side in (u, B, b, low, high)))  # type: ignore[arg-type]
+    sides = (None if side is None else side.detach().double() for side in (low, high))
+    task = Task(u.detach().double(), B.detach().double(), b.detach().double(), *sides)
     solve = one_by_one if u.device.type == "cpu" and len(B) > B.shape[1] else together
     size = max(1, ENTRIES // (len(B) * max(B.shape)))
     parts = [_outside_only(task.of(slice(i, i + size)), solve) for i in range(0, len(u), size)]

@@ -112,7 +112,8 @@ class Solver(Policy):
 
     def __getstate__(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Without the compiled graph, which is this object's: a copy would go on with this one's settings."""
-        slots = copyreg._slotnames(type(self))  # type: ignore[attr-defined]
+        # object.__getstate__, which does the rest, is of Python 3.11.
+        slots = copyreg._slotnames(type(self))  # type: ignore[attr-defined]  # private, and pickle's own
         own = {name: value for name, value in vars(self).items() if name != "hypergradient"}
         return own, {name: getattr(self, name) for name in slots if hasattr(self, name)}
 
