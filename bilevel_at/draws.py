@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-__all__ = ["Draws", "generator_on", "host_uniform", "is_global"]
+__all__ = ["Draws", "difference", "generator_on", "host_uniform", "is_global", "random_state"]
 
 
 def generator_on(device: torch.device, seed: int) -> torch.Generator:
@@ -59,6 +59,14 @@ class Draws:
                 generator = torch.Generator(self._generator.device)
                 generator.set_state(self._state)
                 yield generator
+
+
+def random_state(generator: torch.Generator) -> list[Tensor]:
+    """The states of ``generator`` and of torch's own for its device: equal before and after what draws nothing."""
+    states = [generator.get_state(), torch.get_rng_state()]
+    if generator.device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(generator.device))
+    return states
 
 
 def difference(loss: Callable[[Tensor], Tensor], before: Tensor, after: Tensor) -> Tensor:

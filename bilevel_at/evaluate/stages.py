@@ -19,6 +19,7 @@ from ..losses import margins
 from ..modes import attack_mode
 from ..problem import LowerProblem
 from ..targeted import Targeted
+from .cycles import Cycles
 from .threat import measured_reach
 
 __all__ = ["Descent", "Margins", "NormalizedSteps", "OnSurrogate", "Scaled", "Stage"]
@@ -48,6 +49,9 @@ class Descent:
         steps: how often it is solved.
         any_step: whether an example is broken if any of the solutions breaks it, and then not attacked further;
             otherwise only the last solution counts.
+        cycles: whether an example whose solutions go in a cycle is left there, at the one that it would end with
+            (:class:`~bilevel_at.evaluate.cycles.Cycles`). This is for lower problems that solve each example apart from
+            the others, and from its last solution alone.
 
     Raises:
         ConvergenceError: if the lower problem raises it.
@@ -57,6 +61,7 @@ class Descent:
     restart: int = 0
     steps: int = 1
     any_step: bool = False
+    cycles: bool = field(default=False, repr=False)  # the result is the same, and stored results have the repr
 
     @property
     def name(self) -> str:
@@ -68,18 +73,32 @@ class Descent:
     def __call__(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> Tensor:
         attacked, left = batch.x.clone(), torch.arange(len(batch), device=batch.x.device)
         delta = None
+        watch = Cycles(self.steps, generator) if self.cycles else None
         for _ in range(self.steps):
-            delta = self.lower.solve(model, batch, delta, generator).delta
-            if self.any_step:
-                attacked[left] = batch.x + delta
-                with torch.no_grad():
-                    standing = model(batch.x + delta).argmax(1) == batch.y
-                left, batch, delta = left[standing], batch[standing], delta[standing]
-                if len(left) == 0:
-                    return attacked
-        if not self.any_step and delta is not None:
-            attacked = batch.x + delta
+            solution = self.lower.solve(model, batch, delta, generator)
+            before, delta = delta, solution.delta
+            if self.any_step and before is not None:
+                stands = self._stands(model, batch, before, solution.kept_output)
+                attacked[left[~stands]] = (batch.x + before)[~stands]
+                left, batch, delta = left[stands], batch[stands], delta[stands]
+                if watch is not None:
+                    watch.keep(stands)
+            if watch is not None and (ending := watch.see(delta)) is not None:
+                cycling, last = ending
+                attacked[left[cycling]] = (batch.x + last)[cycling]
+                left, batch, delta = left[~cycling], batch[~cycling], delta[~cycling]
+                watch.keep(~cycling)
+            if len(left) == 0:
+                return attacked
+        if delta is not None:
+            attacked[left] = batch.x + delta
         return attacked
+
+    def _stands(self, model: nn.Module, batch: Batch, delta: Tensor, output: Any) -> Tensor:
+        """Whether the network is right on x + δ, ``[B]``, by the output there that the solve from δ kept, if it did."""
+        with torch.no_grad():
+            answers = model(batch.x + delta) if output is None else output
+            return answers.argmax(1) == batch.y
 
 
 class NormalizedSteps(torch.optim.Optimizer):

@@ -1,0 +1,75 @@
+"""Projected steps that go in a circle: what the last of K steps is, without taking all of them.
+
+A projected step of fixed length is a function of δ alone, so an iterate that equals an earlier one starts a cycle. Sign
+steps end in one sooner than one may think: on adversarially trained digits half of the images after 16 of 50 steps and
+97 % after 33, most of them at a corner of the ball, with one pixel going back and forth (docs/performance.md).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+import torch
+from torch import Tensor
+
+from ..draws import random_state
+
+__all__ = ["Cycles"]
+
+LONGEST = 4
+WORTH = 8
+
+
+class Cycles:
+    """Watches the iterates of each row, and says which have returned to one of the last four.
+
+    Args:
+        steps: K, after which the iterates end.
+        generator: what the steps would draw from, if they drew. Steps that draw are no function of δ, and none of their
+            rows are reported.
+    """
+
+    def __init__(self, steps: int, generator: torch.Generator) -> None:
+        self.steps, self.generator = steps, generator
+        self.recent: deque[Tensor] = deque(maxlen=LONGEST)
+        self.done = 0
+        self._state: list[Tensor] | None = None
+
+    def see(self, delta: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Take in the next iterate.
+
+        Args:
+            delta: ``[B, ...]``, for the rows that are left.
+
+        Returns:
+            (``[B]`` bool, the rows in a cycle; what their iterates after K steps are, ``[B, ...]``, meaningful in those
+            rows), where there are enough of them for a smaller batch to pay, and None otherwise.
+        """
+        self.done += 1
+        if self._state is None:
+            self._state = random_state(self.generator)  # after the first step, which draws its start
+        ending = self._look(delta)
+        self.recent.append(delta)
+        return ending
+
+    def keep(self, rows: Tensor) -> None:
+        """Only ``rows`` (``[B]`` bool, or indices) are left."""
+        self.recent = deque((delta[rows] for delta in self.recent), maxlen=LONGEST)
+
+    def _look(self, delta: Tensor) -> tuple[Tensor, Tensor] | None:
+        cycling = torch.zeros(len(delta), dtype=torch.bool, device=delta.device)
+        last = delta
+        for period in range(1, len(self.recent) + 1):
+            back = (self.recent[-period] == delta).flatten(1).all(1) & ~cycling
+            ahead = (self.steps - self.done) % period
+            if ahead:  # the iterate that many steps on is the one that many steps after the equal one
+                last = torch.where(back.reshape(-1, *[1] * (delta.ndim - 1)), self.recent[ahead - period], last)
+            cycling |= back
+        enough = int(cycling.sum()) * WORTH >= len(delta)
+        if not enough or not self._drew_nothing():
+            return None
+        return cycling, last
+
+    def _drew_nothing(self) -> bool:
+        assert self._state is not None
+        return all(torch.equal(a, b) for a, b in zip(self._state, random_state(self.generator), strict=True))

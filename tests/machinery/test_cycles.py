@@ -1,0 +1,116 @@
+"""Steps that go in a circle: leaving them early changes no result, and saves most of PGD's passes."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from evaluating import EPS, TEST
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import bilevel_at as ba
+from bilevel_at.evaluate import Attack, attack_from_name
+from bilevel_at.evaluate.cycles import LONGEST, Cycles
+from bilevel_at.evaluate.robust import attacked
+
+
+class Counting(nn.Module):
+    """A network that counts the rows it sees."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network, self.rows = network, 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.rows += len(x)
+        return self.network(x)
+
+
+def to_the_end(attack: Attack) -> Attack:
+    """The same attack, all of whose steps are taken."""
+    return dataclasses.replace(attack, stages=[dataclasses.replace(stage, cycles=False) for stage in attack.stages])
+
+
+@given(st.integers(1, LONGEST), st.integers(0, 6), st.integers(1, 30))
+def test_what_the_last_iterate_is(period, before, steps):
+    """Rows that enter a cycle of ``period`` after ``before`` steps end where taking all the steps ends."""
+
+    def iterate(number: int) -> torch.Tensor:
+        place = number if number < before else before + (number - before) % period
+        return torch.full((1, 2), float(place))
+
+    watch = Cycles(steps, torch.Generator())
+    for number in range(1, steps + 1):
+        ending = watch.see(iterate(number))
+        assert (ending is not None) == (number >= max(before, 1) + period)
+        if ending is not None:
+            cycling, last = ending
+            assert cycling.all() and torch.equal(last, iterate(steps))
+            break
+
+
+@pytest.mark.parametrize("name", ["pgd-50", "pgd-49", "pgd-37-2", "pgd-50-any", "pgd-50-2-any"])
+def test_the_result_is_that_of_all_steps(convolutional, name):
+    attack = attack_from_name(name, EPS)
+    early, late = attacked(convolutional, TEST, attack), attacked(convolutional, TEST, to_the_end(attack))
+    assert torch.equal(early.broken, late.broken) and torch.equal(early.said, late.said)
+    batch = ba.Batch(TEST.x, TEST.y)
+    ours, whole = (
+        each.perturb(convolutional, batch, torch.Generator().manual_seed(3)) for each in (attack, to_the_end(attack))
+    )
+    same = (ours == whole).flatten(1).all(1).float().mean()
+    assert same > 0.99  # a pass on fewer images rounds otherwise, and the sign of a gradient of 1e-9 may differ
+
+
+def test_half_of_the_passes_are_saved(convolutional):
+    rows = []
+    for attack in (attack_from_name("pgd-50", EPS), to_the_end(attack_from_name("pgd-50", EPS))):
+        network = Counting(convolutional)
+        attacked(network, TEST, attack)
+        rows.append(network.rows)
+    assert rows[0] < rows[1] / 2
+
+
+def test_a_look_at_every_step_is_the_pass_of_the_next(convolutional):
+    """PGD that counts every step makes one pass a step, not two."""
+    steps, attack = 6, attack_from_name("pgd-6-any", EPS)
+    network, batch = Counting(convolutional), ba.Batch(TEST.x, TEST.y)
+    moved = to_the_end(attack).stages[0](network, batch, torch.Generator().manual_seed(0))
+    assert network.rows <= steps * len(TEST)
+    # The same by its definition: broken where any of the iterates is misclassified.
+    lower, generator, delta = attack.stages[0].lower, torch.Generator().manual_seed(0), None
+    broken = torch.zeros(len(TEST), dtype=torch.bool)
+    for _ in range(steps):
+        delta = lower.solve(convolutional, batch, delta, generator).delta
+        broken |= convolutional(batch.x + delta).argmax(1) != batch.y
+    assert broken.any() and torch.equal(convolutional(moved).argmax(1) != batch.y, broken)
+
+
+class Noisy(nn.Module):
+    """A network with noise in its input, from torch's own generator."""
+
+    def __init__(self, network: nn.Module, scale: float) -> None:
+        super().__init__()
+        self.network, self.scale = network, scale
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.network(x + self.scale * torch.randn_like(x))
+
+
+def test_steps_that_draw_are_all_taken(convolutional):
+    """The noise is too small to change a sign, so the iterates repeat; but another draw might have changed one."""
+    network = Counting(Noisy(convolutional, 1e-12))
+    batch, attack = ba.Batch(TEST.x, TEST.y), attack_from_name("pgd-30", EPS)
+    attack.stages[0](network, batch, torch.Generator().manual_seed(0))
+    assert network.rows == 30 * len(TEST)
+
+
+def test_the_attackers_own_draws_count_too(convolutional):
+    generator = torch.Generator().manual_seed(0)
+    watch, still = Cycles(9, generator), torch.zeros(4, 2)
+    assert watch.see(still) is None
+    torch.rand(1, generator=generator)
+    assert watch.see(still) is None  # it is where it was, by a step that drew
