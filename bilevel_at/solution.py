@@ -120,7 +120,7 @@ class Hypergradient:
             return torch.zeros_like(self.direct_norm)
         # In float32 at least, and in few calls: on a GPU each costs more to launch than to compute.
         wide = [_wide(part) for part in zip(*present, strict=True)]
-        inner = torch.stack([product.sum() for product in torch._foreach_mul(*wide)]).sum()
+        inner = torch.stack([torch.dot(a.flatten(), b.flatten()) for a, b in zip(*wide, strict=True)]).sum()
         norms = self.direct_norm * self.implicit_norm * self.scale**2
         return torch.where(inner == 0, inner, inner / norms).clamp(-1, 1)
 

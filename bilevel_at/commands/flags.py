@@ -23,6 +23,7 @@ from tyro import constructors
 
 from ..errors import BilevelError, InputError
 from ..evaluate.radius import number_from_text
+from .heap import keep_freed_memory
 
 __all__ = ["Flag", "flags_of", "main", "parse"]
 
@@ -233,6 +234,7 @@ def main(command: Callable[[Sequence[str]], int | None], prog: str) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # not every terminal's encoding has ε
+    keep_freed_memory()
     try:
         return command(sys.argv[1:]) or 0
     except (InputError, BilevelError) as error:
