@@ -89,12 +89,18 @@ def cases(data_dir: str | None) -> list[Case]:
     return [*digits, Case("CIFAR-10, fastat, small_resnet", ("problems/fastat.py", *words), "cifar10", 8 / 255)]
 
 
-def measure(case: Case, folder: Path, data_dir: str | None, examples: int) -> dict[str, tuple[float, float, float]]:
-    """Attack -> (accuracy, gradients of an image, forward passes of an image)."""
+def train(case: Case, folder: Path) -> Path:
+    """The run of this network in the folder, trained if it is not there."""
     out = folder / case.title.replace(", ", "-").replace(" ", "-")
     if not (out / "results.json").exists():
         resume = ["--resume"] if (out / "config.json").exists() else []
         main_job.run([*case.words, "--attacks", "clean", "--out", str(out), *resume])
+    return out
+
+
+def measure(case: Case, folder: Path, data_dir: str | None, examples: int) -> dict[str, tuple[float, float, float]]:
+    """Attack -> (accuracy, gradients of an image, forward passes of an image)."""
+    out = train(case, folder)
     images: ImageSet = load_data(case.data, data_dir or "data", download=False)[1]
     images = images.sample(examples) if examples < len(images) else images
     rows = {}

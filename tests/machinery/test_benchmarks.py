@@ -168,3 +168,20 @@ def test_compiled_steps_are_compared():
         r"^\| small_cnn, fastat \| ([\d.]+) \| (\S+) \| \d+ \|$", Path("results/compiled.md").read_text(), re.M
     )
     assert row is not None and float(row[1]) > 0 and float(row[2]) < 0.1
+
+
+def test_attacks_are_timed_beside_those_of_others():
+    pytest.importorskip("torchattacks", reason="torchattacks, a peer, is not installed")
+    words = ["--examples", "20", "--repeats", "1", "--peers", "torchattacks", "--networks", "fastat"]
+    module = script("attack_time")
+    case = module.Case("digits, fastat", ("problems/fastat.py", "--epochs", "1", "--examples", "200"), "digits", 0.2)
+    module.cases = lambda data_dir: [case]
+    module.STRONG = ("beta-3", "nearest-3-2")  # AutoAttack takes a minute
+    module.command([*words, "--write", "results/attack-time.md"])
+    page = Path("results/attack-time.md").read_text()
+    rows = re.findall(r"^\| ([\w ,]+) \| ([\d.]+) \| (\d+) \| ([\d.]+) \| ([\d.]+) \| (\d+) \|", page, re.M)
+    assert [row[0] for row in rows] == [side for side in module.SIDES if side != "foolbox"]
+    assert float(rows[0][1]) == 1 and int(rows[0][2]) <= int(rows[1][2]) <= 50
+    assert [name for name in module.STRONG if f"| {name} | " in page] == list(module.STRONG)
+    with pytest.raises(ba.InputError, match="--peers cleverhans is not known"):
+        module.command(["--peers", "cleverhans"])
