@@ -136,7 +136,7 @@ COSTS = {
     "GradAlign on PGD-2": (gradalign.problem(steps=2), ZeroIG(), 3.75 + 8 / 3),
     "Fast-BAT": (fastbat.problem(), HessianFreeKKT(), 3.72),
     "Fast-BAT without its implicit term": (fastbat.problem(), ZeroIG(), 1 + 2 * 2 / 3 + 0.01),
-    "Fast-BAT from remembered anchors": (remembered_fastbat.problem(), HessianFreeKKT(), 3.72 - 2 / 3),
+    "Fast-BAT from remembered anchors": (remembered_fastbat.problem(), HessianFreeKKT(), 3.05),
     "Free-AT, a replay": (free.problem(), ZeroIG(), 1.01),
     "TRADES": (trades.problem(), ZeroIG(), (1 + 20 + 6) / 3 + 0.01),
     "MART": (mart.problem(), ZeroIG(), (20 + 6) / 3 + 0.01),
