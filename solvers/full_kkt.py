@@ -100,13 +100,13 @@ class FullKKT(KKTSolver):
 
     def _cholesky(self, hessian: Tensor, diagonal: Tensor, active: ActiveSet, v: Tensor) -> Tensor:
         exact = torch.float64 if v.dtype == torch.float64 else torch.float32  # half precisions are not factorised
-        matrix = hessian.to(exact, copy=True)
+        matrix = hessian.to(exact)  # and changed in place: each of its copies is B·d² numbers
         matrix.diagonal(dim1=1, dim2=2).add_(diagonal.to(exact)[:, None])
         right = active.tangent(v).flatten(1)[..., None].to(exact)
         with full_precision(v.device):
-            # Positive definite exactly where the Hessian is on the range of T.
+            # Positive definite exactly where the Hessian with its diagonal is so on the range of T.
             matrix = active.restricted(matrix)
-            factor, failed = torch.linalg.cholesky_ex((matrix + matrix.mT) / 2)
+            factor, failed = torch.linalg.cholesky_ex((matrix + matrix.mT).div_(2))
             self._refuse(failed > 0)
             return active.tangent(torch.cholesky_solve(right, factor).reshape(v.shape).to(v))
 
