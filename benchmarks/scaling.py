@@ -1,6 +1,6 @@
 """How costs grow with sizes, an axis at a time: docs/results/scaling.md and a figure for each axis.
 
-    python benchmarks/scaling.py [--only batch d] [--repeats 7] [--write docs/results]
+    python benchmarks/scaling.py [--only batch d] [--repeats 5] [--write docs/results]
 
 Every point of an axis is timed in turn in one process, on one thread, and ratios are medians of the repeats' ratios.
 Some minutes on two cores, and 3 GB of memory for the examples remembered. What is measured goes to
@@ -81,7 +81,7 @@ def page(folder: Path) -> list[str]:
 
 
 def benchmark(
-    only: tuple[str, ...] = tuple(AXES), repeats: int = 7, points: int | None = None, write: str | None = None
+    only: tuple[str, ...] = tuple(AXES), repeats: int = 5, points: int | None = None, write: str | None = None
 ) -> None:
     """Measure how costs grow.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 from scaling_measure import Axis, Line
 
 from bilevel_at.figures.style import GREY, SERIES, plt, save
@@ -109,20 +109,20 @@ def draw(axis: Axis, folder: Path) -> None:
                 values = [line.ratio(below, i) for i in points]
                 right.plot(axis.points, values, **styles[line.name]._asdict(), **marked)
         right.axhline(1, color=GREY, linewidth=0.9, zorder=0)
-        _title(right, f"{axis.clock} time / {axis.reference}")
+        _title(right, f"{axis.clock} time / that of {axis.reference}")
     for axes in grid.flat:
         axes.set_xlabel(axis.label)
         if axis.powers:
             axes.set(xscale="log", yscale="log")
-            _plain(axes.yaxis)
+            _ticks(axes)
         axes.xaxis.set_major_locator(FixedLocator(axis.points))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color="#e3e3e3", linewidth=0.6)
         axes.set_axisbelow(True)
     if len(axis.lines) > 1:
-        figure.legend(loc="outside upper center", ncols=min(4, len(axis.lines)), frameon=False, handlelength=3.2)
+        figure.legend(loc="outside upper center", ncols=2 * panels, frameon=False, handlelength=3.2)
     save(figure, folder / figure_name(axis))
 
 
@@ -130,10 +130,19 @@ def _title(axes: Axes, text: str) -> None:
     axes.set_title(text, loc="left", fontsize=10)
 
 
-def _plain(along: object) -> None:
-    """Numbers in place of powers of ten."""
-    along.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
-    along.set_minor_formatter(NullFormatter())
+def _short(value: float) -> str:
+    """60k in place of 60,000, which touches its neighbours."""
+    return f"{value / 1000:g}k" if value and value % 1000 == 0 else f"{value:,g}"
+
+
+def _ticks(axes: Axes) -> None:
+    """Numbers in place of powers of ten, and others between them where they fit."""
+    low, high = axes.get_ylim()
+    between = {10: (1, 1.5, 2, 3, 4, 5, 7), 300: (1, 2, 5)}
+    subs = next((subs for most, subs in between.items() if high / low < most), (1,))
+    axes.yaxis.set_major_locator(LogLocator(10, subs=subs, numticks=20))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _guides(axes: Axes, axis: Axis) -> None:
@@ -147,10 +156,11 @@ def _guides(axes: Axes, axis: Axis) -> None:
             axes.annotate(
                 f"exponent {power}",
                 (end, (end / first) ** power),
-                (-4, 1),
+                (-4, 1 if power > 1 else -7),
                 textcoords="offset points",
                 ha="right",
-                va="bottom",
+                va="bottom" if power > 1 else "top",
                 color=GREY,
                 fontsize=8,
+                zorder=0.5,
             )

@@ -6,6 +6,7 @@ import dataclasses
 import os
 import tempfile
 import time
+import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from nearest import Counted
 from PIL import Image
-from scaling_measure import Advance, Axis, Line, in_turn, measured
+from scaling_measure import Advance, Axis, Line, Run, in_turn, measured
 from scaling_steps import method_step
 from torch import nn
 
@@ -43,15 +44,14 @@ def _trained(epochs: int) -> nn.Module:
     return model.eval()
 
 
-def restarts(points: Sequence[int], repeats: int, advance: Advance) -> Axis:
-    """Random starts of an attack."""
-    images = load_data("digits")[1][slice(0, 100)]
-    network = Counted(_trained(epochs=8))
-    names = {"PGD-10": "pgd-10-{}", "BETA, 10 steps": "beta-10-{}"}
-    runs, counts = {}, dict[str, list[float]]()
-    for name, attack in [("clean", "clean")] + list(names.items()):
-        counts[name] = []
-        for number in points:
+def restarts(points: Sequence[int], repeats: int, advance: Advance, epochs: int = 8) -> Axis:
+    """Random starts of an attack on a network that ``epochs`` of training have made."""
+    images = load_data("digits")[1][slice(0, 60)]
+    network = Counted(_trained(epochs))
+    names = {"clean": "clean", "PGD-10": "pgd-10-{}", "BETA, 10 steps": "beta-10-{}"}
+    runs, counts = {}, {name: list[float]() for name in names}
+    for number in points:
+        for name, attack in names.items():
             runs[name, number] = partial(attacked, network, images, attack_from_name(attack.format(number), 0.2))
             network.passes = 0
             runs[name, number]()
@@ -62,7 +62,7 @@ def restarts(points: Sequence[int], repeats: int, advance: Advance) -> Axis:
         "restarts",
         "Restarts",
         "random starts, R",
-        "Evaluation of Fast-AT's network on 100 digits at ε = 0.2, beside that of clean images. A start attacks the "
+        "Evaluation of Fast-AT's network on 60 digits at ε = 0.2, beside that of clean images. A start attacks the "
         "images that those before have not broken.",
         list(points),
         lines,
@@ -77,18 +77,17 @@ def rows(points: Sequence[int], repeats: int, advance: Advance) -> Axis:
     delta, x = torch.randn(samples, d, dtype=torch.float64), torch.rand(samples, d, dtype=torch.float64)
     every = torch.randn(max(points), d, dtype=torch.float64)
     right = (0.05 + 0.3 * torch.rand(len(every), dtype=every.dtype)) * every.norm(dim=1)
-    runs: dict[str, list[Any]] = {name: [] for name in ("projection", "projection, input range", "active set")}
-    for m in points:
-        free, bounded = (ba.Polyhedron(every[:m], right[:m], bounds) for bounds in (None, (0, 1)))
-        runs["projection"].append(partial(free.project, delta, x))
-        runs["projection, input range"].append(partial(bounded.project, delta, x))
-        runs["active set"].append(partial(free.active, free.project(delta, x), x))
+    runs = dict[str, list[Run]]()
+    for kind, bounds in {"": None, ", input range": (0, 1)}.items():
+        sets = [ba.Polyhedron(every[:m], right[:m], bounds) for m in points]
+        runs["projection" + kind] = [partial(one.project, delta, x) for one in sets]
+        runs["active set" + kind] = [partial(one.active, one.project(delta, x), x) for one in sets]
     return Axis(
         "rows",
         "Rows of a polyhedron",
         "rows, m",
-        f"`Polyhedron` on {samples} normal draws of {d} values, float64: the projection, with and without an input "
-        "range, and the active set that KKT solvers ask for (without one).",
+        f"`Polyhedron` on {samples} normal draws of {d} values, float64: the projection, and the active set that KKT "
+        "solvers ask for, without an input range and with one.",
         list(points),
         measured(runs, repeats, advance, count=False),
     )
@@ -160,6 +159,8 @@ def workers(points: Sequence[int], repeats: int, advance: Advance, images: int =
             for _ in loader.epoch(0):
                 pass
 
+        # More processes than cores is a point of the axis, not a mistake.
+        warnings.filterwarnings("ignore", message="This DataLoader will create")
         seconds = in_turn(
             {n: partial(epoch, loader) for n, loader in loaders.items()}, repeats, advance, time.perf_counter
         )
