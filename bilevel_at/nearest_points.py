@@ -41,8 +41,9 @@ RIDGE = 1e-13
 """Added to the diagonal of B Bᵀ, so that dependent rows share a multiplier; later rounds correct what it changes."""
 ENTRIES, ON_CPU = 2**24, 2**18
 """Numbers in one block of work: larger batches are split. 128 MiB on a GPU, which is to be kept busy; on a CPU 2 MiB,
-which stay in its cache and which malloc keeps, where it would ask the kernel for new pages with every operation (0.6 of
-the time with 512 samples of 64 values and 20 rows, and with 64 of 256 and 256)."""
+which stay in its cache and which glibc's malloc keeps, where by default it asks the kernel for new pages with every
+operation (0.6 of the time with 512 samples of 64 values and 20 rows, and with 64 of 256 and 256, input range and all).
+"""
 EPS = torch.finfo(torch.float64).eps
 
 
