@@ -51,6 +51,22 @@ class ActiveSet:
         with full_precision(matrix.device):
             return matrix - (self.normals.mT @ self.normals).to(dtype)
 
+    def restricted(self, matrix: Tensor) -> Tensor:
+        """T A T + I − T for A ``[B, d, d]``: A on the range of T, and 1 on what is orthogonal to it.
+
+        In O(d²) operations, and O(r d²) for r normals: products with the d × d projector take 4 d³, which was half the
+        time of FullKKT's dense form on a box with d = 1024.
+        """
+        free = self.free.flatten(1).to(matrix.dtype)
+        matrix = (matrix * free[:, :, None]).mul_(free[:, None])
+        if self.normals is not None:
+            normals = self.normals.to(matrix.dtype)
+            with full_precision(matrix.device):
+                matrix = matrix - normals.mT @ (normals @ matrix)
+                matrix = matrix - (matrix @ normals.mT - normals.mT) @ normals
+        matrix.diagonal(dim1=1, dim2=2).add_(1 - free)
+        return matrix
+
     def fraction_free(self) -> float:
         """The share of coordinates that are not at a bound: where it is 0 the implicit term vanishes."""
         return self.free.float().mean().item()

@@ -100,26 +100,32 @@ class Polyhedron(Constraint):
         scale = self._unit[1].abs().mean().item() or 1.0  # a cone has no scale of its own
         return self.project(scale * noise, x)
 
-    def _active_rows(self, delta: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(rows with inactive ones zeroed ``[batch, m', d]``, activity ``[batch, m']``, slack ``[batch, m']``)."""
-        B, b = self.rows(x)
+    def _on_faces(self, delta: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(which inequalities of :meth:`rows` are active, their slack), ``[batch, m']``."""
+        B, b, low, high = self._faces(x)
         flat = delta.detach().double().flatten(1)
         slack = b - flat @ B.mT
+        if low is not None and high is not None:
+            slack, b = torch.cat([slack, high - flat, flat - low], 1), torch.cat([b, high, -low], 1)
         # A projected point is on its faces up to the rounding of δ to its own dtype.
         rounding = 16 * torch.finfo(delta.dtype).eps * (b.abs() + flat.norm(dim=1, keepdim=True))
-        on = slack <= rounding.clamp(min=self.activity_tol(delta))
-        return B * on[..., None], on, slack
+        return slack <= rounding.clamp(min=self.activity_tol(delta)), slack
 
     def active(self, delta: Tensor, x: Tensor, gradient: Tensor | None = None) -> ActiveSet:
-        rows, _, _ = self._active_rows(delta, x)
-        _, singular, basis = torch.linalg.svd(rows, full_matrices=False)
-        # Rows that are multiples of each other are so only up to the precision they were given in.
-        cut = max(rows.shape[1:]) * torch.finfo(self.B.dtype).eps * singular.amax(1, keepdim=True)
-        normals = (basis * (singular > cut)[..., None]).to(delta.dtype)
-        return ActiveSet(torch.ones_like(delta, dtype=torch.bool), normals)
+        on, _ = self._on_faces(delta, x)
+        B, m, d = self._unit[0].to(x.device), len(self._unit[0]), self.B.shape[1]
+        # The input range is a mask: as 2 d more rows it would take O(d³) operations and 2 d² numbers a sample.
+        free = torch.ones_like(on[:, :1]).expand(-1, d) if self.bounds is None else ~(on[:, m : m + d] | on[:, m + d :])
+        _, singular, basis = torch.linalg.svd(B * on[:, :m, None] * free[:, None], full_matrices=False)
+        # Rows that are multiples of each other, or of what the mask takes, are so only up to the precision they were
+        # given in. Their length is 1 before the mask.
+        cut = max(m, d) * torch.finfo(self.B.dtype).eps * singular.amax(1, keepdim=True).clamp(min=1)
+        normals = (basis * (singular > cut)[..., None] * free[:, None]).to(delta.dtype)
+        return ActiveSet(free.reshape(delta.shape), normals)
 
     def strict_complementarity(self, delta: Tensor, x: Tensor, gradient: Tensor) -> Tensor:
-        rows, on, slack = self._active_rows(delta, x)
+        on, slack = self._on_faces(delta, x)
+        rows = self.rows(x)[0] * on[..., None]
         multipliers = (torch.linalg.pinv(rows.mT) @ -gradient.double().flatten(1)[..., None]).squeeze(-1)
         return torch.where(on, multipliers, slack).amin(1).to(delta.dtype)
 

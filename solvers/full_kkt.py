@@ -100,15 +100,15 @@ class FullKKT(KKTSolver):
 
     def _cholesky(self, hessian: Tensor, diagonal: Tensor, active: ActiveSet, v: Tensor) -> Tensor:
         exact = torch.float64 if v.dtype == torch.float64 else torch.float32  # half precisions are not factorised
-        free, hessian = active.projector(exact), hessian.to(exact)
-        eye = torch.eye(hessian.shape[-1], dtype=exact, device=hessian.device)
+        matrix = hessian.to(exact)  # and changed in place: each of its copies is B·d² numbers
+        matrix.diagonal(dim1=1, dim2=2).add_(diagonal.to(exact)[:, None])
         right = active.tangent(v).flatten(1)[..., None].to(exact)
         with full_precision(v.device):
-            # T A T + (I − T) is positive definite exactly where A is on the range of T.
-            matrix = free @ (hessian + diagonal.to(exact)[:, None, None] * eye) @ free + (eye - free)
-            factor, failed = torch.linalg.cholesky_ex((matrix + matrix.mT) / 2)
+            # Positive definite exactly where the Hessian with its diagonal is so on the range of T.
+            matrix = active.restricted(matrix)
+            factor, failed = torch.linalg.cholesky_ex((matrix + matrix.mT).div_(2))
             self._refuse(failed > 0)
-            return (free @ torch.cholesky_solve(right, factor)).reshape(v.shape).to(v)
+            return active.tangent(torch.cholesky_solve(right, factor).reshape(v.shape).to(v))
 
     @staticmethod
     def _refuse(bad: Tensor) -> None:

@@ -12,6 +12,7 @@ from networks import ATK, F64, batch_of, dense
 from scipy.optimize import NonlinearConstraint, minimize
 
 import bilevel_at as ba
+from bilevel_at.diagnose.counting import operations
 from bilevel_at.solvers import HessianFreeKKT
 from bilevel_at.testing import hypergradcheck
 from bilevel_at.testing import strategies as bst
@@ -129,6 +130,13 @@ def test_tangent_is_an_orthogonal_projector(kind, data):
     torch.testing.assert_close((T @ v.flatten(1)[..., None]).squeeze(-1), once.flatten(1))
     torch.testing.assert_close(active.tangent(once), once)
     torch.testing.assert_close(T, T.mT)
+    matrix = torch.randn_like(T)
+    torch.testing.assert_close(active.restricted(matrix), T @ matrix @ T + torch.eye(len(T[0]), dtype=F64) - T)
+
+
+def test_a_mask_is_no_product_of_matrices():
+    active = ba.LinfBall(0.1).active(torch.full((2, 3, 4), 0.1), torch.full((2, 3, 4), 0.5))
+    assert operations(lambda: active.restricted(torch.randn(2, 12, 12))) == 0
 
 
 @pytest.mark.parametrize("epsilon", [-0.1, float("nan"), float("inf"), "8/255", None, True])

@@ -188,7 +188,7 @@ def test_a_sample_does_not_depend_on_the_others(monkeypatch):
     expected = together(t)
     for i in range(24):
         torch.testing.assert_close(together(t.of(slice(i, i + 1))), expected[i : i + 1], atol=1e-12, rtol=0)
-    monkeypatch.setattr(batched, "ENTRIES", 5 * 9 * 12)  # blocks of five samples
+    monkeypatch.setattr(batched, "ON_CPU", 5 * 9 * 12)  # blocks of five samples
     blocks = counting(monkeypatch, "together")
     at = nearest_points(t.u, t.B, t.b, t.low, t.high)
     torch.testing.assert_close(at, expected, atol=1e-12, rtol=0)

@@ -70,7 +70,7 @@ def test_polyhedra_have_the_same_active_rows_in_float32(d):
     delta, x = torch.randn(32, d, generator=g), torch.rand(32, d, generator=g)
     for scale in (1.0, 10.0):
         sets = [ba.Polyhedron(B.to(t), scale * b.to(t)) for t in (torch.float32, torch.float64)]
-        on = [s._active_rows(s.project(scale * delta.to(s.B), x), x)[1] for s in sets]
+        on = [s._on_faces(s.project(scale * delta.to(s.B), x), x)[0] for s in sets]
         assert torch.equal(*on) and on[0].any()
 
 
@@ -85,6 +85,27 @@ def test_polyhedron_is_indifferent_to_the_length_of_its_rows():
         faces = ba.Polyhedron(torch.cat([row, 3 * row, 0.7 * row]), torch.tensor([0.1, 0.3, 0.07], dtype=dtype))
         at = faces.project(5 * row, torch.zeros(1, 5, dtype=dtype))
         assert faces.active(at, torch.zeros(1, 5, dtype=dtype)).projector(dtype)[0].trace().item() == pytest.approx(4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_an_input_range_is_a_mask_and_leaves_what_all_its_rows_would(dtype):
+    """T is the projector onto the null space of all active rows, the range's among them; one row repeats a bound."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.full((64, 8), 0.5, dtype=dtype)
+    B = torch.cat([torch.randn(5, 8, generator=g), torch.eye(8)[:1]]).to(dtype)
+    b = torch.tensor([0.2, 0.4, 0.6, 0.8, 1.0, 0.5], dtype=dtype)
+    both = ba.Polyhedron(B, b, (0, 1))
+    at = both.project(torch.randn(64, 8, generator=g).to(dtype), x)
+    rows, right = both.rows(x)
+    touching = (right - at.double() @ rows.mT).abs() < 1e-6
+    active = both.active(at, x)
+    assert touching[:, :5].any() and (touching[:, 5] & touching[:, 6]).any() and (~active.free).any()
+    _, singular, basis = torch.linalg.svd(rows * touching[..., None], full_matrices=False)
+    normals = basis * (singular > 1e-6)[..., None]
+    torch.testing.assert_close(
+        active.projector(F64), torch.eye(8, dtype=F64) - normals.mT @ normals, atol=2e-5, rtol=0, check_dtype=False
+    )
+    assert active.normals.shape == (64, 6, 8)  # none for the range, which would be 16 more
 
 
 def test_polyhedra_of_unusual_rows():

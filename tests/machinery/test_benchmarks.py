@@ -7,10 +7,13 @@ import json
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 import bilevel_at as ba
 
@@ -185,3 +188,53 @@ def test_attacks_are_timed_beside_those_of_others():
     assert [name for name in module.STRONG if f"| {name} | " in page] == list(module.STRONG)
     with pytest.raises(ba.InputError, match="--peers cleverhans is not known"):
         module.command(["--peers", "cleverhans"])
+
+
+def test_scaling_measures_every_axis_and_keeps_the_others(monkeypatch, drawn):
+    scaling = script("scaling")
+    small = {"restarts": {"epochs": 1}, "workers": {"images": 4}}
+    for name, (measure, points) in scaling.AXES.items():
+        monkeypatch.setitem(scaling.AXES, name, scaling.Choice(partial(measure, **small.get(name, {})), points[:2]))
+    threads = torch.get_num_threads()
+    try:
+        scaling.command(["--repeats", "1", "--write", "results"])
+        first = {path.name: path.read_bytes() for path in Path("results").iterdir()}
+        scaling.command(["--repeats", "2", "--points", "1", "--only", "batch", "--write", "results"])
+    finally:
+        torch.set_num_threads(threads)
+    files = {f"scaling-{name}.{kind}" for name in scaling.AXES for kind in ("json", "png")}
+    assert set(first) == files | {"scaling.md"}
+    for name in scaling.AXES:
+        with Image.open(f"results/scaling-{name}.png") as figure:
+            figure.load()
+            assert figure.format == "PNG" and min(figure.size) > 400 and figure.convert("L").getextrema() == (0, 255)
+    again = {name for name, content in first.items() if (Path("results") / name).read_bytes() != content}
+    assert again == {"scaling-batch.json", "scaling-batch.png", "scaling.md"}
+
+    sections = re.split(r"^## ", first["scaling.md"].decode(), flags=re.M)[1:]
+    assert len(sections) == len(scaling.AXES) == 9
+    for section, (name, choice) in zip(sections, scaling.AXES.items(), strict=True):
+        rows = [[cell.strip() for cell in line[2:-2].split(" | ")] for line in re.findall(r"^\| .*\|$", section, re.M)]
+        assert [row[0] for row in rows[1:3]] == [f"{point:,}" for point in choice.points]
+        assert len({len(row) for row in rows}) == 1
+        assert all(float(cell.split(" ")[0].replace(",", "")) > 0 for row in rows[1:3] for cell in row[1:])
+        assert f"scaling-{name}.png" in section and f"--only {name} --repeats 1 --write" in section
+        assert ("exponent" in section) == (name != "workers")
+    # Operations are counted, not timed: those of a step of Fast-AT, 5 passes, are 5/3 of standard training's 3.
+    assert re.search(r"^\| 8 \| \S+ \| 1 \(1\) \| \S+ \(1\.67\) \|", sections[0], re.M)
+    page = Path("results/scaling.md").read_text()
+    assert page.count("--repeats 1 --write") == 8 and "--only batch --repeats 2 --points 1 --write" in page
+    for flags, message in (
+        (["--only", "depth"], "--only depth is not an axis; choose from batch, size"),
+        (["--points", "0"], "--points is 0; it must be at least 1"),
+    ):
+        with pytest.raises(ba.InputError, match=message):
+            scaling.command(flags)
+
+
+def test_the_exponent_of_a_power_is_found():
+    axis = script("scaling_measure")
+    line = axis.Line("cubic", [[c * n**3 for c in (1.0, 2.0, 3.0)] for n in (2, 4, 8)])
+    made = axis.Axis("a", "A", "n", "", [2, 4, 8], [line])
+    assert made.exponent(line, 0, 2) == pytest.approx(3) and made.exponent(line, 1, 2) == pytest.approx(3)
+    assert axis.Axis.from_dict(json.loads(json.dumps(made.asdict()))) == made
