@@ -56,10 +56,11 @@ def page(records: Sequence[Record], targets: Sequence[float]) -> str:
         "",
         "`python benchmarks/speedrun.py --data-dir D --write docs/results`: CIFAR-10, ε = 8/255 in ℓ∞, no other data. "
         "Seconds are those of the training epochs on one device: augmentation, attacks, updates, and compiling where "
-        "steps are compiled; not loading the data, nor looking at held-out images. PFLOP are the updates' convolutions "
-        "and matrix products. Accuracy in % of the last epoch on the test images; mean ± standard deviation over "
-        f"seeds. AutoAttack goes to what {CHEAP} leaves near a target, fastest first, until one reaches it: a dash is "
-        "an attack that was not made. The fastest composition is chosen on the images that it is measured on.",
+        "steps are compiled; not loading the data, choosing the memory format or looking at held-out images. PFLOP are "
+        "the updates' convolutions and matrix products. Accuracy in % of the last epoch on the test images; mean ± "
+        f"standard deviation over seeds. AutoAttack goes to what {CHEAP} leaves near a target, fastest first, until "
+        "one reaches it: a dash is an attack that was not made. The fastest composition is chosen on the images that "
+        "it is measured on.",
     ]
     parts: dict[tuple[str, str, bool], list[Record]] = {}
     for record in records:
@@ -112,8 +113,8 @@ def _rows(records: Sequence[Record]) -> list[str]:
                 f"{record['seed']} | – |"
             )
     starts = (
-        "Starting (and compiling): what the epochs took above their number times the median one. A run that was trained "
-        "in several pieces starts in each; what it lost of an epoch that was cut off is not counted."
+        "Starting (and compiling): what the epochs took above their number times the median one. A run that was "
+        "trained in several pieces starts in each; what it lost of an epoch that was cut off is not counted."
     )
     return [*lines, "", starts]
 
