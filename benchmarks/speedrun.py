@@ -41,7 +41,7 @@ COMPOSITIONS = {
     "fastbat-20": "problems/fastbat.py",  # as published
     "fastbat-12": "problems/fastbat.py --epochs 12",
     "fastbat-12-batch-256": "problems/fastbat.py --epochs 12 --batch-size 256 --lr 0.3",
-    "fastbat-15-merged": "problems/fastbat.py --epochs 15 --cross-at merged",
+    "fastbat-15-merged": "problems/fastbat.py --epochs 15 --cross-at merged --no-compile",  # it is no graph
     "fastbat-15-lazy": "problems/fastbat.py --epochs 15 --solver lazy --p 0.25",
     "fastbat-15-without-term": "problems/fastbat.py --epochs 15 --solver zero-ig",
     "fastbat-20-smooth": f"problems/fastbat.py --solver zero-ig {SMOOTH}",

@@ -40,8 +40,8 @@ def memory_format_of(plan: Plan, prepared: Prepared, run: RunDir) -> Layout:
     """The memory format that this command trains with.
 
     ``auto`` is what a resumed run was trained with on such a device. Otherwise it is the faster one on a GPU, and
-    contiguous on a CPU: there a choice by time would make a seed's bits a matter of chance, and channels_last makes the
-    double backward slower (``benchmarks/epoch.py --methods fastbat --device cpu`` times both).
+    contiguous on a CPU: there a choice by time would make a seed's bits a matter of chance. What channels_last gains in
+    first-order passes on a CPU it loses in the double backward (``benchmarks/epoch.py --device cpu`` times both).
     """
     asked, device = plan.options.memory_format, prepared.test.device
     if asked != "auto":
