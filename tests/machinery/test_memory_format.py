@@ -15,6 +15,8 @@ from bilevel_at import policy
 from bilevel_at.commands import layout
 from bilevel_at.models import build_model
 from bilevel_at.problems import atas, fastbat
+from bilevel_at.report.groups import group
+from bilevel_at.runs.record import read
 from bilevel_at.train.memory_format import FORMATS, seconds_by_memory_format
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
@@ -116,3 +118,4 @@ def test_channels_last_trains_to_nearly_the_same_weights():
     assert distance(last) < 1e-3 < 0.1 < distance(other)
     run(*ARGS, "--epochs", 2, "--out", "last", "--resume")  # auto keeps it
     assert recorded("last")["name"] == "channels_last"
+    assert [len(part.runs) for part in group([read("last"), read("other")])] == [2]  # seeds of one training
