@@ -1,12 +1,13 @@
 """The published recipes on CIFAR-10: trained, attacked, and set beside the published figures.
 
-    python benchmarks/cifar10.py --data-dir D --write docs/results
+    python benchmarks/cifar10.py --data-dir D --write docs/results --minutes 9
 
 For each ε and method: ``python -m bilevel_at.run`` with the recipe of the paper; clean and PGD-50-10 accuracy on all
 10,000 test images; AutoAttack on the first 1,000, of the last epoch (the papers stop there). One results file a run,
-and a table of them all. Whatever is done already is not repeated, and an interrupted run goes on, so the same command
-may be given until it says that it is done. On a CPU, ``--methods fastat --epsilons 8/255 --examples 200
---test-examples 20 --autoattack 5 --epochs 1 --model small_cnn`` shows that it works.
+and a table of them all. Whatever is done already is not repeated, and a run that was interrupted or killed goes on
+(training from the last whole epoch, attacks from batches of the last seconds), so the same command may be given until
+it says that it is done; its exit status is 3 where ``--minutes`` were up. On a CPU, ``--methods fastat --epsilons 8/255
+--examples 200 --test-examples 20 --autoattack 5 --epochs 1 --model small_cnn`` shows that it works.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pieces import in_pieces
 from rich.console import Console
 
 import bilevel_at
@@ -27,8 +29,9 @@ from bilevel_at.commands.device import resolve_device
 from bilevel_at.data import ImageSet, load_data
 from bilevel_at.errors import InputError
 from bilevel_at.evaluate import attack_from_name
+from bilevel_at.runs.directory import RunDir
 from bilevel_at.runs.evaluations import Store
-from bilevel_at.train import RunDir
+from bilevel_at.runs.provenance import device_name
 
 METHODS = {
     "fastbat": ["problems/fastbat.py"],
@@ -50,16 +53,29 @@ PUBLISHED = {
 }
 
 
-def one(
-    method: str, epsilon: float, seed: int, settings: Sequence[str], folder: Path, test: ImageSet, strongest: int
-) -> dict[str, Any]:
-    """Train and evaluate; the record of the run."""
-    out = folder / f"{method}-eps{round(255 * epsilon)}-seed{seed}"
+def command_of(method: str, epsilon: float, seed: int, settings: Sequence[str], out: Path) -> list[str]:
+    """The main job's command."""
     command = [*METHODS[method], "--data", "cifar10", "--epsilon", f"{epsilon!r}", "--seed", str(seed), *settings]
     if method == "pgd-2":
         command += ["--step", f"{epsilon / 2!r}"]
+    return [*command, "--attacks", "clean", "pgd-50-10", "--out", str(out)]
+
+
+def is_done(path: Path, job: Sequence[str], strongest: int) -> bool:
+    """Whether the record of this command is there, with AutoAttack on so many images."""
+    if not path.exists():
+        return False
+    record = json.loads(path.read_text())
+    attacked = record["results"]["last"].get("autoattack", {"n": 0})["n"]
+    return record["command"][1:] == list(job) and attacked == strongest
+
+
+def one(
+    method: str, epsilon: float, seed: int, job: Sequence[str], out: Path, test: ImageSet, strongest: int
+) -> dict[str, Any]:
+    """Train and evaluate; the record of the run."""
     resume = ["--resume"] if (out / "config.json").exists() else []
-    main_job.run([*command, "--attacks", "clean", "pgd-50-10", "--out", str(out), *resume])
+    main_job.run([*job, *resume])
     run = RunDir(out)
     results = run.read_json("results.json")
     if strongest:
@@ -128,10 +144,13 @@ def benchmark(
     test_examples: int | None = None,
     autoattack: int = 1000,
     precision: str = "float32",
+    compile: bool = False,
+    memory_format: str = "auto",
     device: str = "auto",
     folder: str = "runs/bench-cifar10",
+    minutes: float | None = None,
     write: str | None = None,
-) -> None:
+) -> int:
     """Train and evaluate the published recipes.
 
     Args:
@@ -146,8 +165,11 @@ def benchmark(
         test_examples: evaluate on this many only.
         autoattack: test images that AutoAttack gets, the first so many; 0 for none.
         precision: float32 or bfloat16.
+        compile: compile each step, as for bilevel_at.run.
+        memory_format: auto, contiguous or channels_last, as for bilevel_at.run.
         device: cpu, cuda, or auto.
         folder: where the runs go.
+        minutes: stop after so many, to go on with the same command.
         write: a folder for the results files and the table; the runs' folder if not given.
     """
     for flag, value, least in (("seeds", seeds, 1), ("autoattack", autoattack, 0), ("test-examples", test_examples, 1)):
@@ -169,31 +191,42 @@ def benchmark(
         "examples": examples,
         "test-examples": test_examples,
         "precision": precision,
+        "memory-format": memory_format,
         "device": device,
     }
     settings = [text for k, v in given.items() if v is not None for text in (f"--{k}", str(v))]
+    settings += ["--compile"] if compile else []
     target, console = Path(write or folder), Console()
     target.mkdir(parents=True, exist_ok=True)
-    for epsilon in epsilons:
-        for method in methods:
-            for seed in range(seeds):
-                record = one(method, epsilon, seed, settings, Path(folder), test, min(autoattack, len(test)))
-                where = record["device"].replace(" ", "-")
-                path = target / f"cifar10-{method}-eps{round(255 * epsilon)}-seed{seed}-{where}.json"
-                path.write_text(json.dumps(record, indent=2) + "\n")
-                console.print(f"written to {path}", highlight=False)
-                records = [json.loads(file.read_text()) for file in target.glob("cifar10-*.json")]
-                (target / "cifar10.md").write_text(table(records))
-    console.print(f"done: {target / 'cifar10.md'}", highlight=False)
+
+    def page() -> None:
+        (target / "cifar10.md").write_text(table([json.loads(f.read_text()) for f in target.glob("cifar10-*.json")]))
+
+    def work() -> None:
+        for epsilon in epsilons:
+            for method in methods:
+                for seed in range(seeds):
+                    stem, strongest = f"{method}-eps{round(255 * epsilon)}-seed{seed}", min(autoattack, len(test))
+                    job = command_of(method, epsilon, seed, settings, Path(folder) / stem)
+                    name = f"cifar10-{stem}-{device_name(place).replace(' ', '-')}.json"
+                    if is_done(target / name, job, strongest):
+                        continue
+                    record = one(method, epsilon, seed, job, Path(folder) / stem, test, strongest)
+                    RunDir(target).write_json(name, record)
+                    console.print(f"written to {target / name}", highlight=False)
+                    page()
+        page()
+        console.print(f"done: {target / 'cifar10.md'}", highlight=False)
+
+    return in_pieces(work, minutes)
 
 
 def command(args: Sequence[str]) -> int:
-    benchmark(
+    return benchmark(
         **flags.parse(
             flags.flags_of(benchmark), args, "python benchmarks/cifar10.py", "Train and evaluate the published recipes."
         )
     )
-    return 0
 
 
 if __name__ == "__main__":

@@ -1,44 +1,73 @@
-"""An epoch of every method, beside an epoch of standard training, in float32 and bfloat16.
+"""An epoch of every method, beside an epoch of standard training: in float32 and bfloat16, compiled, in both formats.
 
-    python benchmarks/epoch.py --data cifar10 --data-dir D --write docs/results
+    python benchmarks/epoch.py --data cifar10 --data-dir D --write docs/results --minutes 9
 
-Each method trains one epoch with its recipe for the data set, on one network for all (a few steps before it warm the
-machine up); evaluation is not timed, and an epoch of Free-AT is its m replays. The record is the ratio to standard
-training in the same precision and process; seconds are of the named device. On a CPU, ``--examples 256 --batch-size 64
---methods fastat fastbat`` shows that it works.
+Each method trains one epoch with its recipe for the data set, on one network for all. A few steps of two epochs come
+before, with the last batch's size among them: they warm the machine up and compile what is compiled, and their seconds
+are reported apart. Evaluation is not timed, and an epoch of Free-AT is its m replays. The record is the ratio to
+standard training in the same precision, memory format and process; seconds are of the named device.
+
+Rows that are in the file of results already are not timed again, so that the same command goes on where it was stopped;
+the exit status is 3 as long as there is more to do. Standard training is timed in each process that times anything. On
+a CPU, ``--examples 256 --batch-size 64 --methods fastat fastbat`` shows that it works.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import datetime
-import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pages import at_least_one
+from pieces import in_pieces
 from rich.console import Console
 from rich.table import Table
+from torch._inductor import config as inductor
 
+import bilevel_at as ba
 from bilevel_at.commands import flags
 from bilevel_at.commands.device import resolve_device
-from bilevel_at.data import ImageSet, load_data
-from bilevel_at.errors import InputError
+from bilevel_at.data import ImageSet, Loader, load_data
 from bilevel_at.evaluate import Attack
 from bilevel_at.models import build_model
+from bilevel_at.runs.directory import RunDir
 from bilevel_at.runs.problem_file import ProblemFile, packaged_problems
 from bilevel_at.runs.provenance import device_name
+from bilevel_at.solvers import ZeroIG
 from bilevel_at.train import Trainer
+from bilevel_at.train.memory_format import MemoryFormat
 
 METHODS = tuple(path.stem for path, _ in packaged_problems())
+VARIANTS = ("float32", "bfloat16", "float32-compiled", "bfloat16-compiled")
 WARM_UP_STEPS = 5
+KEY = ("method", "variant", "memory_format", "examples", "batch_size", "torch")
+Row = dict[str, Any]
 
 
-def seconds_of(work: Any, device: torch.device) -> float:
+class Few:
+    """A loader of an epoch's first batches, and of those of another size, which need a graph of their own."""
+
+    def __init__(self, loader: Loader) -> None:
+        self.loader = loader
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)
+
+    def epoch(self, epoch: int) -> Iterator[ba.Batch]:
+        for number, batch in enumerate(self.loader.epoch(epoch)):
+            if number < WARM_UP_STEPS or len(batch) != self.loader.batch_size:
+                yield batch
+
+
+def seconds_of(work: Callable[[], Any], device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -48,58 +77,91 @@ def seconds_of(work: Any, device: torch.device) -> float:
     return time.perf_counter() - start
 
 
+def graphs() -> int:
+    """How many graphs torch has compiled in this process."""
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
 def epoch_of(
-    method: str, precision: str, data: str, train: ImageSet, model_name: str, batch_size: int | None
-) -> tuple[float, float]:
-    """(seconds of one training epoch, peak memory in GiB on a GPU, else 0)."""
+    method: str,
+    variant: str,
+    memory_format: MemoryFormat,
+    data: str,
+    train: ImageSet,
+    model_name: str,
+    batch_size: int | None,
+) -> Row:
+    """Seconds of one training epoch and of what came before it, the epoch's peak memory on a GPU, graphs it compiled.
+
+    Raises:
+        InputError: where there is no such variant of the method.
+    """
+    precision, _, compiled = variant.partition("-")
     file = ProblemFile(method)
-    recipe = dataclasses.replace(file.recipe(data), epochs=1)
+    recipe = dataclasses.replace(file.recipe(data), epochs=3, epsilon_warmup=0)
     if batch_size is not None:
         recipe = dataclasses.replace(recipe, batch_size=batch_size)
     device = train.device
     torch.manual_seed(0)
     model = build_model(model_name, train.shape, train.classes, train).to(device)
-    problem = file.problem(**recipe.problem)
-    solver = file.solver() if file.solver else None
-    if solver is None:
-        raise InputError(f"{method} has no solver(); this benchmark needs one")
-
-    def trainer(images: ImageSet) -> Trainer:
-        return Trainer(problem, solver, model, images, images, recipe, Attack("clean"), precision=precision)
-
-    trainer(train[slice(0, WARM_UP_STEPS * recipe.batch_size)]).train_epoch(0)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    timed = trainer(train)
-    seconds = seconds_of(lambda: timed.train_epoch(0), device)
+    solver = ZeroIG() if file.solver is None else file.solver()
+    if compiled:
+        torch._dynamo.reset()
+        solver.compile()
+    trainer = Trainer(
+        file.problem(**recipe.problem),
+        solver,
+        model,
+        train,
+        train,
+        recipe,
+        Attack("clean"),
+        precision=precision,
+        memory_format=memory_format,
+    )
+    whole = trainer.loader
+    trainer.loader = Few(whole)  # type: ignore[assignment]  # all that training asks of a loader
+    with inductor.patch(force_disable_caches=True):  # a graph of an earlier process would shorten the warm-up
+        warm_up = seconds_of(lambda: [trainer.train_batches(epoch) for epoch in range(2)], device)
+        trainer.loader = whole
+        before = graphs()
+        seconds = seconds_of(lambda: trainer.train_epoch(2), device)
     memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
-    return seconds, memory
+    return {"seconds": seconds, "warm_up_seconds": warm_up, "graphs": graphs() - before, "GiB": memory}
 
 
-def save(
-    folder: Path,
-    device: str,
-    data: str,
-    train: ImageSet,
-    model: str,
-    batch_size: int | None,
-    rows: Sequence[dict[str, Any]],
-) -> None:
-    """Write the record so far, one file for each device, data set and network."""
-    record = {
-        "command": ["benchmarks/epoch.py", *sys.argv[1:]],
-        "date": datetime.date.today().isoformat(),
-        "device": device,
-        "torch": str(torch.__version__),
-        "data": data,
-        "examples": len(train),
-        "batch_size": batch_size or "the recipes'",
-        "model": model,
-        "rows": rows,
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"epoch-{device.replace(' ', '-')}-{Path(data).stem}-{model}.json"
-    path.write_text(json.dumps(record, indent=2) + "\n")
+class Record:
+    """The rows on record, in one file for each device, data set and network; only in memory without a folder.
+
+    A row says which settings it was timed with, so that rows of other settings stay beside it.
+    """
+
+    def __init__(self, folder: str | None, device: str, data: str, model: str) -> None:
+        self.name = f"epoch-{device.replace(' ', '-')}-{Path(data).stem}-{model}.json"
+        self.folder = None if folder is None else RunDir(folder)
+        self.about = {"device": device, "data": data, "model": model}
+        there = self.folder is not None and (self.folder.path / self.name).exists()
+        self.rows: list[Row] = self.folder.read_json(self.name)["rows"] if self.folder and there else []
+
+    def find(self, row: Row) -> Row | None:
+        """The row on record with the settings of this one."""
+        return next((r for r in self.rows if all(r.get(name) == row[name] for name in KEY)), None)
+
+    def add(self, row: Row) -> None:
+        self.rows.append(row)
+        if self.folder is not None:
+            command = ["benchmarks/epoch.py", *sys.argv[1:]]
+            self.folder.write_json(self.name, {"command": command, **self.about, "rows": self.rows})
+
+
+def line_of(row: Row) -> str:
+    name = f"{row['method']:<18} {row['variant']:<17} {row['memory_format']:<13}"
+    if "refused" in row:
+        return f"{name} skipped: {row['refused']}"
+    return (
+        f"{name} {row['seconds']:8.2f} s  {row['ratio']:5.2f} ×  {row['GiB']:6.2f} GiB  "
+        f"after {row['warm_up_seconds']:.1f} s of warm-up"
+    )
 
 
 def benchmark(
@@ -107,12 +169,18 @@ def benchmark(
     data_dir: str = "data",
     model: str = "preact_resnet18",
     methods: tuple[str, ...] = METHODS,
-    precisions: tuple[str, ...] = ("float32", "bfloat16"),
+    variants: tuple[Literal["float32", "bfloat16", "float32-compiled", "bfloat16-compiled"], ...] = (
+        "float32",
+        "bfloat16",
+        "bfloat16-compiled",
+    ),
+    memory_formats: tuple[MemoryFormat, ...] = ("contiguous", "channels_last"),
     examples: int | None = None,
     batch_size: int | None = None,
     device: str = "auto",
+    minutes: float | None = None,
     write: str | None = None,
-) -> None:
+) -> int:
     """Time an epoch of each method.
 
     Args:
@@ -120,45 +188,82 @@ def benchmark(
         data_dir: where it lies.
         model: network by name.
         methods: problem files by name; standard is always timed too.
-        precisions: float32, bfloat16.
+        variants: float32, bfloat16, float32-compiled, bfloat16-compiled.
+        memory_formats: of the network's weights: contiguous, channels_last.
         examples: train on this many only.
         batch_size: instead of the recipes'.
         device: cpu, cuda, or auto.
-        write: a folder for epoch-DEVICE-MODEL.json.
+        minutes: stop after so many, to go on with the same command; needs --write.
+        write: a folder for epoch-DEVICE-DATA-MODEL.json.
     """
     at_least_one(examples=examples, batch_size=batch_size)
+    if minutes is not None and write is None:
+        raise ba.InputError("--minutes needs --write FOLDER, where the next piece finds what has been timed")
+    for method in methods:
+        ProblemFile(method)  # which says whether there is one
     place = resolve_device(device)
     train, _ = load_data(data, data_dir)
     train = (train if examples is None else train.sample(examples)).to(place)
-    name = device_name(place)
-    rows: list[dict[str, Any]] = []
+    record = Record(write, device_name(place), data, model)
+    given = {"examples": len(train), "batch_size": batch_size or "the recipes'", "torch": str(torch.__version__)}
     console = Console()
-    for precision in precisions:
-        base = 0.0
-        for method in dict.fromkeys(("standard", *methods)):
-            with console.status(f"{method}, {precision}"):
-                seconds, memory = epoch_of(method, precision, data, train, model, batch_size)
-            base = base or seconds
-            row = {"method": method, "precision": precision, "seconds": seconds, "ratio": seconds / base, "GiB": memory}
-            rows.append(row)
-            if write is not None:  # a run that is cut off keeps what it has timed
-                save(Path(write), name, data, train, model, batch_size, rows)
-            console.print(f"{method:<18} {precision:<9} {seconds:8.2f} s  {seconds / base:5.2f} ×  {memory:6.2f} GiB")
-    table = Table(
-        "method", "precision", "seconds", "× standard", "GiB", title=f"{model}, {len(train)} examples, {name}"
-    )
+
+    def settings(method: str, variant: str, memory_format: MemoryFormat) -> Row:
+        return {"method": method, "variant": variant, "memory_format": memory_format, **given}
+
+    def timed(row: Row) -> Row:
+        with console.status(f"{row['method']}, {row['variant']}, {row['memory_format']}"):
+            where = data, train, model, batch_size
+            return epoch_of(row["method"], row["variant"], row["memory_format"], *where)
+
+    def group(variant: str, memory_format: MemoryFormat) -> None:
+        """The methods that are missing, beside standard training."""
+        every = [settings(m, variant, memory_format) for m in dict.fromkeys(("standard", *methods))]
+        missing = [row for row in every if record.find(row) is None]
+        if not missing:
+            return
+        base = timed(every[0])
+        for row in missing:
+            row["date"] = datetime.date.today().isoformat()
+            try:
+                measured = base if row["method"] == "standard" else timed(row)
+            except (ba.InputError, ba.BilevelError) as error:
+                row["refused"] = str(error)
+            else:
+                ratio = measured["seconds"] / base["seconds"]
+                row |= {**measured, "standard_seconds": base["seconds"], "ratio": ratio}
+            record.add(row)  # a run that is cut off keeps what it has timed
+            console.print(line_of(row), highlight=False, markup=False, soft_wrap=True)
+
+    def work() -> None:
+        for variant in dict.fromkeys(variants):
+            for memory_format in dict.fromkeys(memory_formats):
+                group(variant, memory_format)
+
+    status = in_pieces(work, minutes)
+    current = [row for row in record.rows if all(row.get(name) == given[name] for name in given)]
+    console.print(table(current, f"{model}, {len(train)} examples, {device_name(place)}"))
+    return status
+
+
+def table(rows: Sequence[Row], title: str) -> Table:
+    """The rows that were timed."""
+    made = Table("method", "variant", "memory format", "seconds", "× standard", "warm-up", "GiB", title=title)
     for row in rows:
-        table.add_row(
-            row["method"], row["precision"], f"{row['seconds']:.2f}", f"{row['ratio']:.2f}", f"{row['GiB']:.2f}"
-        )
-    console.print(table)
+        name = (row["method"], row["variant"], row["memory_format"])
+        if "refused" in row:
+            made.add_row(*name, "refused", "", "", "")
+            continue
+        numbers = [f"{row[key]:.2f}" for key in ("seconds", "ratio", "warm_up_seconds", "GiB")]
+        compiled = f" ({row['graphs']} graphs compiled within)" if row["graphs"] else ""
+        made.add_row(*name, numbers[0] + compiled, *numbers[1:])
+    return made
 
 
 def command(args: Sequence[str]) -> int:
-    benchmark(
+    return benchmark(
         **flags.parse(flags.flags_of(benchmark), args, "python benchmarks/epoch.py", "Time an epoch of each method.")
     )
-    return 0
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from ..solvers.exact import Exact, exact_solver
 from .plan import Plan
 from .prepare import attacks_of, check_threat, extra_images, held_out_share, network_for, try_a_step
 
-__all__ = ["dry_run"]
+__all__ = ["dry_run", "training_operations"]
 
 PREFIXES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
@@ -40,14 +40,13 @@ def dry_run(plan: Plan, console: Console) -> None:
     few = train[slice(0, max(4, plan.options.batch_size))]
     model = network_for(plan, few)
     try_a_step(plan, model, few)
-    loader = Loader(few[slice(0, plan.options.batch_size)], plan.options.batch_size, 0, _augment(plan, usual))
-    batch = next(iter(loader.epoch(0)))
+    batch = _batch(plan, few, usual)
     rows = [("training", _training(plan, train, model, usual))]
     parts = describe(plan.problem, plan.solver)
     rows += [(part.role, f"{part.name}   ({part.about})" if part.about else part.name) for part in parts]
     rows.append(("exact", _exact(plan, model, batch)))
     examples = len(train) + (0 if extra is None else len(extra))
-    steps = len(Loader(train, plan.options.batch_size)) * plan.options.replays
+    steps = _steps(plan, train)
     try:
         cost, but = _cost(plan, model, batch, examples)
     except (BilevelError, InputError) as error:
@@ -55,6 +54,31 @@ def dry_run(plan: Plan, console: Console) -> None:
     else:
         rows += _costs(cost, but, plan, len(batch), steps)
     _print(rows, console)
+
+
+def training_operations(plan: Plan) -> float:
+    """Floating-point operations of all epochs, as ``--dry-run`` counts those of an epoch: of updates, not of looks.
+
+    Raises:
+        InputError, BilevelError: where a step's cost cannot be told.
+    """
+    train, usual = _training_images(plan)
+    extra = extra_images(plan, train)
+    few = train[slice(0, max(4, plan.options.batch_size))]
+    examples = len(train) + (0 if extra is None else len(extra))
+    cost, _ = _cost(plan, network_for(plan, few), _batch(plan, few, usual), examples)
+    return plan.options.epochs * cost.seconds(1, _steps(plan, train))
+
+
+def _batch(plan: Plan, images: ImageSet, usual: bool) -> Batch:
+    """A batch as training has it."""
+    size = plan.options.batch_size
+    return next(iter(Loader(images[slice(0, size)], size, 0, _augment(plan, usual)).epoch(0)))
+
+
+def _steps(plan: Plan, train: ImageSet) -> int:
+    """Of an epoch."""
+    return len(Loader(train, plan.options.batch_size)) * plan.options.replays
 
 
 def _training_images(plan: Plan) -> tuple[ImageSet, bool]:

@@ -34,6 +34,8 @@ class RunOptions(Recipe):
     attacks: what the final table shows, on the test set: clean, fgsm, pgd-STEPS-RESTARTS.
     device: cpu, cuda, or auto for a GPU where there is one.
     precision: float32, or bfloat16 for autocast; auto is float32.
+    memory_format: of the network's weights; auto is contiguous on a CPU, and on a GPU the one in which a few
+        hypergradients at the start of the run take less time.
     compile: compile each step as one graph (torch.compile), which takes a minute or more before the first.
     seed: of the weights, the order of the data, and every draw.
     out: run directory; runs/FILE-DATA-seedN if not given.
@@ -56,6 +58,7 @@ class RunOptions(Recipe):
     attacks: tuple[str, ...] = ("clean", "fgsm", "pgd-50-10")
     device: str = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
     compile: bool = False
     seed: int = 0
     out: str | None = None

@@ -25,8 +25,10 @@ from ..runs.headline import WorstCase
 from ..runs.keeper import Keeper
 from ..runs.metrics import Epoch, catastrophic_overfitting, rank
 from ..train import Trainer
+from ..train.memory_format import MemoryFormat
 from .dry_run import dry_run
 from .headline import caption
+from .layout import memory_format_of
 from .plan import Plan, understand
 from .prepare import Prepared, prepare
 from .start import begin, resume, run_directory
@@ -49,8 +51,9 @@ def run(args: Sequence[str]) -> int:
     run_dir = run_directory(plan.options, plan.file.path.stem)
     if plan.options.compile:
         plan.solver.compile()
-    trainer = _trainer(plan, prepared)
-    config = plan.config(prepared.model, prepared.train, prepared.extra)
+    layout = memory_format_of(plan, prepared, run_dir)
+    trainer = _trainer(plan, prepared, layout.name)
+    config = plan.config(prepared.model, prepared.train, prepared.extra) | {"memory_format": layout.asdict()}
     if plan.options.resume:
         resume(run_dir, config, trainer, prepared.test.device)
     else:
@@ -74,7 +77,7 @@ def _size(threat: Threat) -> str:
     return f"ε = {threat.epsilon:.4g}" if threat.is_ball else f"threat {threat.name}"
 
 
-def _trainer(plan: Plan, prepared: Prepared) -> Trainer:
+def _trainer(plan: Plan, prepared: Prepared, memory_format: MemoryFormat) -> Trainer:
     options = plan.options
     return Trainer(
         plan.problem,
@@ -87,6 +90,7 @@ def _trainer(plan: Plan, prepared: Prepared) -> Trainer:
         options.seed,
         "float32" if options.precision == "auto" else options.precision,
         prepared.extra,
+        memory_format,
     )
 
 

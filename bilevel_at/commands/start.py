@@ -15,7 +15,7 @@ from .options import RunOptions
 
 __all__ = ["begin", "resume", "run_directory"]
 
-MAY_CHANGE = ("device", "compile", "attacks", "data_dir", "download", "test_examples")
+MAY_CHANGE = ("device", "compile", "memory_format", "attacks", "data_dir", "download", "test_examples")
 """Options that may differ when a run is resumed, because they change the trained weights by rounding at most."""
 
 

@@ -14,8 +14,20 @@ from .numbers import Spread, number, radius
 
 __all__ = ["Group", "all_runs", "by_threat", "group"]
 
-# Options that do not change the trained network, and options that are recorded elsewhere in the configuration.
-PASSED_OVER = ("seed", "out", "device", "data_dir", "download", "resume", "attacks", "solver", "problem")
+# Options that change the trained network by rounding at most, and options that are recorded elsewhere in the
+# configuration.
+PASSED_OVER = (
+    "seed",
+    "out",
+    "device",
+    "memory_format",
+    "data_dir",
+    "download",
+    "resume",
+    "attacks",
+    "solver",
+    "problem",
+)
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from ..runs.recipe import Recipe
 from ..solution import Hypergradient, Solution
 from ..solver import Solver
 from .averages import WeightAverage
+from .memory_format import FORMATS, MemoryFormat
 from .recorder import Recorder
 from .schedules import momentum_at, rate_at
 from .watch import Watch
@@ -42,8 +43,8 @@ class Trainer:
 
     Randomness depends on ``(seed, epoch)`` alone, so a run resumed from :meth:`state_dict` gives the same weights as
     an unbroken one. precision: "float32", or "bfloat16" for autocast; parameters, perturbations and what is remembered
-    are float32 either way. On a GPU the network's memory format is channels_last. extra: more training images, of which
-    the recipe's ``extra_fraction`` of each batch is drawn.
+    are float32 either way. extra: more training images, of which the recipe's ``extra_fraction`` of each batch is
+    drawn. memory_format: of the network's weights, in place; None leaves them as they are.
     """
 
     def __init__(
@@ -58,14 +59,15 @@ class Trainer:
         seed: int = 0,
         precision: str = "float32",
         extra: Images | None = None,
+        memory_format: MemoryFormat | None = None,
     ) -> None:
         if precision not in ("float32", "bfloat16"):
             raise InputError(f"precision {precision!r} is not known; choose float32 or bfloat16")
         self.problem, self.solver, self.model = problem, solver, model
         self.held_out, self.recipe, self.attack, self.seed = held_out, recipe, attack, seed
         self.precision, self.device = precision, held_out.device
-        if self.device.type == "cuda":
-            model.to(memory_format=torch.channels_last)
+        if memory_format is not None:
+            model.to(memory_format=FORMATS[memory_format])
         self.loader = Loader(
             train, recipe.batch_size, seed, recipe.augment, extra=extra, extra_fraction=recipe.extra_fraction
         )

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmarking import FOLDER, small_data
 from evaluating import cnn, mlp, trained
 from matplotlib.figure import Figure
 
@@ -45,6 +46,13 @@ def without_network(elsewhere, monkeypatch):
         raise AssertionError(f"{name} would have been downloaded")
 
     monkeypatch.setattr(named, "fetch", forbidden)
+
+
+@pytest.fixture
+def small_cifar10(without_network, monkeypatch):
+    """A data set of the name CIFAR-10, and the benchmark scripts' folder as Python has it for a script."""
+    monkeypatch.syspath_prepend(FOLDER)
+    small_data()
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import subprocess
@@ -10,50 +9,30 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from benchmarking import FOLDER, script
 from PIL import Image
 
 import bilevel_at as ba
 
-pytestmark = pytest.mark.slow
-FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
-
-
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(FOLDER)  # as Python does for a script
-    g = np.random.default_rng(0)
-    Path("data").mkdir()
-    np.savez(
-        "data/cifar10.npz",
-        x_train=g.integers(0, 256, (60, 8, 8, 3), dtype=np.uint8),
-        y_train=np.arange(60) % 5,
-        x_test=g.integers(0, 256, (12, 8, 8, 3), dtype=np.uint8),
-        y_test=np.arange(12) % 5,
-    )
-
-
-def script(name):
-    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", FOLDER / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("small_cifar10")]
 
 
 def test_epoch_times_every_method_beside_a_plain_epoch():
     flags = ["--data", "cifar10", "--model", "one_layer_cnn", "--examples", "24", "--batch-size", "12"]
-    script("epoch").command([*flags, "--methods", "fastat", "free", "atas", "--device", "cpu", "--write", "results"])
+    flags += ["--variants", "float32", "bfloat16", "--device", "cpu", "--write", "results"]
+    assert script("epoch").command([*flags, "--methods", "fastat", "free", "atas"]) == 0
     (path,) = Path("results").glob("*.json")
     record = json.loads(path.read_text())
-    assert [(r["method"], r["precision"]) for r in record["rows"]] == [
-        (m, p) for p in ("float32", "bfloat16") for m in ("standard", "fastat", "free", "atas")
+    assert [(r["variant"], r["memory_format"], r["method"]) for r in record["rows"]] == [
+        (variant, memory_format, method)
+        for variant in ("float32", "bfloat16")
+        for memory_format in ("contiguous", "channels_last")
+        for method in ("standard", "fastat", "free", "atas")
     ]
     assert all(r["seconds"] > 0 and r["ratio"] > 0 for r in record["rows"]) and record["rows"][0]["ratio"] == 1
-    assert record["device"].endswith("CPU") and record["examples"] == 24
+    assert record["device"].endswith("CPU") and {r["examples"] for r in record["rows"]} == {24}
     assert set(script("epoch").METHODS) >= {"fastbat", "gradalign", "trades", "mart", "beta", "standard"}
 
 
@@ -238,3 +217,11 @@ def test_the_exponent_of_a_power_is_found():
     made = axis.Axis("a", "A", "n", "", [2, 4, 8], [line])
     assert made.exponent(line, 0, 2) == pytest.approx(3) and made.exponent(line, 1, 2) == pytest.approx(3)
     assert axis.Axis.from_dict(json.loads(json.dumps(made.asdict()))) == made
+
+
+def test_steps_are_counted_here_and_as_authors_make_them():
+    script("passes").command(["--repeats", "1", "--batch-size", "2", "--write", "results/passes.md"])
+    page = Path("results/passes.md").read_text()
+    rows = {name: (float(a), b) for name, a, b in re.findall(r"^\| ([^|]+) \| ([\d.]+) \| ([\d.–]+) \|", page, re.M)}
+    assert rows["Fast-BAT"] == (3.71, "4.37") and rows["TRADES"] == (9.01, "13.01")
+    assert all(ours <= float(theirs) for ours, theirs in rows.values() if theirs != "–")
