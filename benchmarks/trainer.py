@@ -82,7 +82,7 @@ def compare(model: str, method: str, examples: int, epochs: int, repeats: int) -
     return statistics.median(ratios)
 
 
-def benchmark(repeats: int = 9, examples: int = 1280, epochs: int = 3, write: str | None = None) -> None:
+def benchmark(repeats: int = 9, examples: int = 2048, epochs: int = 3, write: str | None = None) -> None:
     """Compare the trainer with a bare loop.
 
     Args:
