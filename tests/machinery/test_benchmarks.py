@@ -225,3 +225,38 @@ def test_steps_are_counted_here_and_as_authors_make_them():
     rows = {name: (float(a), b) for name, a, b in re.findall(r"^\| ([^|]+) \| ([\d.]+) \| ([\d.–]+) \|", page, re.M)}
     assert rows["Fast-BAT"] == (3.71, "4.37") and rows["TRADES"] == (9.01, "13.01")
     assert all(ours <= float(theirs) for ours, theirs in rows.values() if theirs != "–")
+
+
+def test_other_ways_of_a_pass_are_timed():
+    script("attack_pass").command(["--repeats", "1", "--write", "results/attack-pass.md"])
+    rows = re.findall(r"^\| (\D[^|]+) \| ([\d.]+) \| ([\d.]+) \|$", Path("results/attack-pass.md").read_text(), re.M)
+    assert rows[0] == ("in use", "1.00", "1.00") and len(rows) == 6
+    assert all(float(a) > 0 and float(b) > 0 for _, a, b in rows)
+
+
+def test_the_main_job_is_compared_with_another_checkout(monkeypatch):
+    module, asked = script("main_job"), []
+
+    def job(checkout, method, seed, out):
+        asked.append((checkout.name, method, seed))
+        return (2.0, {"last": {"clean": 0.5}}) if "before" in checkout.name else (1.0, {"last": {"clean": 0.5 + seed}})
+
+    monkeypatch.setattr(module, "main_job", job)
+    Path("before/bilevel_at").mkdir(parents=True)
+    module.command(["--before", "before", "--methods", "fastat", "--seeds", "2", "--write", "results/main-job.md"])
+    page = Path("results/main-job.md").read_text()
+    assert "| fastat | 0 | 0.50 | equal |" in page and "| fastat | 1 | 0.50 | {'last': {'clean': 0.5}} before" in page
+    assert [name for name, *_ in asked] == ["before", module.HERE.name] * 2
+    with pytest.raises(ba.InputError, match="elsewhere is no checkout of this project"):
+        module.command(["--before", "elsewhere"])
+
+
+def test_a_run_of_the_main_job_is_timed(tmp_path, monkeypatch):
+    module = script("main_job")
+    few = ["--epochs", "1", "--examples", "60", "--test-examples", "10", "--attacks", "clean"]
+    popen = subprocess.Popen
+    monkeypatch.setattr(module.subprocess, "Popen", lambda command, **more: popen([*command, *few], **more))
+    seconds, accuracies = module.main_job(module.HERE, "fastat", 0, tmp_path / "run")
+    assert seconds > 0.5 and accuracies.keys() == {"best", "last"}
+    with pytest.raises(ba.BilevelError, match="seed -1"):
+        module.main_job(module.HERE, "fastat", -1, tmp_path / "other")
