@@ -83,9 +83,9 @@ def benchmark(
         "# The digits' main job beside an earlier one",
         "",
         f"`python benchmarks/main_job.py --before BEFORE --methods {' '.join(methods)} --seeds {seeds}` with "
-        f"{commit_of(other)} as BEFORE and {commit_of(HERE)} here; {datetime.date.today()}, {platform.machine()} CPU, 1 "
-        f"thread, torch {torch.__version__}, Python {platform.python_version()}. Processor time of `python -m bilevel_at.run "
-        "problems/METHOD.py` from start to exit.",
+        f"{commit_of(other)} as BEFORE and {commit_of(HERE)} here; {datetime.date.today()}, {platform.machine()} CPU, "
+        f"1 thread, torch {torch.__version__}, Python {platform.python_version()}. Processor time of `python -m "
+        "bilevel_at.run problems/METHOD.py` from start to exit.",
         "",
         "| method | seed | time / time before | accuracies of all attacks, best and last epoch |",
         "|---|---|---|---|",

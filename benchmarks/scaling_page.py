@@ -34,9 +34,8 @@ def _columns(axis: Axis, line: Line) -> dict[str, list[str]]:
         below = axis.line(str(axis.reference))
         cells = [f"{number(line.ratio(below, i))}{_counted(line, i, below, i)}" for i in range(last + 1)]
         columns[f"{line.name} / {below.name}"] = cells + [""] * len(spans)
-    else:
-        scale, unit = (1e3, "ms") if line.unit == "s" else (1, line.unit)
-        columns[f"{line.name}, {unit}"] = [number(scale * line.median(i)) for i in range(last + 1)] + [""] * len(spans)
+    elif line.unit == "MB":  # times and rates are told as ratios alone: this machine has no name
+        columns[f"{line.name}, MB"] = [number(line.median(i)) for i in range(last + 1)] + [""] * len(spans)
     cells = [f"{number(line.growth(i))}{_counted(line, i, line, 0)}" for i in range(last + 1)]
     exponents = [f"{axis.exponent(line, *span):.2f}" for span in spans]
     columns[f"{line.name}, × at {axis.points[0]:,}"] = cells + exponents
@@ -94,13 +93,12 @@ def draw(axis: Axis, folder: Path) -> None:
     marked = {"markersize": 5, "linewidth": 1.6}
     left, points = grid.flat[0], range(len(axis.points))
     for line in axis.lines:
-        values = [line.growth(i) for i in points] if axis.powers else [line.median(i) for i in points]
-        left.plot(axis.points, values, **styles[line.name]._asdict(), **marked, label=line.name)
+        left.plot(axis.points, [line.growth(i) for i in points], **styles[line.name]._asdict(), **marked, label=line.name)
     if axis.powers:
         _guides(left, axis)
         _title(left, f"growth, × at {axis.points[0]:,}")
     else:
-        _title(left, f"{axis.lines[0].name}, {axis.clock} time")
+        _title(left, f"{axis.lines[0].name}, × at {axis.points[0]:,}")
         left.set_ylim(0, None)
     if axis.reference is not None:
         right, below = grid.flat[1], axis.line(axis.reference)
