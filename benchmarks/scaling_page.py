@@ -93,7 +93,9 @@ def draw(axis: Axis, folder: Path) -> None:
     marked = {"markersize": 5, "linewidth": 1.6}
     left, points = grid.flat[0], range(len(axis.points))
     for line in axis.lines:
-        left.plot(axis.points, [line.growth(i) for i in points], **styles[line.name]._asdict(), **marked, label=line.name)
+        left.plot(
+            axis.points, [line.growth(i) for i in points], **styles[line.name]._asdict(), **marked, label=line.name
+        )
     if axis.powers:
         _guides(left, axis)
         _title(left, f"growth, × at {axis.points[0]:,}")

@@ -18,7 +18,7 @@ from ..errors import BilevelError, InputError
 from ..runs.recipe import Recipe
 from ..solvers.exact import Exact, exact_solver
 from .plan import Plan
-from .prepare import attacks_of, check_threat, extra_images, held_out_share, network_for, try_a_step
+from .prepare import attacks_of, check_threat, extra_images, held_out_share, kink_note, network_for, try_a_step
 
 __all__ = ["dry_run", "training_operations"]
 
@@ -45,6 +45,8 @@ def dry_run(plan: Plan, console: Console) -> None:
     parts = describe(plan.problem, plan.solver)
     rows += [(part.role, f"{part.name}   ({part.about})" if part.about else part.name) for part in parts]
     rows.append(("exact", _exact(plan, model, batch)))
+    if note := kink_note(plan, model):
+        rows.append(("note", note))
     examples = len(train) + (0 if extra is None else len(extra))
     steps = _steps(plan, train)
     try:

@@ -17,6 +17,7 @@ from ..errors import InputError
 from ..evaluate import Attack, Threat, attack_from_name, norm_of
 from ..evaluate.threat import check_set
 from ..models import build_model
+from ..models.activations import kinks
 from ..modes import autocast
 from ..runs.networks import load
 from ..train.trainer import check_coupling
@@ -29,6 +30,7 @@ __all__ = [
     "check_threat",
     "extra_images",
     "held_out_share",
+    "kink_note",
     "network_for",
     "prepare",
     "try_a_step",
@@ -143,6 +145,19 @@ def network_for(plan: Plan, train: ImageSet) -> nn.Module:
         whose = f"{plan.file.path}'s model" if options.model == "file" else f"the model {options.model}"
         raise InputError(f"{whose} gives {shape} for 2 images; {train.classes} classes need (2, {train.classes})")
     return model
+
+
+def kink_note(plan: Plan, model: nn.Module) -> str:
+    """What a solver of differences is worth on a network with kinks, in a line; "" where there is nothing to say."""
+    branches = [solver for _, solver in plan.solver.mixture()]
+    names = kinks(model)
+    if not names or not any(solver.implicit and solver.first_order for solver in branches):
+        return ""
+    return (
+        f"{type(plan.solver).__name__} takes differences, which are for smooth networks, and this one has "
+        f"{', '.join(names)}: units that change their side are an error that does not vanish (docs/solvers.md). "
+        "--activation softplus, or a solver with double backward, has none"
+    )
 
 
 def try_a_step(plan: Plan, model: nn.Module, train: ImageSet) -> None:

@@ -30,7 +30,7 @@ from .dry_run import dry_run
 from .headline import caption
 from .layout import memory_format_of
 from .plan import Plan, understand
-from .prepare import Prepared, prepare
+from .prepare import Prepared, kink_note, prepare
 from .start import begin, resume, run_directory
 
 __all__ = ["run"]
@@ -59,6 +59,8 @@ def run(args: Sequence[str]) -> int:
     else:
         begin(run_dir, config)
     console.print(_opening(plan, prepared), highlight=False, markup=False)
+    if note := kink_note(plan, prepared.model):
+        console.print(f"note: {note}", highlight=False, markup=False)
     try:
         _train(trainer, run_dir, console)
         scores, worst = _evaluate(trainer, run_dir, prepared, console)

@@ -7,9 +7,30 @@ from typing import Literal
 
 from torch import nn
 
-__all__ = ["ACTIVATIONS", "Activation", "ActivationName"]
+__all__ = ["ACTIVATIONS", "Activation", "ActivationName", "kinks"]
 
 Activation = Callable[[], nn.Module]
 ActivationName = Literal["relu", "softplus", "swish"]
 
+KINKED = (
+    nn.ReLU,
+    nn.ReLU6,
+    nn.LeakyReLU,
+    nn.PReLU,
+    nn.RReLU,
+    nn.Hardtanh,
+    nn.Hardsigmoid,
+    nn.Hardswish,
+    nn.Threshold,
+    nn.MaxPool1d,
+    nn.MaxPool2d,
+    nn.MaxPool3d,
+    nn.AdaptiveMaxPool2d,
+)
+
 ACTIVATIONS: dict[str, Activation] = {"relu": nn.ReLU, "softplus": nn.Softplus, "swish": nn.SiLU}
+
+
+def kinks(model: nn.Module) -> list[str]:
+    """The kinds of modules whose derivative jumps, by name; functions (``F.relu``) are not seen."""
+    return list(dict.fromkeys(type(module).__name__ for module in model.modules() if isinstance(module, KINKED)))

@@ -174,3 +174,17 @@ def test_a_run_that_is_there_is_left_alone(told, run_here):
     assert before[0] == json.loads(Path("run/config.json").read_text())
     assert all(torch.equal(a, b) for a, b in zip(before[1].values(), weights("run").values(), strict=True))
     assert isinstance(ba.load("run"), torch.nn.Module)
+
+
+@pytest.mark.parametrize("flags", [("--solver", "value-function"), ("--cross-at", "merged")])
+def test_differences_are_for_networks_without_kinks(told, flags):
+    """Units that change their side between two points are an error of ValueFunction's that does not fall with s."""
+    assert "this one has ReLU: units that change" in told("problems/fastbat.py", *flags)["note"]
+    assert "note" not in told("problems/fastbat.py", *flags, "--activation", "softplus")
+    assert "note" not in told("problems/fastbat.py")
+
+
+def test_a_run_says_so_too(capsys):
+    few = ["--epochs", "1", "--examples", "40", "--test-examples", "10", "--attacks", "clean", "--select", "clean"]
+    run("problems/fastbat.py", "--cross-at", "merged", *few)
+    assert "takes differences, which are for smooth networks" in " ".join(capsys.readouterr().out.split())
