@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 
 import pytest
 import torch
@@ -87,6 +88,37 @@ def test_a_look_at_every_step_is_the_pass_of_the_next(convolutional):
         delta = lower.solve(convolutional, batch, delta, generator).delta
         broken |= convolutional(batch.x + delta).argmax(1) != batch.y
     assert broken.any() and torch.equal(convolutional(moved).argmax(1) != batch.y, broken)
+
+
+class Holding(nn.Module):
+    """A network that notes whether the activations of its last pass are still in memory as the next one begins."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network, self.last, self.held = network, lambda: None, 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.held += self.last() is not None
+        inner = x * 1
+        self.last = weakref.ref(inner)
+        return self.network(inner.square())
+
+
+@pytest.mark.parametrize("name", ["pgd-6", "pgd-6-any"])
+def test_the_graph_of_a_step_is_gone_before_the_next(convolutional, name):
+    """The output that a look at every step uses has the graph of its pass, which is most of an attack's memory."""
+    network, batch = Holding(convolutional), ba.Batch(TEST.x, TEST.y)
+    attack_from_name(name, EPS).stages[0](network, batch, torch.Generator().manual_seed(0))
+    assert network.held == 0
+
+
+@pytest.mark.parametrize("name", ["pgd-50-2", "pgd-50-2-any"])
+def test_stored_results_of_earlier_versions_are_of_the_same_attack(name):
+    """Their identity has the stages' repr (``runs/evaluations.py``), with the fields that stages had then."""
+    attack = attack_from_name(name, EPS)
+    for stage in attack.stages:
+        text = repr(stage)
+        assert "keep_output=False" in text and "cycles" not in text
 
 
 class Noisy(nn.Module):
