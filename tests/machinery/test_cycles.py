@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 import weakref
+from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from evaluating import EPS, TEST
@@ -122,19 +125,20 @@ def test_stored_results_of_earlier_versions_are_of_the_same_attack(name):
 
 
 class Noisy(nn.Module):
-    """A network with noise in its input, from torch's own generator."""
+    """A network with noise in its input."""
 
-    def __init__(self, network: nn.Module, scale: float) -> None:
+    def __init__(self, network: nn.Module, draw: Callable[[], float | torch.Tensor]) -> None:
         super().__init__()
-        self.network, self.scale = network, scale
+        self.network, self.draw = network, draw
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.network(x + self.scale * torch.randn_like(x))
+        return self.network(x + 1e-12 * self.draw())
 
 
-def test_steps_that_draw_are_all_taken(convolutional):
+@pytest.mark.parametrize("draw", [lambda: torch.randn(1), np.random.randn, random.random], ids=["torch", "numpy", "python"])
+def test_steps_that_draw_are_all_taken(convolutional, draw):
     """The noise is too small to change a sign, so the iterates repeat; but another draw might have changed one."""
-    network = Counting(Noisy(convolutional, 1e-12))
+    network = Counting(Noisy(convolutional, draw))
     batch, attack = ba.Batch(TEST.x, TEST.y), attack_from_name("pgd-30", EPS)
     attack.stages[0](network, batch, torch.Generator().manual_seed(0))
     assert network.rows == 30 * len(TEST)
