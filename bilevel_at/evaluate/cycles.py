@@ -29,8 +29,8 @@ class Cycles:
     Args:
         steps: K, after which the iterates end.
         generator: what the steps would draw from, if they drew. Steps that draw are no function of δ, and none of their
-            rows are reported. That holds for draws from torch's own generators, NumPy's and Python's too; a generator that
-            a network keeps for itself is not seen.
+            rows are reported; so do draws from torch's own generators, NumPy's and Python's. A generator that a network
+            keeps for itself is not seen.
     """
 
     def __init__(self, steps: int, generator: torch.Generator) -> None:
@@ -84,5 +84,5 @@ class Cycles:
 
 def _state_elsewhere() -> tuple[Any, ...]:
     """The states of Python's global generator and of NumPy's, from which some randomised networks draw."""
-    name, keys, *rest = np.random.get_state()
+    name, keys, *rest = np.random.get_state()  # noqa: NPY002  # a new Generator is not what they draw from
     return random.getstate(), name, np.asarray(keys).tobytes(), *rest

@@ -135,7 +135,10 @@ class Noisy(nn.Module):
         return self.network(x + 1e-12 * self.draw())
 
 
-@pytest.mark.parametrize("draw", [lambda: torch.randn(1), np.random.randn, random.random], ids=["torch", "numpy", "python"])
+DRAWS = {"torch": lambda: torch.randn(1), "numpy": np.random.randn, "python": random.random}
+
+
+@pytest.mark.parametrize("draw", DRAWS.values(), ids=DRAWS)
 def test_steps_that_draw_are_all_taken(convolutional, draw):
     """The noise is too small to change a sign, so the iterates repeat; but another draw might have changed one."""
     network = Counting(Noisy(convolutional, draw))
