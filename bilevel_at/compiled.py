@@ -33,6 +33,7 @@ def one_graph(hypergradient: Callable[..., Hypergradient], backend: str) -> Call
     # Two seconds to import, which only this needs.
     from torch._dynamo import config, exc, list_backends, mark_static
     from torch._inductor import config as inductor
+    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
     if not hasattr(config, "trace_autograd_ops"):
         raise InputError(f"torch {torch.__version__} cannot compile torch.autograd.grad; a newer one is needed")
@@ -69,10 +70,12 @@ def one_graph(hypergradient: Callable[..., Hypergradient], backend: str) -> Call
                         if tensor is not None:
                             mark_static(tensor)  # random draws have no symbolic shapes
                     step = call(problem, model, batch, anchor, scale)
-            except (exc.TorchDynamoException, exc.FailOnRecompileLimitHit) as error:
+            except (exc.TorchDynamoException, exc.FailOnRecompileLimitHit, GuardOnDataDependentSymNode) as error:
                 # What the library has to say itself comes out of a trace as something else.
                 hypergradient(problem, model, batch, anchor, generator, scale=scale)
-                raise InputError(f"no single graph of this can be compiled: {_reason(error)}") from error
+                raise InputError(
+                    f"no single graph of this can be compiled, so leave out --compile (or compile()): {_reason(error)}"
+                ) from error
             except (RuntimeError, IndexError):  # of compiled code: a label out of range, on a CPU
                 if on_host(batch.x):
                     hypergradient(problem, model, batch, anchor, generator, scale=scale)
@@ -113,7 +116,7 @@ def _reason(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     first = lines[0] if lines else type(error).__name__
     explanation = next((line for line in lines if line.startswith("Explanation:")), "")
-    return f"{first}. {explanation.removeprefix('Explanation:').strip()}"[:300].strip()
+    return f"{first}. {explanation.removeprefix('Explanation:').strip()}"[:280].strip()
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from bilevel_at.errors import InputError
 from bilevel_at.kkt import CrossAt, KKTSolver, scalar_adjoint, with_multiplier
 from bilevel_at.problem import BilevelProblem
 from bilevel_at.solution import Solution
@@ -37,6 +38,14 @@ class HessianFreeKKT(KKTSolver):
 
     def __post_init__(self) -> None:
         self._check()
+
+    def compile(self, backend: str = "inductor") -> None:
+        if self.cross_at == "merged":
+            raise InputError(
+                'no single graph can be compiled with cross_at="merged", whose two passes make the same random draws: '
+                'leave out --compile (or compile()), or take cross_at="anchor" or "solution"'
+            )
+        super().compile(backend)
 
     def adjoint(self, problem: BilevelProblem, model: nn.Module, solution: Solution, v: Tensor) -> Tensor:
         """w = T v / (λ + μ + damping), ``[B, ...]``."""

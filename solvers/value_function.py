@@ -71,6 +71,12 @@ class ValueFunction(Solver):
             positive("tol", self.tol)
         whole_number("max_iter", self.max_iter, 1)
 
+    def compile(self, backend: str = "inductor") -> None:
+        raise InputError(
+            "no single graph can be compiled of ValueFunction, which descends until it has converged: leave out "
+            "--compile (or compile()), or take HessianFreeKKT"
+        )
+
     def differentiate(self, attacked: Attacked) -> Terms:
         """The direct term at δ*, and the difference of ∇_θ g at δ_s and δ_−s."""
         if not attacked.moves:

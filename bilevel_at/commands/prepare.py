@@ -169,8 +169,8 @@ def try_a_step(plan: Plan, model: nn.Module, train: ImageSet) -> None:
         problem, model = copy.deepcopy(plan.problem), copy.deepcopy(model).train()
         with autocast(plan.options.precision, few.device):
             step = plan.solver.hypergradient(problem, model, batch, generator=generator)
-        if plan.options.compile:
-            solver = copy.deepcopy(plan.solver)
+        # Of a solver that tosses a coin, all that it may take: a rare one would be refused after hours.
+        for _, solver in copy.deepcopy(plan.solver).mixture() if plan.options.compile else ():
             solver.compile("eager")  # traces, and leaves out what takes a minute
             for number in range(3):  # a schedule by update shows in the second step
                 policy.set_step((problem, solver), number, 3)

@@ -176,9 +176,8 @@ def _of_reach(name: str, constraint: Constraint, reach: float) -> list[Stage]:
         return [Descent(Linearized(minus(cross_entropy), constraint, "zero", direction, reach or 1.0))]
     if match := re.fullmatch(r"pgd-([1-9]\d*)(?:-([1-9]\d*))?(-any)?", name):
         steps, restarts = int(match[1]), int(match[2] or 1)
-        any_step = bool(match[3])
-        descend = Linearized(minus(cross_entropy), constraint, start, direction, reach / 4 or 1.0, keep_output=any_step)
-        return [Descent(descend, i, steps, any_step, cycles=True) for i in range(restarts)]
+        descend = Linearized(minus(cross_entropy), constraint, start, direction, reach / 4 or 1.0)
+        return [Descent(descend, i, steps, any_step=bool(match[3]), cycles=True) for i in range(restarts)]
     if match := re.fullmatch(r"beta-([1-9]\d*)(?:-([1-9]\d*))?(?:-top([1-9]\d*))?(?:-([a-z]+))?", name):
         steps, restarts, top = int(match[1]), int(match[2] or 1), match[3] and int(match[3])
         groups = [None] if not top else [(0, top), (top, None)]

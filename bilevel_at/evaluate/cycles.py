@@ -7,8 +7,11 @@ adversarially trained digits needs 19 gradients an image in place of 49 (docs/re
 
 from __future__ import annotations
 
+import random
 from collections import deque
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,7 +29,8 @@ class Cycles:
     Args:
         steps: K, after which the iterates end.
         generator: what the steps would draw from, if they drew. Steps that draw are no function of δ, and none of their
-            rows are reported.
+            rows are reported; so do draws from torch's own generators, NumPy's and Python's. A generator that a network
+            keeps for itself is not seen.
     """
 
     def __init__(self, steps: int, generator: torch.Generator) -> None:
@@ -34,6 +38,7 @@ class Cycles:
         self.recent: deque[Tensor] = deque(maxlen=LONGEST)
         self.done = 0
         self._state: list[Tensor] | None = None
+        self._elsewhere: tuple[Any, ...] = ()
 
     def see(self, delta: Tensor) -> tuple[Tensor, Tensor] | None:
         """Take in the next iterate.
@@ -47,7 +52,8 @@ class Cycles:
         """
         self.done += 1
         if self._state is None:
-            self._state = random_state(self.generator)  # after the first step, which draws its start
+            # After the first step, which draws its start.
+            self._state, self._elsewhere = random_state(self.generator), _state_elsewhere()
         ending = self._look(delta)
         self.recent.append(delta)
         return ending
@@ -72,4 +78,11 @@ class Cycles:
 
     def _drew_nothing(self) -> bool:
         assert self._state is not None
-        return all(torch.equal(a, b) for a, b in zip(self._state, random_state(self.generator), strict=True))
+        now = random_state(self.generator)
+        return all(map(torch.equal, self._state, now)) and self._elsewhere == _state_elsewhere()
+
+
+def _state_elsewhere() -> tuple[Any, ...]:
+    """The states of Python's global generator and of NumPy's, from which some randomised networks draw."""
+    name, keys, *rest = np.random.get_state()  # noqa: NPY002  # a new Generator is not what they draw from
+    return random.getstate(), name, np.asarray(keys).tobytes(), *rest

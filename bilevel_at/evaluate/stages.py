@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -15,7 +15,8 @@ from ..anchors import Anchor
 from ..batch import Batch, per_sample
 from ..constraints import Constraint
 from ..errors import InputError
-from ..losses import margins
+from ..losses import CrossEntropy, margins, minus
+from ..lower import Linearized
 from ..modes import attack_mode
 from ..problem import LowerProblem
 from ..targeted import Targeted
@@ -74,15 +75,18 @@ class Descent:
         attacked, left = batch.x.clone(), torch.arange(len(batch), device=batch.x.device)
         delta = None
         watch = Cycles(self.steps, generator) if self.cycles else None
+        lower = self._lower()
         for _ in range(self.steps):
-            solution = self.lower.solve(model, batch, delta, generator)
-            before, delta = delta, solution.delta
+            solution = lower.solve(model, batch, delta, generator)
+            before, delta, output = delta, solution.delta, solution.kept_output
+            del solution  # the graph of its output is not to be there beside the next step's
             if self.any_step and before is not None:
-                stands = self._stands(model, batch, before, solution.kept_output)
+                stands = self._stands(model, batch, before, output)
                 attacked[left[~stands]] = (batch.x + before)[~stands]
                 left, batch, delta = left[stands], batch[stands], delta[stands]
                 if watch is not None:
                     watch.keep(stands)
+            del output
             if watch is not None and (ending := watch.see(delta)) is not None:
                 cycling, last = ending
                 attacked[left[cycling]] = (batch.x + last)[cycling]
@@ -93,6 +97,17 @@ class Descent:
         if delta is not None:
             attacked[left] = batch.x + delta
         return attacked
+
+    def _lower(self) -> LowerProblem:
+        """The lower problem; where every step is looked at, one that keeps the network's output where it solves from.
+
+        That is set here, and not in the stage's own lower problem, because stored results have its repr.
+        """
+        lower = self.lower
+        if self.any_step and type(lower) is Linearized and isinstance(lower.attack_loss, minus):
+            plain = isinstance(lower.attack_loss.loss, CrossEntropy)  # whose output is the network's
+            return replace(lower, keep_output=plain)
+        return lower
 
     def _stands(self, model: nn.Module, batch: Batch, delta: Tensor, output: Any) -> Tensor:
         """Whether the network is right on x + δ, ``[B]``, by the output there that the solve from δ kept, if it did."""

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import random
+import weakref
+from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from evaluating import EPS, TEST
@@ -89,20 +93,55 @@ def test_a_look_at_every_step_is_the_pass_of_the_next(convolutional):
     assert broken.any() and torch.equal(convolutional(moved).argmax(1) != batch.y, broken)
 
 
-class Noisy(nn.Module):
-    """A network with noise in its input, from torch's own generator."""
+class Holding(nn.Module):
+    """A network that notes whether the activations of its last pass are still in memory as the next one begins."""
 
-    def __init__(self, network: nn.Module, scale: float) -> None:
+    def __init__(self, network: nn.Module) -> None:
         super().__init__()
-        self.network, self.scale = network, scale
+        self.network, self.last, self.held = network, lambda: None, 0
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.network(x + self.scale * torch.randn_like(x))
+        self.held += self.last() is not None
+        inner = x * 1
+        self.last = weakref.ref(inner)
+        return self.network(inner.square())
 
 
-def test_steps_that_draw_are_all_taken(convolutional):
+@pytest.mark.parametrize("name", ["pgd-6", "pgd-6-any"])
+def test_the_graph_of_a_step_is_gone_before_the_next(convolutional, name):
+    """The output that a look at every step uses has the graph of its pass, which is most of an attack's memory."""
+    network, batch = Holding(convolutional), ba.Batch(TEST.x, TEST.y)
+    attack_from_name(name, EPS).stages[0](network, batch, torch.Generator().manual_seed(0))
+    assert network.held == 0
+
+
+@pytest.mark.parametrize("name", ["pgd-50-2", "pgd-50-2-any"])
+def test_stored_results_of_earlier_versions_are_of_the_same_attack(name):
+    """Their identity has the stages' repr (``runs/evaluations.py``), with the fields that stages had then."""
+    attack = attack_from_name(name, EPS)
+    for stage in attack.stages:
+        text = repr(stage)
+        assert "keep_output=False" in text and "cycles" not in text
+
+
+class Noisy(nn.Module):
+    """A network with noise in its input."""
+
+    def __init__(self, network: nn.Module, draw: Callable[[], float | torch.Tensor]) -> None:
+        super().__init__()
+        self.network, self.draw = network, draw
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.network(x + 1e-12 * self.draw())
+
+
+DRAWS = {"torch": lambda: torch.randn(1), "numpy": np.random.randn, "python": random.random}
+
+
+@pytest.mark.parametrize("draw", DRAWS.values(), ids=DRAWS)
+def test_steps_that_draw_are_all_taken(convolutional, draw):
     """The noise is too small to change a sign, so the iterates repeat; but another draw might have changed one."""
-    network = Counting(Noisy(convolutional, 1e-12))
+    network = Counting(Noisy(convolutional, draw))
     batch, attack = ba.Batch(TEST.x, TEST.y), attack_from_name("pgd-30", EPS)
     attack.stages[0](network, batch, torch.Generator().manual_seed(0))
     assert network.rows == 30 * len(TEST)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from running import ROOT, complaint, npz
+from running import ROOT, SHORT, complaint, npz
 
 from bilevel_at.evaluate.radius import number_from_text as number
 
@@ -198,6 +198,20 @@ def test_a_coupled_loss_has_no_parts():
     for flags in (["problems/nuat.py"], ["problems/awp.py", "--of", "nuat"]):
         line = complaint(*flags, "--data", npz(), "--accumulate", "2", "--out", "out")
         assert line.startswith("--accumulate is 2, but the upper loss is one number for all of a batch")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--cross-at merged",
+        "--solver value-function",
+        "--solver gauss-newton-kkt",
+        "--solver lazy --inner full-kkt --p 0.01",
+    ],
+)
+def test_solvers_that_are_no_graph_are_refused_before_anything_is_written(flags):
+    """The coin of the last one almost always falls on the solver that is a graph."""
+    assert "leave out --compile" in complaint(ROOT / "problems" / "fastbat.py", *flags.split(), "--compile", *SHORT)
 
 
 def test_steps_that_would_each_be_compiled_anew_are_refused():

@@ -16,7 +16,7 @@ import bilevel_at as ba
 from bilevel_at import compiled, policy
 from bilevel_at.models import build_model
 from bilevel_at.problems import fastat, fastbat
-from bilevel_at.solvers import FullKKT, HessianFreeKKT, Lazy, ValueFunction, ZeroIG
+from bilevel_at.solvers import FullKKT, GaussNewtonKKT, HessianFreeKKT, Lazy, ProjectionAdjoint, ValueFunction, ZeroIG
 
 sys.path.insert(0, str(importlib.import_module("pathlib").Path(__file__).parents[1] / "machinery"))
 from marks import fast  # noqa: E402
@@ -71,7 +71,7 @@ def test_every_problem_s_graph_is_the_step_bit_for_bit_or_there_is_none(name):
     plain, (problem, solver) = of_file(name), of_file(name)
     solver.compile("eager")
     if name in NO_GRAPH:
-        with pytest.raises(ba.InputError, match="no single graph of this can be compiled: ") as error:
+        with pytest.raises(ba.InputError, match="no single graph of this can be compiled, so leave out") as error:
             trained(problem, solver)
         assert "\n" not in str(error.value) and len(str(error.value)) < 400
         return
@@ -149,14 +149,32 @@ def test_what_the_library_says_of_a_batch_it_still_says():
         solver.hypergradient(taylor(), model, batch_of(4, 6).replace(y=torch.arange(4)))
 
 
-@pytest.mark.parametrize("solver", [FullKKT(), ValueFunction()], ids=str)
+@pytest.mark.parametrize("solver", [FullKKT(), GaussNewtonKKT(damping=1.0), ProjectionAdjoint()], ids=str)
 def test_solvers_that_decide_by_values_are_refused_in_one_line(solver):
     solver = copy.deepcopy(solver)
     solver.compile("eager")
     model, problem = dense(6, 5, 3), taylor()
-    problem.lower = ba.Proximal(problem.lower.attack_loss, problem.lower.constraint, lam=20.0, anchor="zero")
-    with pytest.raises(ba.InputError, match="no single graph of this can be compiled"):
+    if isinstance(solver, FullKKT):
+        problem.lower = ba.Proximal(problem.lower.attack_loss, problem.lower.constraint, lam=20.0, anchor="zero")
+    with pytest.raises(ba.InputError, match="no single graph of this can be compiled, so leave out --compile") as error:
         solver.hypergradient(problem, model, batch_of(4, 6))
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize(
+    ("solver", "instead"),
+    [
+        (HessianFreeKKT(cross_at="merged"), 'cross_at="anchor" or "solution"'),
+        (ValueFunction(), "HessianFreeKKT"),
+        (Lazy(ValueFunction()), "HessianFreeKKT"),
+    ],
+    ids=str,
+)
+def test_solvers_without_double_backward_say_what_to_take_instead(solver, instead):
+    with pytest.raises(ba.InputError, match="leave out --compile") as error:
+        solver.compile("eager")
+    assert str(error.value).endswith(f"or take {instead}") and "\n" not in str(error.value)
+    assert "hypergradient" not in vars(solver)  # and it goes on uncompiled
 
 
 def test_unknown_backends_and_older_torches_are_named(monkeypatch):
