@@ -36,6 +36,7 @@ class Cycles:
     def __init__(self, steps: int, generator: torch.Generator) -> None:
         self.steps, self.generator = steps, generator
         self.recent: deque[Tensor] = deque(maxlen=LONGEST)
+        self.sums: deque[Tensor] = deque(maxlen=LONGEST)  # of each row: those that are equal have equal ones
         self.done = 0
         self._state: list[Tensor] | None = None
         self._elsewhere: tuple[Any, ...] = ()
@@ -54,13 +55,17 @@ class Cycles:
         if self._state is None:
             # After the first step, which draws its start.
             self._state, self._elsewhere = random_state(self.generator), _state_elsewhere()
-        ending = self._look(delta)
+        sums = delta.flatten(1).sum(1)
+        equal = [(sums == before).any() for before in self.sums]
+        ending = self._look(delta) if equal and torch.stack(equal).any() else None
         self.recent.append(delta)
+        self.sums.append(sums)
         return ending
 
     def keep(self, rows: Tensor) -> None:
         """Only ``rows`` (``[B]`` bool, or indices) are left."""
         self.recent = deque((delta[rows] for delta in self.recent), maxlen=LONGEST)
+        self.sums = deque((sums[rows] for sums in self.sums), maxlen=LONGEST)
 
     def _look(self, delta: Tensor) -> tuple[Tensor, Tensor] | None:
         cycling = torch.zeros(len(delta), dtype=torch.bool, device=delta.device)
