@@ -20,10 +20,13 @@ def keep_freed_memory() -> bool:
     them (docs/performance.md). The largest memory that the process ever has is the same. This is for commands: a
     library leaves the heap of the process that imports it alone.
 
-    Nothing is changed where the environment sets ``MALLOC_TRIM_THRESHOLD_`` or ``MALLOC_MMAP_THRESHOLD_``.
+    Nothing is changed where the environment sets ``MALLOC_TRIM_THRESHOLD_`` or ``MALLOC_MMAP_THRESHOLD_``, or either
+    in ``GLIBC_TUNABLES``.
     """
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
     if not sys.platform.startswith("linux") or any(
-        f"MALLOC_{name}_THRESHOLD_" in os.environ for name in ("TRIM", "MMAP")
+        f"MALLOC_{name}_THRESHOLD_" in os.environ or f"malloc.{name.lower()}_threshold" in tunables
+        for name in ("TRIM", "MMAP")
     ):
         return False
     try:
