@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import random
+import re
 import struct
 import zipfile
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -153,6 +156,21 @@ def strange_array(like: np.ndarray, r: random.Random) -> bytes:
     return r.choice(makers)()
 
 
+@functools.cache
+def bomb() -> tuple[bytes, int]:
+    """(an array of 3 GB of zeros, deflated to 3 MB; its bytes when inflated)."""
+    start = header("(750000000,)")[:-64]
+    pack = zlib.compressobj(wbits=-15)
+    first = pack.compress(start) + pack.flush(zlib.Z_FULL_FLUSH)
+    million = pack.compress(bytes(10**6)) + pack.flush(zlib.Z_FULL_FLUSH)
+    return first + million * 3000 + pack.flush(), len(start) + 3 * 10**9
+
+
+def parts_of(archive: bytearray, mark: bytes) -> list[int]:
+    """Where a mark of the zip format stands."""
+    return [place.start() for place in re.finditer(re.escape(mark), archive)]
+
+
 def damaged_npz(content: bytes, r: random.Random) -> bytes:
     """An archive with an array replaced, missing, added, huge when inflated, or encrypted; or damaged as bytes."""
     how = r.choice(["array"] * 8 + ["missing", "extra", "bomb", "encrypted", "bytes", "bytes", "names"])
@@ -161,7 +179,6 @@ def damaged_npz(content: bytes, r: random.Random) -> bytes:
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         parts = {name: archive.read(name) for name in archive.namelist()}
     name = r.choice(sorted(parts))
-    method = zipfile.ZIP_STORED
     if how == "array":
         parts[name] = strange_array(np.load(io.BytesIO(parts[name]), allow_pickle=False), r)
     elif how == "missing":
@@ -171,20 +188,22 @@ def damaged_npz(content: bytes, r: random.Random) -> bytes:
     elif how == "names":
         parts = {r.choice([key, key.replace(".npy", ""), key.upper()]): part for key, part in parts.items()}
     elif how == "bomb":
-        size = 3 * 10**8
-        parts[name] = header(f"({size // 4},)")[:-64] + bytes(size)
-        method = zipfile.ZIP_DEFLATED
+        parts[name], size = bomb()
     file = io.BytesIO()
-    with zipfile.ZipFile(file, "w", method) as archive:
+    with zipfile.ZipFile(file, "w") as archive:
         for key, part in parts.items():
             archive.writestr(key, part)
     made = bytearray(file.getvalue())
+    if how == "bomb":  # say that the part is deflated, and how large it is when inflated
+        for mark, method, inflated in ((b"PK\x03\x04", 8, 22), (b"PK\x01\x02", 10, 24)):
+            for place in parts_of(made, mark):
+                if made.find(name.encode(), place) - place in (30, 46):
+                    made[place + method] = 8
+                    made[place + inflated : place + inflated + 4] = struct.pack("<I", size)
     if how == "encrypted":
         for mark, offset in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
-            place = made.find(mark)
-            while place >= 0:
+            for place in parts_of(made, mark):
                 made[place + offset] |= 1
-                place = made.find(mark, place + 1)
     return bytes(made)
 
 

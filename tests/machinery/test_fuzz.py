@@ -125,6 +125,7 @@ def one_damaged(files, tmp_path, r):
     return folder, name
 
 
+@pytest.mark.slow
 def test_runs_are_read_or_refused(files, tmp_path):
     failures, tally = [], Counter()
     for seed in range(CASES):
