@@ -9,8 +9,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import zipfile
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..errors import InputError
+from ..archives import read_arrays
+from ..errors import InputError, reason
 from .checkpoints import FORMAT, checked, load_tensors
 
 __all__ = ["CHECKPOINTS", "RunDir", "plain"]
@@ -111,9 +110,9 @@ class RunDir:
         if not file.is_file():
             raise InputError(f"{self.path} has no {name}; a run directory of bilevel_at.run does")
         try:
-            return json.loads(file.read_text())
-        except (ValueError, RecursionError) as error:  # not JSON, not text, or nested too deeply
-            raise InputError(f"{file} is not JSON: {error}") from None
+            return json.loads(file.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError, MemoryError) as error:  # not JSON, not text, or nested too deeply
+            raise InputError(f"{file} is not JSON: {reason(error)}") from None
 
     def save_arrays(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
         def write(path: Path) -> None:
@@ -132,9 +131,8 @@ class RunDir:
             An empty dictionary if the file is missing or damaged.
         """
         try:
-            with np.load(self.path / name, allow_pickle=False) as archive:
-                return {key: archive[key] for key in archive.files}
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error):
+            return read_arrays(self.path / name)
+        except InputError:
             return {}
 
     @property
@@ -183,12 +181,12 @@ class RunDir:
             InputError: if the file is not JSON lines.
         """
         file = self.path / METRICS
-        text = file.read_text() if file.is_file() else ""
         try:
+            text = file.read_text(encoding="utf-8") if file.is_file() else ""
             # A last line without a line break is incomplete: the run was stopped while writing it.
             lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
-        except ValueError as error:
-            raise InputError(f"{file} is not a file of JSON lines: {error}") from None
+        except (ValueError, RecursionError, MemoryError) as error:
+            raise InputError(f"{file} is not a file of JSON lines: {reason(error)}") from None
         if epochs is not None:
             lines = lines[:epochs]
             shortened = "".join(json.dumps(line) + "\n" for line in lines)

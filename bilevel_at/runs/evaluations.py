@@ -11,8 +11,6 @@ import json
 import math
 import re
 import time
-import zipfile
-import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from ..archives import read_arrays
 from ..data import ImageSet
 from ..errors import InputError
 from ..evaluate.attacks import Attack
@@ -263,13 +262,12 @@ class Store:
     def _read(self, path: Path, identity: str, attack: Attack) -> Trace | None:
         """The trace in the file; None if the file is missing, damaged, or from another evaluation."""
         try:
-            with np.load(path, allow_pickle=False) as archive:
-                arrays = {name: archive[name] for name in archive.files}
+            arrays = read_arrays(path)
             trace = Trace.from_arrays(arrays, self.images.device)
             expected = self._arrays(identity, attack, trace)
             if arrays.keys() != expected.keys() or not all(np.array_equal(arrays[k], v) for k, v in expected.items()):
                 return None
-        except (AttributeError, OSError, KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile, zlib.error):
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError):  # an InputError is a ValueError
             return None
         whole = len(trace.broken) == len(self.images) and 0 <= trace.stage <= len(attack.stages) + 1
         return trace if whole else None

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..archives import read_arrays
 from ..errors import InputError
 from .directory import RunDir
 
@@ -77,12 +78,7 @@ def read_history(run_path: str | Path) -> History | None:
     file = Path(run_path) / FILE
     if not file.is_file():
         return None
-    try:
-        with np.load(file, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except Exception as error:  # damaged archives fail in many ways, all of them inside np.load
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{file} is not an archive of plain arrays: {reason}") from None
+    arrays = read_arrays(file)
     missing = [name for name in ("gradient_norm", "step", "label") if name not in arrays]
     if missing:
         raise InputError(f"{file} has no {missing[0]}; a run's history has gradient_norm, step and label")
