@@ -40,7 +40,11 @@ from .targeted import Targeted
 
 __version__ = "0.1.0"
 
-_ON_DEMAND = {"load": ("bilevel_at.runs", "load"), "testing": ("bilevel_at.testing", None)}
+_ON_DEMAND = {
+    "distributed": ("bilevel_at.distributed", None),
+    "load": ("bilevel_at.runs", "load"),
+    "testing": ("bilevel_at.testing", None),
+}
 """What loads more than the language does: imported when it is first asked for."""
 
 __all__ = [
@@ -87,6 +91,7 @@ __all__ = [
     "Zero",
     "attack_mode",
     "cross_entropy",
+    "distributed",
     "input_gradient",
     "kl_divergence",
     "load",

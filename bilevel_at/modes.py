@@ -29,6 +29,14 @@ def no_graph() -> Iterator[None]:
         torch.clear_autocast_cache()
 
 
+WRAPPERS = {
+    "DistributedDataParallel": "replicas would part in silence; pass its .module, and call "
+    "ba.distributed.reduce_gradients(module, len(batch)) before the optimizer's step",
+    "FullyShardedDataParallel": ".grad would stay None in silence; pass a network that each process has whole",
+    "FSDPModule": ".grad would stay None in silence; pass a network that each process has whole",
+}
+
+
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[None]:
     """Autocast to bfloat16 where ``precision`` is "bfloat16"; else nothing."""
     return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bfloat16" else nullcontext()
@@ -42,6 +50,15 @@ def full_precision(device: torch.device) -> AbstractContextManager[None]:
     if torch.is_autocast_enabled() or torch.is_autocast_enabled("cpu"):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
+
+
+def check_unwrapped(model: nn.Module) -> None:
+    """Raise :class:`InputError` where the network is wrapped for hooks that hypergradients do not call."""
+    for kind in type(model).__mro__:
+        if kind.__name__ in WRAPPERS:
+            raise InputError(
+                f"the network is a {kind.__name__}, whose hooks hypergradients do not call: {WRAPPERS[kind.__name__]}"
+            )
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from .batch import Batch
 from .compiled import one_graph
 from .errors import InputError
 from .losses import check_prepared, check_values
-from .modes import full_precision
+from .modes import check_unwrapped, full_precision
 from .policy import Policy
 from .problem import BilevelProblem, LowerProblem
 from .solution import Gradients, Hypergradient, Solution
@@ -171,6 +171,7 @@ class Solver(Policy):
         scale: float,
     ) -> Hypergradient:
         upper, lower = problem.upper, problem.lower
+        check_unwrapped(model)
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not named:
             raise InputError("no parameter of the model requires a gradient; there is nothing to differentiate in")

@@ -7,6 +7,7 @@ The file's ``problem(...)``, and its ``solver(...)`` if there is one, define fla
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ..data import ImageSet
-from ..errors import BilevelError
+from ..errors import BilevelError, InputError
 from ..evaluate import Score, Threat
 from ..runs.directory import CHECKPOINTS, RunDir
 from ..runs.evaluations import Store
@@ -43,6 +44,7 @@ def run(args: Sequence[str]) -> int:
         InputError: if the arguments are invalid.
     """
     console = Console()
+    _check_one_process()
     plan = understand(args)
     if plan.options.dry_run:
         dry_run(plan, console)
@@ -72,6 +74,16 @@ def run(args: Sequence[str]) -> int:
     _draw(plan, prepared, run_dir)
     _close(scores, worst, prepared, plan.file.path, run_dir, console)
     return 0
+
+
+def _check_one_process() -> None:
+    """Refuse to train in several processes that know nothing of each other."""
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes != "1" and "RANK" in os.environ:
+        raise InputError(
+            f"torchrun has started {processes} processes; this command trains in one: start it without torchrun "
+            "(for a loop of your own there is ba.distributed.reduce_gradients)"
+        )
 
 
 def _size(threat: Threat) -> str:

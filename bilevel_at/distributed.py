@@ -1,0 +1,101 @@
+"""Loops of your own on several processes of ``torch.distributed``: gradients are reduced once a step.
+
+    # torchrun --nproc-per-node 2 mine.py
+    torch.distributed.init_process_group()
+    ba.distributed.broadcast(model)
+    for batch in batches_of_this_process:
+        opt.zero_grad()
+        solver.backward(problem, model, batch)
+        ba.distributed.reduce_gradients(model, len(batch))
+        opt.step()
+
+Hypergradients come from ``torch.autograd.grad``, which the hooks of DistributedDataParallel and FSDP do not see, so
+that solvers refuse a network that is wrapped in one. What is remembered by example stays with the process that has the
+example: give each example to one process. Batch statistics are each process's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from .errors import InputError
+from .modes import check_unwrapped
+
+__all__ = ["broadcast", "reduce_gradients"]
+
+BUCKET = 25 * 2**20  # bytes, as DistributedDataParallel has it
+
+
+def _processes(group: dist.ProcessGroup | None) -> int:
+    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+
+
+def broadcast(model: nn.Module, group: dist.ProcessGroup | None = None) -> None:
+    """Give every process the parameters and buffers of rank 0; nothing on one process."""
+    if _processes(group) > 1:
+        with torch.no_grad():
+            for tensor in (*model.parameters(), *model.buffers()):
+                dist.broadcast(tensor, 0, group=group)
+
+
+def reduce_gradients(model: nn.Module, examples: int, group: dist.ProcessGroup | None = None) -> None:
+    """Replace each ``.grad`` by its mean over the examples of all processes:
+
+        grad ← Σ_r n_r grad_r / Σ_r n_r
+
+    which is the gradient of the mean loss of all of them, as one process would have it. Gradients are reduced in flat
+    buckets of 25 MiB, and nothing waits for the device. On one process, or without a process group, nothing happens.
+
+    Every process must call this as often as the others, one without examples with ``examples=0``. A parameter that
+    has no gradient counts as zero, and has a gradient of zeros afterwards.
+
+    Args:
+        model: the network, not wrapped.
+        examples: n_r, the number of examples that ``.grad`` is the mean of.
+        group: the processes; all by default.
+
+    Raises:
+        InputError: where the network is wrapped, or ``examples`` is negative.
+    """
+    check_unwrapped(model)
+    if isinstance(examples, bool) or not isinstance(examples, int) or examples < 0:
+        raise InputError(f"examples is {examples!r}; it must be a whole number, at least 0")
+    if _processes(group) == 1:
+        return
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if not parameters:
+        return
+    total = torch.tensor([examples], dtype=torch.float64, device="cpu").to(parameters[0].device)
+    dist.all_reduce(total, group=group)
+    with torch.no_grad():
+        for bucket in _buckets(parameters):
+            flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in bucket])
+            flat *= (examples / total).to(flat)
+            dist.all_reduce(flat, group=group)
+            for p, part in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
+                if p.grad is None:
+                    p.grad = part.view_as(p).clone()
+                else:
+                    p.grad.copy_(part.view_as(p))
+
+
+def _buckets(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Parameters of one type and device, in their order, of at most :data:`BUCKET` bytes or one parameter."""
+    kinds: dict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = {}
+    for p in parameters:
+        kinds.setdefault((p.dtype, p.device), []).append(p)
+    for alike in kinds.values():
+        bucket: list[nn.Parameter] = []
+        size = 0
+        for p in alike:
+            length = p.numel() * p.element_size()
+            if bucket and size + length > BUCKET:
+                yield bucket
+                bucket, size = [], 0
+            bucket.append(p)
+            size += length
+        yield bucket

@@ -1,0 +1,168 @@
+"""Several processes: 30 steps on two and four, with gradients reduced once a step, are those of one process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import bilevel_at as ba
+from bilevel_at import run as run_module
+from bilevel_at.problems import fastat
+from bilevel_at.solvers import ZeroIG
+
+LOOP = '''
+import os
+import sys
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import bilevel_at as ba
+from bilevel_at.solvers import FullKKT, HessianFreeKKT, ZeroIG
+
+torch.set_num_threads(1)
+torch.manual_seed(0)
+x, y = torch.rand(30, 3, dtype=torch.float64), torch.randint(0, 3, (30,))
+ball, attack = ba.LinfBall(0.3), ba.minus(ba.cross_entropy)
+
+
+class FromMemory(ba.Anchor):
+    """z is the last delta* of each example, from 0."""
+
+    def __init__(self):
+        self.memory = ba.SampleMemory()
+
+    def draw(self, lower, model, batch, generator):
+        return self.memory.read(batch, torch.zeros_like(batch.x)), None
+
+    def observe(self, step):
+        self.memory.write(step.solution.batch, step.solution.delta)
+
+
+PROBLEMS = {
+    "Fast-BAT": lambda: (ba.Linearized(attack, ball, ba.Steps("zero", "taylor"), "taylor", 0.5), HessianFreeKKT()),
+    "remembered": lambda: (ba.Linearized(attack, ball, FromMemory(), "sign", 0.2), ZeroIG()),
+    "Hessian-aware": lambda: (ba.Proximal(attack, ball, 5.0, "zero"), FullKKT()),
+}
+
+
+def train(name, mine):
+    torch.manual_seed(1 + (dist.get_rank() if dist.is_initialized() else 0))  # apart, until they are given rank 0's
+    model = nn.Sequential(nn.Linear(3, 8), nn.Softplus(), nn.Linear(8, 3)).double()
+    ba.distributed.broadcast(model)
+    lower, solver = PROBLEMS[name]()
+    problem = ba.BilevelProblem(ba.UpperProblem(), lower)
+    opt = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9, weight_decay=1e-3)
+    for step in range(30):
+        rows = torch.arange(30).roll(step)[: 10 + step % 7]
+        rows = rows[mine(rows)]
+        opt.zero_grad()
+        if len(rows):
+            solver.backward(problem, model, ba.Batch(x[rows], y[rows], rows, examples=30))
+        ba.distributed.reduce_gradients(model, len(rows))
+        opt.step()
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+alone = {name: train(name, lambda rows: rows >= 0) for name in PROBLEMS}
+rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=rank, world_size=count)
+for name in PROBLEMS:
+    # By what remains of dividing, and unevenly: the last process has no example in some steps.
+    owner = (torch.arange(30) ** 2 % 11).clamp(max=count - 1) if count > 2 else torch.arange(30) % 3 // 2
+    together = train(name, lambda rows: owner[rows] == rank)
+    gap = (together - alone[name]).abs().max().item()
+    assert gap < 1e-10, (name, rank, gap)
+    if rank == 0:
+        print(f"{name}: {count} processes, {gap:.1e} from one", flush=True)
+dist.destroy_process_group()
+'''
+
+
+def on_processes(tmp_path, count, program):
+    """The outputs of ``count`` processes, as torchrun would start them; they find each other by a file."""
+    file, meeting = tmp_path / "loop.py", tmp_path / "meeting"
+    file.write_text(program)
+    shared = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(count), "GLOO_SOCKET_IFNAME": "lo"}
+    jobs = [
+        subprocess.Popen(
+            [sys.executable, str(file), str(meeting)],
+            env={**shared, "RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(count)
+    ]
+    try:
+        return [(*job.communicate(timeout=120), job.returncode) for job in jobs]
+    finally:
+        for job in jobs:
+            job.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="gloo is told the name of Linux's loopback interface")
+@pytest.mark.parametrize("count", [2, 4])
+def test_several_processes_are_one(tmp_path, count):
+    results = on_processes(tmp_path, count, LOOP)
+    assert [code for *_, code in results] == [0] * count, results[0][1][-2000:]
+    print(results[0][0])
+    assert results[0][0].count(f"{count} processes") == 3
+
+
+class DistributedDataParallel(nn.Module):
+    """By its name alone: torch's needs a process group."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x):
+        return self.module(x)
+
+
+def test_wrapped_networks_are_refused():
+    model = DistributedDataParallel(nn.Sequential(nn.Flatten(), nn.Linear(4, 3)))
+    batch = ba.Batch(torch.rand(2, 4), torch.tensor([0, 1]))
+    for action in (
+        lambda: ZeroIG().hypergradient(fastat.problem(), model, batch),
+        lambda: ba.distributed.reduce_gradients(model, 2),
+    ):
+        with pytest.raises(ba.InputError, match=r"DistributedDataParallel, whose hooks .* pass its \.module, and call"):
+            action()
+
+
+def test_one_process_reduces_nothing():
+    model = nn.Linear(2, 2)
+    ba.distributed.broadcast(model)
+    ba.distributed.reduce_gradients(model, 3)
+    assert model.weight.grad is None
+    for examples in (-1, 2.0, True):
+        with pytest.raises(ba.InputError, match=r"examples is .*; it must be a whole number, at least 0"):
+            ba.distributed.reduce_gradients(model, examples)
+
+
+def test_buckets_are_of_one_type_and_bounded(monkeypatch):
+    monkeypatch.setattr(ba.distributed, "BUCKET", 100)
+    sizes = [
+        torch.zeros(n, dtype=t)
+        for n, t in ((10, torch.float32), (10, torch.float64), (10, torch.float32), (40, torch.float32))
+    ]
+    buckets = list(ba.distributed._buckets(sizes))
+    assert [[p.numel() for p in bucket] for bucket in buckets] == [[10, 10], [40], [10]]
+    assert all(len({p.dtype for p in bucket}) == 1 for bucket in buckets)
+
+
+def test_the_command_says_that_it_trains_in_one_process(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(ba.InputError, match="torchrun has started 2 processes; this command trains in one"):
+        run_module.run(["problems/fastat.py", "--out", "here"])
+    assert not Path("here").exists()
