@@ -124,9 +124,9 @@ def remembered(points: Sequence[int], repeats: int, advance: Advance) -> Axis:
             runs["standard", n] = method_step("standard", model, ba.Batch(x, y))
             runs["ATTA", n], runs["checkpoint written", n], runs["checkpoint read", n] = step, write, read
             step(), write()
-            files.append(run.path / "last.pt")
+            files.append([run.path / "last.pt", *run.path.glob("memory-*.pt")])  # both of the one checkpoint so far
         seconds = in_turn(runs, repeats, advance)
-        sizes = [[file.stat().st_size / 1e6] for file in files]
+        sizes = [[sum(file.stat().st_size for file in each) / 1e6] for each in files]
     names = dict.fromkeys(name for name, _ in runs)
     lines = [Line(name, [seconds[name, n] for n in points]) for name in names]
     return Axis(

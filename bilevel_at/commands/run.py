@@ -23,6 +23,7 @@ from ..runs.directory import CHECKPOINTS, RunDir
 from ..runs.evaluations import Store
 from ..runs.headline import WorstCase
 from ..runs.keeper import Keeper
+from ..runs.lock import held
 from ..runs.metrics import Epoch, catastrophic_overfitting, rank
 from ..train import Trainer
 from ..train.memory_format import MemoryFormat
@@ -49,6 +50,12 @@ def run(args: Sequence[str]) -> int:
         return 0
     prepared = prepare(plan)
     run_dir = run_directory(plan.options, plan.file.path.stem)
+    with held(run_dir.path, "bilevel_at.run"):
+        return _run(plan, prepared, run_dir, console)
+
+
+def _run(plan: Plan, prepared: Prepared, run_dir: RunDir, console: Console) -> int:
+    """Train and evaluate in a directory that no other command writes into."""
     if plan.options.compile:
         plan.solver.compile()
     layout = memory_format_of(plan, prepared, run_dir)
@@ -150,7 +157,7 @@ def _evaluate(
             if which == "last_good" and catastrophic_overfitting(run.metrics()) is None:
                 run.remove_checkpoint(which)  # saved in case the collapse was confirmed
                 continue
-            trainer.model.load_state_dict(weights(run.checkpoint(which, test.device)))
+            trainer.model.load_state_dict(weights(run.checkpoint(which, test.device, memories=False)))
             store = Store(run, which, trainer.model, test, usual=prepared.threat, data=data)
             scores[which] = {}
             for attack in prepared.attacks:
@@ -175,7 +182,7 @@ def _draw(plan: Plan, prepared: Prepared, run: RunDir) -> None:
 
     title = f"{plan.file.path.stem}, {type(plan.solver).__name__}, {plan.options.data}, seed {plan.options.seed}"
     figures.curves(run.metrics(), run.figures / "curves.png", title)
-    prepared.model.load_state_dict(weights(run.checkpoint("best", prepared.test.device)))
+    prepared.model.load_state_dict(weights(run.checkpoint("best", prepared.test.device, memories=False)))
     figures.examples(prepared.model, prepared.test, prepared.strongest, run.examples)
 
 

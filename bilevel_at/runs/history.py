@@ -74,12 +74,14 @@ def read_history(run_path: str | Path) -> History | None:
     Raises:
         InputError: if the file is damaged or lacks arrays of :class:`History`.
     """
-    file = Path(run_path) / FILE
-    if not file.is_file():
+    run, file = RunDir(run_path), Path(run_path) / FILE
+    if not run.has(FILE):
         return None
     try:
-        with np.load(file, allow_pickle=False) as archive:
+        with run.open(FILE) as opened, np.load(opened, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
+    except InputError:
+        raise
     except Exception as error:  # damaged archives fail in many ways, all of them inside np.load
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"{file} is not an archive of plain arrays: {reason}") from None

@@ -66,7 +66,7 @@ def load(run_dir: str | Path, which: Which = "best", model: nn.Module | None = N
                 "load(..., model=...)"
             )
         model = build_model(name, shape, classes, activation=str(config.get("activation", "relu")))  # type: ignore[arg-type]
-    state = run.checkpoint(which)
+    state = run.checkpoint(which, memories=False)
     try:
         model.load_state_dict(weights(state))
     except (RuntimeError, KeyError) as error:

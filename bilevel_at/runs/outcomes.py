@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError
+from .directory import RunDir
 
 __all__ = ["outcomes"]
 
@@ -32,10 +33,13 @@ def outcomes(run: Path, entry: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarra
     if not file.is_file() or run.resolve() not in file.resolve().parents:
         return None
     try:
-        with np.load(file, allow_pickle=False) as arrays:
+        name = file.resolve().relative_to(run.resolve()).as_posix()
+        with RunDir(run).open(name) as opened, np.load(opened, allow_pickle=False) as arrays:
             label, correct = arrays["label"], arrays["correct"]
             if "identity" in arrays.files and not _is_of(arrays, entry):
                 return None
+    except InputError:
+        raise
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"{file} is not an evaluation's arrays (label, correct): {reason}") from None
