@@ -87,7 +87,8 @@ def _locked(path: Path) -> IO[str] | None:
 
 def _holder(path: Path) -> str:
     try:
-        about = json.loads(path.read_text())
+        with path.open() as file:
+            about = json.loads(file.read(1000))
         return f"{about['command']} (process {about['pid']} on {about['host']}, since {about['since']})"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
         return "another process"

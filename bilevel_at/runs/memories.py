@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import InputError
 
-__all__ = ["apart", "name_of", "together"]
+__all__ = ["apart", "name_of", "joined"]
 
 REMEMBERED = ("problem", "solver")
 MARK = "in the memories"
@@ -39,7 +39,7 @@ def apart(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return rest, tensors
 
 
-def together(state: Mapping[str, Any], tensors: Any) -> dict[str, Any]:
+def joined(state: Mapping[str, Any], tensors: Any) -> dict[str, Any]:
     """The state that :func:`apart` has divided.
 
     Raises:

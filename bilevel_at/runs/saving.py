@@ -112,8 +112,8 @@ class Saving:
             for name in self._removed:
                 (self.folder / name).unlink(missing_ok=True)
                 (self.folder / before(name)).unlink(missing_ok=True)
-            for folder in {(self.folder / name).parent for name in [*self._staged, *self._removed]}:
-                sync_folder(folder)
+            for folder in {folder for name in [*self._staged, *self._removed] for folder in Path(name).parents}:
+                sync_folder(self.folder / folder)
 
 
 def delete_unlisted(manifest: Manifest) -> None:

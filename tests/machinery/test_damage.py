@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import random
 import shutil
+import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from damaging import EPOCHS, content, damage, files_of, flip, go_on, heard, json_of, same, stopped_run
+from damaging import EPOCHS, command, content, damage, files_of, flat, flip, go_on, heard, json_of, same, stopped_run
 from marks import fast
 from running import unchecked
 
 import bilevel_at as ba
 from bilevel_at import run as run_module
+from bilevel_at.commands import flags
 from bilevel_at.commands.evaluate import command as evaluate
 from bilevel_at.runs.directory import RunDir
 from bilevel_at.runs.manifest import before
@@ -26,8 +29,6 @@ EVALUATED = ["results.json", "evaluation/commands.json", "evaluation/last/clean.
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """``whole``: all epochs of ATAS; ``stopped``: all but one, evaluated; ``other``: another seed."""
-    from damaging import command
-
     folder = tmp_path_factory.mktemp("runs")
     run_module.run(command("atas", folder / "whole"))
     run_module.run(command("atas", folder / "other", "--seed", "1"))
@@ -145,8 +146,6 @@ def test_both_manifests_damaged(runs):
 def test_a_run_without_its_configuration_is_not_started_over(runs):
     shutil.copytree(runs / "stopped", "out")
     Path("out/config.json").unlink()
-    from damaging import command
-
     result, lines = heard(run_module.run, command("atas", "out"))
     assert result is None and "of a run but no config.json" in lines[0]
     unchecked("out")
@@ -171,8 +170,6 @@ def test_a_run_of_the_format_before_goes_on(runs, monkeypatch):
 
 
 def flat_tensors(state):
-    from damaging import flat
-
     return [(path, value) for path, value in flat(state).items() if isinstance(value, torch.Tensor)]
 
 
@@ -203,3 +200,39 @@ def test_memories_are_apart_and_written_when_they_change(tmp_path):
 def test_the_best_checkpoint_has_no_memories(runs):
     for name in ("best.pt", "best-before.pt"):
         assert set(torch.load(runs / "stopped" / name, weights_only=True)) == {"model", "epochs", "format"}
+
+
+def test_a_save_within_an_epoch_keeps_two_copies_of_what_it_leaves(tmp_path):
+    """The checkpoint alone is new; metrics, history and best have two copies, and damage to one loses nothing."""
+    run = RunDir(tmp_path)
+    for number in (1, 2):
+        with run.together():
+            run.save_checkpoint("best", {"model": {"w": torch.tensor([float(number)])}, "epochs": number})
+            run.write_metrics([{"epoch": n + 1} for n in range(number)])
+            run.save_arrays("history.npz", {"step": torch.arange(number).numpy()})
+            run.save_checkpoint("last", {"model": {"w": torch.tensor([float(number)])}, "epochs": number})
+    for step in (10, 20):
+        run.save_checkpoint("last", {"model": {"w": torch.tensor([2.0 + step])}, "epochs": 2, "step": step})
+    for name in ("best.pt", "metrics.jsonl", "history.npz"):
+        assert (tmp_path / name).read_bytes() == (tmp_path / before(name)).read_bytes()
+        flip(tmp_path / name, 200)
+    _, lines = heard(run.recover)
+    assert len(lines) == 1 and "best.pt, metrics.jsonl, history.npz damaged or missing; restored from" in lines[0]
+    assert run.checkpoint("last")["step"] == 20 and run.checkpoint("best")["epochs"] == len(run.metrics()) == 2
+    flip(tmp_path / "last.pt", 4000)
+    _, lines = heard(run.recover)
+    assert len(lines) == 1 and "last.pt damaged or missing; this run goes on from the generation" in lines[0]
+    assert run.checkpoint("last")["step"] == 10 and len(run.metrics()) == 2
+
+
+def test_a_command_says_it_in_one_line(runs, monkeypatch, capsys):
+    shutil.copytree(runs / "stopped", "out")
+    flip(Path("out/last.pt"), 4000)
+    monkeypatch.setattr(sys, "argv", ["evaluate", "out", "--attacks", "clean", "--which", "last", "--checks", "0"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        assert flags.main(evaluate, "bilevel_at.evaluate") == 0
+    expected = (
+        "bilevel_at.evaluate: out/last.pt is damaged or missing; last-before.pt is read, of the generation before"
+    )
+    assert capsys.readouterr().err.splitlines() == [expected]
