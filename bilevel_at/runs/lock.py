@@ -22,6 +22,17 @@ except ImportError:  # Windows
 __all__ = ["held"]
 
 FILE = ".lock"
+_OPEN: set[IO[str]] = set()  # the files of the locks that this process holds
+
+
+def _leave_to_the_parent() -> None:
+    """Close them in a forked process: workers that load data may outlive their parent, and would keep its locks."""
+    while _OPEN:
+        _OPEN.pop().close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_to_the_parent)
 
 
 @contextmanager
@@ -46,6 +57,7 @@ def held(folder: Path, command: str) -> Iterator[None]:
             raise InputError(
                 f"{folder} is in use by {_holder(folder / FILE)}; wait for it, or choose another directory"
             )
+        _OPEN.add(file)
         try:
             now = datetime.datetime.now().isoformat(" ", "seconds")
             about = {"host": socket.gethostname(), "pid": os.getpid(), "command": command, "since": now}
@@ -56,6 +68,7 @@ def held(folder: Path, command: str) -> Iterator[None]:
         finally:
             with suppress(OSError):  # the directory may have vanished
                 (folder / FILE).unlink()
+            _OPEN.discard(file)
             file.close()
     finally:
         for path in made:

@@ -175,21 +175,26 @@ def test_the_second_command_says_who_was_first(tmp_path):
 
 
 def test_a_dead_process_keeps_no_lock():
-    """A real process that holds the lock, then is killed."""
-    code = "import sys, time\nfrom pathlib import Path\nfrom bilevel_at.runs.lock import held\n"
-    code += "with held(Path('out'), 'another'):\n    print('held', flush=True)\n    time.sleep(600)\n"
+    """A real process that holds the lock, then is killed; a worker that it has forked lives on."""
+    code = "import os, time\nfrom pathlib import Path\nfrom bilevel_at.runs.lock import held\n"
+    code += "with held(Path('out'), 'another'):\n    worker = os.fork()\n    if worker:\n"
+    code += "        print(worker, flush=True)\n    time.sleep(100)\n    os._exit(0)\n"
     process = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env={**os.environ, **COMMANDS}
     )
     try:
-        assert process.stdout is not None and process.stdout.readline() == "held\n"
+        assert process.stdout is not None
+        worker = int(process.stdout.readline())
         result, lines = heard(run_module.run, command("atas", "out"))
         assert result is None and f"in use by another (process {process.pid} on" in lines[0]
     finally:
         process.send_signal(signal.SIGKILL)
-        process.communicate()
-    assert Path("out/.lock").exists() and run_module.run(command("atas", "out")) == 0
-    assert not Path("out/.lock").exists()
+        process.wait()
+    try:
+        assert Path("out/.lock").exists() and run_module.run(command("atas", "out")) == 0
+        assert not Path("out/.lock").exists()
+    finally:
+        os.kill(worker, signal.SIGKILL)
 
 
 @pytest.mark.slow
