@@ -27,6 +27,7 @@ def apart(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
     def marked(value: Any, path: str) -> Any:
         if isinstance(value, Tensor):
+            path = f"{len(tensors)}:{path}"  # numbered, because a key may have a slash in it
             tensors[path] = value.detach()
             return {MARK: path}
         if isinstance(value, dict):

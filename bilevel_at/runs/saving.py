@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -163,9 +163,22 @@ def restore(manifest: Manifest) -> str:
     if number:
         what = f"{', '.join(damaged)} damaged or missing" if damaged else "the last save was not finished"
         return f"{folder}: {what}; this run goes on from the generation of files before"
-    if not damaged:
-        return ""
-    return f"{folder}: {', '.join(damaged)} damaged or missing; restored from {', '.join(map(before, damaged))}, a copy"
+    return _of_the_newest(folder, generations, found)
+
+
+def _of_the_newest(
+    folder: Path, generations: Sequence[Mapping[str, str]], found: Mapping[tuple[str, str], Path]
+) -> str:
+    """What was wrong where the newest generation is whole: files that had to be copied, and those of the one before."""
+    newest, older = [*generations, {}][:2]
+    restored = [name for name, sha256 in newest.items() if found[name, sha256].name != name]
+    lost = [name if is_memory(name) else before(name) for name, sha256 in older.items() if (name, sha256) not in found]
+    said = []
+    if restored:
+        said.append(f"{', '.join(restored)} damaged or missing; restored from {', '.join(map(before, restored))}")
+    if lost:
+        said.append(f"{', '.join(lost)}, of the generation before, damaged or missing; the next save makes one")
+    return f"{folder}: {'; '.join(said)}" if said else ""
 
 
 def _in_place(name: str, manifest: Manifest, found: Mapping[tuple[str, str], Path]) -> bool:
