@@ -18,7 +18,7 @@ import torch
 from ..errors import InputError
 from .checkpoints import FORMAT, checked, load_tensors, weights
 from .files import Files, plain
-from .manifest import CONFIG, Manifest, is_memory, tell
+from .manifest import CONFIG, GENERATIONAL, Manifest, is_memory, tell
 from .memories import apart, joined, name_of
 from .saving import restore
 
@@ -70,9 +70,7 @@ class RunDir(Files):
         Raises:
             InputError: if the directory has files of a run whose ``config.json`` is missing.
         """
-        present = [
-            name for name in (METRICS, RESULTS, *(f"{w}.pt" for w in CHECKPOINTS)) if (self.path / name).exists()
-        ]
+        present = [name for name in (*GENERATIONAL, RESULTS) if (self.path / name).exists()]
         if present:
             raise InputError(f"{self.path} has {', '.join(present)} of a run but no {CONFIG}; choose another --out")
         self.write_config(config)
@@ -90,10 +88,14 @@ class RunDir(Files):
     @property
     def checkpoints(self) -> list[str]:
         """The names of the checkpoints in the directory, in the order of :data:`CHECKPOINTS`."""
+        return [which for which in CHECKPOINTS if self.has_checkpoint(which)]
+
+    def has_checkpoint(self, which: str) -> bool:
+        """Whether there is a checkpoint of this name, which need not be one of :data:`CHECKPOINTS`."""
         manifest = Manifest.read(self.path)
         if manifest is not None:
-            return [which for which in CHECKPOINTS if manifest.allowed(f"{which}.pt")]
-        return [which for which in CHECKPOINTS if (self.path / f"{which}.pt").is_file()]
+            return bool(manifest.allowed(f"{which}.pt"))
+        return (self.path / f"{which}.pt").is_file()
 
     def save_checkpoint(self, which: str, state: Mapping[str, Any]) -> None:
         """Save a checkpoint; the one of that name becomes the generation before.
@@ -106,7 +108,7 @@ class RunDir(Files):
             return
         rest, tensors = apart(state)
         if tensors:
-            rest["memories"] = name_of(tensors)
+            rest["memories"] = name_of(which, tensors)
             self._saving.keep_memory(rest["memories"], lambda file: torch.save(tensors, file))
         self.write(f"{which}.pt", lambda file: torch.save({**rest, "format": FORMAT}, file))
 
@@ -116,7 +118,7 @@ class RunDir(Files):
         self.save_checkpoint(to, {"model": weights(state), "epochs": state["epochs"]})
 
     def remove_checkpoint(self, which: str) -> None:
-        if which in self.checkpoints:
+        if self.has_checkpoint(which):
             with self.together():
                 assert self._saving is not None
                 self._saving.remove(f"{which}.pt")
@@ -132,7 +134,7 @@ class RunDir(Files):
         Raises:
             InputError: if the file is missing, contains anything else, or has another checkpoint format.
         """
-        if which not in self.checkpoints:
+        if not self.has_checkpoint(which):
             raise InputError(f"{self.path} has no {which}.pt")
         state = checked(self.path / f"{which}.pt", self._tensors(f"{which}.pt", device))
         name = state.get("memories")

@@ -27,7 +27,7 @@ CONFIG = "config.json"
 FILE = "manifest.json"
 FORMAT = 1
 ABSENT = ""  # in place of the SHA-256 of a file that is written for the first time
-GENERATIONAL = ("last.pt", "best.pt", "last_good.pt", "metrics.jsonl", "history.npz")
+GENERATIONAL = ("last.pt", "midway.pt", "best.pt", "last_good.pt", "metrics.jsonl", "history.npz")
 
 
 class DamageWarning(UserWarning):
@@ -39,9 +39,10 @@ def tell(message: str) -> None:
     warnings.warn(message, DamageWarning, stacklevel=3)
 
 
-def is_memory(name: str) -> bool:
-    """Whether a file has what policies remember."""
-    return name.startswith("memory-") and name.endswith(".pt")
+def is_memory(name: str, checkpoint: str = "") -> bool:
+    """Whether a file has what policies remember; of one checkpoint, ``last.pt``, if it is named."""
+    owner = checkpoint.removesuffix(".pt") + "-" if checkpoint else ""
+    return name.startswith(f"memory-{owner}") and name.endswith(".pt")
 
 
 def is_generational(name: str) -> bool:

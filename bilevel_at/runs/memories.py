@@ -60,10 +60,10 @@ def joined(state: Mapping[str, Any], tensors: Any) -> dict[str, Any]:
         raise InputError("the memories are not those of this checkpoint: a tensor is missing") from None
 
 
-def name_of(tensors: Mapping[str, Tensor]) -> str:
-    """The name of the file, from the names, types, shapes and bytes of the tensors."""
+def name_of(which: str, tensors: Mapping[str, Tensor]) -> str:
+    """The name of the file, from the checkpoint's name and the names, types, shapes and bytes of the tensors."""
     digest = hashlib.sha256()
     for path, tensor in tensors.items():
         digest.update(f"{path} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return f"memory-{digest.hexdigest()[:16]}.pt"
+    return f"memory-{which}-{digest.hexdigest()[:16]}.pt"

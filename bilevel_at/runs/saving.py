@@ -28,7 +28,7 @@ class Saving:
         self.folder = folder
         self._staged: dict[str, tuple[Path, str]] = {}  # name -> where its content is, and the SHA-256
         self._removed: set[str] = set()
-        self._memory: str | None = None  # the memories of the new last.pt
+        self._memories: set[str] = set()  # of the new checkpoints
 
     def stage(self, name: str, write: Callable[[Any], object]) -> None:
         """Write the new content of a file beside its place."""
@@ -41,7 +41,7 @@ class Saving:
     def keep_memory(self, name: str, write: Callable[[Any], object]) -> None:
         """Write a file of memories, unless the newest generation has it."""
         manifest = Manifest.read(self.folder)
-        self._memory = name
+        self._memories.add(name)
         current = manifest.generations[0] if manifest is not None and manifest.generations else {}
         if name not in current or not (self.folder / name).is_file():
             self.stage(name, write)
@@ -65,9 +65,12 @@ class Saving:
             self._move_all()
             return
         advances = any(map(is_generational, self._staged))
-        for generation in manifest.generations:
-            for name in self._removed:
-                generation.pop(name, None)
+        for number, generation in enumerate(manifest.generations):
+            manifest.generations[number] = {
+                name: sha256
+                for name, sha256 in generation.items()
+                if not any(name == gone or is_memory(name, gone) for gone in self._removed)
+            }
         if advances:
             manifest.generations = [self._next(manifest), *manifest.generations[:GENERATIONS]]
         others = {name: sha256 for name, (_, sha256) in self._staged.items() if not is_generational(name)}
@@ -85,10 +88,12 @@ class Saving:
         """The new generation: the newest one with what is staged."""
         current = manifest.generations[0] if manifest.generations else {}
         staged = {name: sha256 for name, (_, sha256) in self._staged.items() if is_generational(name)}
-        new = {**current, **staged}
-        if "last.pt" in staged:
-            new = {name: sha256 for name, sha256 in new.items() if not is_memory(name) or name == self._memory}
-        return new
+        kept = {
+            name: sha256
+            for name, sha256 in current.items()
+            if name in self._memories or not any(is_memory(name, checkpoint) for checkpoint in staged)
+        }
+        return {**kept, **staged}
 
     def _step_back(self, manifest: Manifest, name: str) -> None:
         """Keep the newest generation's file as that of the generation before; as a second copy if it stays as it is."""

@@ -196,6 +196,31 @@ def test_memories_are_apart_and_written_when_they_change(tmp_path):
         run.checkpoint("last")
 
 
+def test_two_checkpoints_keep_a_memory_each(tmp_path):
+    """One inside an epoch, ``midway``, beside ``last``; it goes with its memories."""
+    run = RunDir(tmp_path)
+    state = {"model": {"w": torch.ones(2)}, "epochs": 1, "solver": {}}
+
+    def save(which, number):
+        run.save_checkpoint(which, {**state, "problem": {"anchor": {"values": torch.tensor([float(number)])}}})
+
+    def remembered(which):
+        return run.checkpoint(which)["problem"]["anchor"]["values"].item()
+
+    for number, which in enumerate(["last", "midway", "midway", "midway"]):
+        save(which, number)
+    assert (remembered("last"), remembered("midway")) == (0, 3) and len(memory(tmp_path)) == 3
+    flip(tmp_path / "midway.pt", 4000)
+    _, lines = heard(run.recover)
+    assert len(lines) == 1 and (remembered("last"), remembered("midway")) == (0, 2)
+    save("last", 5)
+    run.remove_checkpoint("midway")
+    assert not run.has_checkpoint("midway") and remembered("last") == 5
+    assert len(memory(tmp_path)) == 2 and not list(tmp_path.glob("midway*"))
+    flip(tmp_path / "last.pt", 4000)
+    assert len(heard(run.recover)[1]) == 1 and remembered("last") == 0
+
+
 def test_the_best_checkpoint_has_no_memories(runs):
     for name in ("best.pt", "best-before.pt"):
         assert set(torch.load(runs / "stopped" / name, weights_only=True)) == {"model", "epochs", "format"}
