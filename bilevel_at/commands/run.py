@@ -51,10 +51,10 @@ def run(args: Sequence[str]) -> int:
     prepared = prepare(plan)
     run_dir = run_directory(plan.options, plan.file.path.stem)
     with held(run_dir.path, "bilevel_at.run"):
-        return _run(plan, prepared, run_dir, console)
+        return _in_directory(plan, prepared, run_dir, console)
 
 
-def _run(plan: Plan, prepared: Prepared, run_dir: RunDir, console: Console) -> int:
+def _in_directory(plan: Plan, prepared: Prepared, run_dir: RunDir, console: Console) -> int:
     """Train and evaluate in a directory that no other command writes into."""
     if plan.options.compile:
         plan.solver.compile()
