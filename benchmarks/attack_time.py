@@ -59,9 +59,14 @@ def all_steps(attack: Attack) -> Attack:
     return replace(attack, stages=[replace(stage, cycles=False) for stage in attack.stages])
 
 
+def standing(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """Whether each image is classified correctly as it is, ``[B]``; nobody is to attack the others."""
+    return torch.cat([model(part).argmax(1) for part in x.split(BATCH)]) == y
+
+
 def bare(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, restarts: int) -> Tensor:
     """PGD as short as it can be written; a restart is for the images that nothing has broken yet."""
-    correct = torch.cat([model(part).argmax(1) for part in x.split(BATCH)]) == y
+    correct = standing(model, x, y)
     for _ in range(restarts):
         for rows in correct.nonzero().flatten().split(BATCH):
             clean, label = x[rows], y[rows]
@@ -81,16 +86,21 @@ def by_torchattacks(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, rest
     attack = torchattacks.PGD(model, eps=epsilon, alpha=epsilon / 4, steps=50)
     if restarts > 1:
         attack = torchattacks.MultiAttack([attack] * restarts)
-    return torch.cat([model(attack(a, b)).argmax(1) == b for a, b in zip(x.split(BATCH), y.split(BATCH), strict=True)])
+    correct = standing(model, x, y)
+    for rows in correct.nonzero().flatten().split(BATCH):
+        correct[rows] = model(attack(x[rows], y[rows])).argmax(1) == y[rows]
+    return correct
 
 
 def by_foolbox(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, restarts: int) -> Tensor:
-    """foolbox's LinfPGD; its restarts are of every image, broken or not."""
+    """foolbox's LinfPGD; its restarts are of every image that it is given, broken or not."""
     foolbox: Any = import_module("foolbox")
     attack = foolbox.attacks.LinfPGD(abs_stepsize=epsilon / 4, steps=50).repeat(restarts)
     network = foolbox.PyTorchModel(model, bounds=(0, 1))
-    pairs = zip(x.split(BATCH), y.split(BATCH), strict=True)
-    return torch.cat([~attack(network, a, b, epsilons=epsilon)[2] for a, b in pairs])
+    correct = standing(model, x, y)
+    for rows in correct.nonzero().flatten().split(BATCH):
+        correct[rows] = ~attack(network, x[rows], y[rows], epsilons=epsilon)[2]
+    return correct
 
 
 SIDES: dict[str, Correct] = {
@@ -199,8 +209,9 @@ def benchmark(
         "",
         "Time: processor time / this library's, the median of the pairs. Gradients: backward passes to an image, the "
         "mean over all images. Accuracy in %. Uniform starts, steps of ε/4, the last iterate counts, batches of "
-        f"{BATCH}. foolbox restarts on every image; the others on those that are left. This library leaves an image "
-        "whose iterates go in a cycle, where the result is known; the row with every step taken is without that.",
+        f"{BATCH}, of the images that are classified correctly without an attack. foolbox restarts on all of these, "
+        "the others on those that are left. This library leaves an image whose iterates go in a cycle, where the "
+        "result is known; the row with every step taken is without that.",
     ]
     with Progress() as progress:
         for case in progress.track(chosen, description="networks"):

@@ -227,7 +227,7 @@ def benchmark(
             row["date"] = datetime.date.today().isoformat()
             try:
                 measured = base if row["method"] == "standard" else timed(row)
-            except (ba.InputError, ba.BilevelError) as error:
+            except (ba.InputError, ba.BilevelError, torch.OutOfMemoryError) as error:
                 row["refused"] = str(error)
             else:
                 ratio = measured["seconds"] / base["seconds"]

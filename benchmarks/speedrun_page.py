@@ -19,12 +19,21 @@ def read(folder: Path) -> list[Record]:
     return [json.loads(path.read_text()) for path in sorted(folder.glob("speedrun-*.json"))]
 
 
-def by_composition(records: Sequence[Record]) -> dict[str, list[Record]]:
-    """The records of each composition, one for each seed, of those in which none failed or is missing."""
-    groups: dict[str, list[Record]] = {}
+def by_composition(records: Sequence[Record]) -> list[tuple[str, list[Record]]]:
+    """(name, a record for each seed) of each composition, of those in which no seed failed or is missing.
+
+    Records of one name that were trained with other settings (precision, epochs, …) are a group of their own.
+    """
+    groups: dict[tuple[str, ...], list[Record]] = {}
     for record in records:
-        groups.setdefault(record.get("composition", ""), []).append(record)
-    return {name: group for name, group in groups.items() if name and not any("failed" in r for r in group)}
+        groups.setdefault((record.get("composition", ""), *_settings(record.get("job", ()))), []).append(record)
+    return [(key[0], group) for key, group in groups.items() if key[0] and not any("failed" in r for r in group)]
+
+
+def _settings(job: Sequence[str]) -> list[str]:
+    """The command without what differs between the seeds of a composition, and without where files are."""
+    without = {i + k for i, word in enumerate(job) for k in (0, 1) if word in ("--seed", "--out", "--data-dir")}
+    return [word for i, word in enumerate(job) if i not in without]
 
 
 def values(records: Sequence[Record], what: str) -> list[float]:
@@ -76,7 +85,7 @@ def page(records: Sequence[Record], targets: Sequence[float]) -> str:
 def _targets(records: Sequence[Record], targets: Sequence[float]) -> list[str]:
     """The fastest composition that reaches each target."""
     lines = ["| target | fastest of those below | seconds | PFLOP | AutoAttack | seeds |", "|---|---|---|---|---|---|"]
-    groups = sorted(by_composition(records).items(), key=lambda group: mean(group[1], "seconds"))
+    groups = sorted(by_composition(records), key=lambda group: mean(group[1], "seconds"))
     for target in sorted(targets):
         reached = [(name, group) for name, group in groups if 100 * mean(group, STRONG) >= target]
         if not reached:
@@ -97,7 +106,7 @@ def _rows(records: Sequence[Record]) -> list[str]:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     groups = by_composition(records)
-    for name, group in sorted(groups.items(), key=lambda group: mean(group[1], "seconds")):
+    for name, group in sorted(groups, key=lambda group: mean(group[1], "seconds")):
         numbers = [
             cell(group, "seconds"),
             cell(group, "start_seconds"),

@@ -164,7 +164,7 @@ class Speedrun:
     def seek(self, target: float, margin: float) -> None:
         """AutoAttack on those that may reach the target (%), fastest first, until one does."""
         groups = by_composition([self.record(entry) for entry in self.entries])
-        for name, records in sorted(groups.items(), key=lambda group: mean(group[1], "seconds")):
+        for name, records in sorted(groups, key=lambda group: mean(group[1], "seconds")):
             if 100 * mean(records, CHEAP) < target - margin:
                 continue
             mine = [entry for entry in self.entries if entry.name == name]

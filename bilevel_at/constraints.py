@@ -121,10 +121,13 @@ class Constraint(Composite):
         Every solve calls it once where ``x`` is on a CPU; the other methods take x as they get it.
         """
         bounds: tuple[float, float] | None = getattr(self, "bounds", None)
-        if bounds is not None and not ((x >= bounds[0]) & (x <= bounds[1])).all():
+        if bounds is None or not x.numel():
+            return
+        low, high = (side.item() for side in x.aminmax())  # NaN where x has one
+        if not (bounds[0] <= low and high <= bounds[1]):
             raise InputError(
-                f"x has values from {x.min().item():g} to {x.max().item():g}; this constraint takes inputs in "
-                f"[{bounds[0]:g}, {bounds[1]:g}] (normalise inside the model)"
+                f"x has values from {low:g} to {high:g}; this constraint takes inputs in [{bounds[0]:g}, "
+                f"{bounds[1]:g}] (normalise inside the model)"
             )
 
     def unbounded(self) -> Constraint:
@@ -260,7 +263,7 @@ class LinfBall(Box):
             high = torch.full_like(x, self.radius)
             return -high, high
         low, high = input_range(x, self.bounds)
-        return low.clamp(min=-self.radius), high.clamp(max=self.radius)
+        return low.clamp_(min=-self.radius), high.clamp_(max=self.radius)  # both are new
 
     def unbounded(self) -> LinfBall:
         return replace(self, bounds=None)

@@ -17,6 +17,8 @@ __all__ = [
     "name_samples",
     "one_of",
     "positive",
+    "reason",
+    "shown",
     "whole_number",
 ]
 
@@ -42,6 +44,19 @@ class ConvergenceError(BilevelError):
 
 class CurvatureError(BilevelError):
     """The lower level's Hessian is not positive definite on the free directions, so dδ*/dθ does not exist."""
+
+
+def shown(value: Any, most: int = 80) -> str:
+    """A value from a file as a message shows it: its repr on one line, cut where it is long."""
+    text = ascii(value) if not repr(value).isprintable() else repr(value)
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def reason(error: BaseException, most: int = 160) -> str:
+    """What an error says, on one printable line, cut where it is long; the name of its type where it says nothing."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    line = "".join(character if character.isprintable() else "?" for character in line)
+    return line if len(line) <= most else line[: most - 1] + "…"
 
 
 def name_samples(samples: Sequence[int], limit: int = 8) -> str:

@@ -19,10 +19,13 @@ def keep_freed_memory() -> bool:
     every page anew: an attack's pass on 250 digits takes 1.4 times as long (docs/results/attack-pass.md). This is for
     commands: a library leaves the heap of the process that imports it alone.
 
-    Nothing is changed where the environment sets ``MALLOC_TRIM_THRESHOLD_`` or ``MALLOC_MMAP_THRESHOLD_``.
+    Nothing is changed where the environment sets ``MALLOC_TRIM_THRESHOLD_`` or ``MALLOC_MMAP_THRESHOLD_``, or either
+    in ``GLIBC_TUNABLES``.
     """
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
     if not sys.platform.startswith("linux") or any(
-        f"MALLOC_{name}_THRESHOLD_" in os.environ for name in ("TRIM", "MMAP")
+        f"MALLOC_{name}_THRESHOLD_" in os.environ or f"malloc.{name.lower()}_threshold" in tunables
+        for name in ("TRIM", "MMAP")
     ):
         return False
     try:

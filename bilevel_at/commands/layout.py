@@ -57,10 +57,10 @@ def _recorded(run: RunDir, device: torch.device) -> Layout | None:
     config = run.config()
     try:
         name, seconds = config["memory_format"]["name"], config["memory_format"]["seconds"]
-        same = config["machine"]["device"] == device_name(device)
+        same = config["machine"]["device"] == device_name(device) and name in FORMATS
     except (KeyError, TypeError):  # of an older version, or no run's, which resuming it says
         return None
-    return Layout(name, seconds) if same and name in FORMATS else None
+    return Layout(name, seconds) if same else None
 
 
 def _measured(plan: Plan, prepared: Prepared) -> Layout:

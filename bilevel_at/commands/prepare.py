@@ -44,6 +44,7 @@ class Prepared:
     """The network, images and attacks of a run.
 
     model: on the device of the images.
+    name: the network's.
     train, held_out, test: the images.
     extra: more training images, where there are any.
     attacks: of the final table.
@@ -52,6 +53,7 @@ class Prepared:
     """
 
     model: nn.Module
+    name: str
     train: ImageSet
     held_out: ImageSet
     test: ImageSet
@@ -81,7 +83,7 @@ def prepare(plan: Plan) -> Prepared:
     check_threat(plan, train)
     model = network_for(plan, train)
     try_a_step(plan, model, train)
-    return Prepared(model, train, held_out, test, attacks, select, Threat.of(threat), extra)
+    return Prepared(model, options.model, train, held_out, test, attacks, select, Threat.of(threat), extra)
 
 
 def check_threat(plan: Plan, train: ImageSet) -> None:

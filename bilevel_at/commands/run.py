@@ -18,13 +18,13 @@ from rich.table import Table
 from ..data import ImageSet
 from ..errors import BilevelError
 from ..evaluate import Score, Threat
-from ..runs.checkpoints import weights
 from ..runs.directory import CHECKPOINTS, RunDir
 from ..runs.evaluations import Store
 from ..runs.headline import WorstCase
 from ..runs.keeper import Keeper
 from ..runs.lock import held
 from ..runs.metrics import Epoch, catastrophic_overfitting, rank
+from ..runs.networks import load_weights
 from ..train import Trainer
 from ..train.memory_format import MemoryFormat
 from .dry_run import dry_run
@@ -157,7 +157,7 @@ def _evaluate(
             if which == "last_good" and catastrophic_overfitting(run.metrics()) is None:
                 run.remove_checkpoint(which)  # saved in case the collapse was confirmed
                 continue
-            trainer.model.load_state_dict(weights(run.checkpoint(which, test.device, memories=False)))
+            load_weights(trainer.model, run, which, prepared.name, test.device)
             store = Store(run, which, trainer.model, test, usual=prepared.threat, data=data)
             scores[which] = {}
             for attack in prepared.attacks:
@@ -182,7 +182,7 @@ def _draw(plan: Plan, prepared: Prepared, run: RunDir) -> None:
 
     title = f"{plan.file.path.stem}, {type(plan.solver).__name__}, {plan.options.data}, seed {plan.options.seed}"
     figures.curves(run.metrics(), run.figures / "curves.png", title)
-    prepared.model.load_state_dict(weights(run.checkpoint("best", prepared.test.device, memories=False)))
+    load_weights(prepared.model, run, "best", prepared.name, prepared.test.device)
     figures.examples(prepared.model, prepared.test, prepared.strongest, run.examples)
 
 

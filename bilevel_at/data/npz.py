@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..archives import read_arrays
 from ..errors import InputError
 from .sets import Images
 
@@ -58,26 +58,18 @@ def extra_from_npz(path: Path, like: Images) -> Images:
 def _arrays(path: Path, *choices: tuple[str, ...]) -> dict[str, np.ndarray]:
     """The arrays of the first choice of names that the file has; pickled ones are refused."""
     needs = " or ".join(", ".join(names) for names in choices)
-    try:
-        archive = np.load(path, allow_pickle=False)
-        if isinstance(archive, np.ndarray):
+    if not zipfile.is_zipfile(path):
+        with path.open("rb") as file:
+            single = file.read(6) == b"\x93NUMPY"
+        if single:
             raise InputError(f"{path} is a single array; an .npz with {needs} is needed")
-        with archive:
-            names = next((names for names in choices if set(names) <= set(archive.files)), choices[0])
-            missing = [key for key in names if key not in archive.files]
-            if missing:
-                raise InputError(f"{path} has no array {', '.join(missing)}; it needs {needs}")
-            return {key: archive[key] for key in names}
-    except ValueError as error:
-        if isinstance(error, InputError):
-            raise
-        if not zipfile.is_zipfile(path):
-            raise InputError(f"{path} is not an .npz file, which is a zip archive of arrays") from None
-        if "pickle" in str(error):
-            raise InputError(f"{path} holds pickled objects, which are never loaded; save plain uint8 arrays") from None
-        raise InputError(f"{path} cannot be read: {error}") from None
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
-        raise InputError(f"{path} is not an .npz file that can be read: {error}") from None
+        raise InputError(f"{path} is not an .npz file, which is a zip archive of arrays")
+    arrays = read_arrays(path, [name for names in choices for name in names])
+    chosen = next((names for names in choices if set(names) <= set(arrays)), choices[0])
+    missing = [key for key in chosen if key not in arrays]
+    if missing:
+        raise InputError(f"{path} has no array {', '.join(missing)}; it needs {needs}")
+    return {key: arrays[key] for key in chosen}
 
 
 def checked(where: str, arrays: dict[str, np.ndarray]) -> tuple[Images, Images]:

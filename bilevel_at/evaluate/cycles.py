@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..draws import random_state
 
-__all__ = ["Cycles"]
+__all__ = ["Cycles", "rows_apart"]
 
 LONGEST = 4  # steps; nearly all cycles are of 1, 2 or 4
 WORTH = 8  # rows leave when they are one in so many: each new batch size costs a preparation of kernels
@@ -36,6 +36,7 @@ class Cycles:
     def __init__(self, steps: int, generator: torch.Generator) -> None:
         self.steps, self.generator = steps, generator
         self.recent: deque[Tensor] = deque(maxlen=LONGEST)
+        self.sums: deque[Tensor] = deque(maxlen=LONGEST)  # of each row: those that are equal have equal ones
         self.done = 0
         self._state: list[Tensor] | None = None
         self._elsewhere: tuple[Any, ...] = ()
@@ -54,13 +55,17 @@ class Cycles:
         if self._state is None:
             # After the first step, which draws its start.
             self._state, self._elsewhere = random_state(self.generator), _state_elsewhere()
-        ending = self._look(delta)
+        sums = delta.flatten(1).sum(1)
+        equal = [(sums == before).any() for before in self.sums]
+        ending = self._look(delta) if equal and torch.stack(equal).any() else None
         self.recent.append(delta)
+        self.sums.append(sums)
         return ending
 
     def keep(self, rows: Tensor) -> None:
         """Only ``rows`` (``[B]`` bool, or indices) are left."""
         self.recent = deque((delta[rows] for delta in self.recent), maxlen=LONGEST)
+        self.sums = deque((sums[rows] for sums in self.sums), maxlen=LONGEST)
 
     def _look(self, delta: Tensor) -> tuple[Tensor, Tensor] | None:
         cycling = torch.zeros(len(delta), dtype=torch.bool, device=delta.device)
@@ -80,6 +85,22 @@ class Cycles:
         assert self._state is not None
         now = random_state(self.generator)
         return all(map(torch.equal, self._state, now)) and self._elsewhere == _state_elsewhere()
+
+
+def rows_apart(model: nn.Module, x: Tensor) -> bool:
+    """Whether the network says of some rows what it says of them among others, so that others may leave the batch.
+
+    Batch statistics in eval mode, and noise from a generator of the network's own, are what it may depend on. The
+    network is in the mode in which it is attacked. False where there are too few rows to tell.
+    """
+    some = len(x) // 2
+    if some < 2:  # one row has no batch statistics
+        return False
+    with torch.no_grad():
+        among, alone = model(x)[:some], model(x[:some])
+    scale = among.abs().amax().clamp(min=1e-30)
+    # Sums are made in another order in a batch of another size.
+    return bool((among - alone).abs().amax() <= 256 * torch.finfo(among.dtype).eps * scale)
 
 
 def _state_elsewhere() -> tuple[Any, ...]:

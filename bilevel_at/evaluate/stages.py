@@ -18,9 +18,9 @@ from ..errors import InputError
 from ..losses import CrossEntropy, margins, minus
 from ..lower import Linearized
 from ..modes import attack_mode
-from ..problem import LowerProblem
+from ..problem import LowerProblem, attack_mode_of
 from ..targeted import Targeted
-from .cycles import Cycles
+from .cycles import Cycles, rows_apart
 from .threat import measured_reach
 
 __all__ = ["Descent", "Margins", "NormalizedSteps", "OnSurrogate", "Scaled", "Stage"]
@@ -75,6 +75,7 @@ class Descent:
         attacked, left = batch.x.clone(), torch.arange(len(batch), device=batch.x.device)
         delta = None
         watch = Cycles(self.steps, generator) if self.cycles else None
+        apart: bool | None = None
         lower = self._lower()
         for _ in range(self.steps):
             solution = lower.solve(model, batch, delta, generator)
@@ -88,6 +89,12 @@ class Descent:
                     watch.keep(stands)
             del output
             if watch is not None and (ending := watch.see(delta)) is not None:
+                if apart is None:
+                    with attack_mode(model, attack_mode_of(lower)):
+                        apart = rows_apart(model, batch.x + delta)
+                if not apart:
+                    watch = None
+                    continue
                 cycling, last = ending
                 attacked[left[cycling]] = (batch.x + last)[cycling]
                 left, batch, delta = left[~cycling], batch[~cycling], delta[~cycling]

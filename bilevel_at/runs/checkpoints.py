@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import InputError, reason
 
 __all__ = ["FORMAT", "checked", "load_tensors", "weights"]
 
@@ -67,7 +67,7 @@ def load_tensors(file: Path, device: torch.device | str = "cpu", opened: BinaryI
     try:
         return torch.load(file if opened is None else opened, map_location=device, weights_only=True)
     except pickle.UnpicklingError:
-        reason = "it is damaged, or holds something else, which is not unpickled because that can run code"
+        why = "it is damaged, or holds something else, which is not unpickled because that can run code"
     except Exception as error:  # damaged files fail in many ways, all of them inside torch.load
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    raise InputError(f"{file} is not a checkpoint of tensors that can be loaded: {reason[:160]}")
+        why = reason(error)
+    raise InputError(f"{file} is not a checkpoint of tensors that can be loaded: {why}")

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..errors import InputError
+from ..errors import InputError, reason
 from .checkpoints import FORMAT, checked, load_tensors, weights
 from .files import Files, plain
 from .manifest import CONFIG, GENERATIONAL, Manifest, is_memory, tell
@@ -175,8 +175,8 @@ class RunDir(Files):
             lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
         except InputError:
             raise
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{file} is not a file of JSON lines: {error}") from None
+        except (ValueError, RecursionError, MemoryError) as error:
+            raise InputError(f"{file} is not a file of JSON lines: {reason(error)}") from None
         if epochs is not None:
             lines = lines[:epochs]
             if "".join(json.dumps(line) + "\n" for line in lines) != text:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import zipfile
-import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +10,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from ..errors import InputError
+from ..archives import read_arrays
+from ..errors import InputError, reason
 from .durable import sha256_of, writing
 from .manifest import ABSENT, Manifest, tell
 from .saving import Saving
@@ -153,8 +152,8 @@ class Files:
         with self.open(name) as file:
             try:
                 return json.loads(file.read().decode())
-            except (ValueError, RecursionError) as error:  # not JSON, not text, or nested too deeply
-                raise InputError(f"{self.path / name} is not JSON: {error}") from None
+            except (ValueError, RecursionError, MemoryError) as error:  # not JSON, not text, or nested too deeply
+                raise InputError(f"{self.path / name} is not JSON: {reason(error)}") from None
 
     def save_arrays(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
         self.write(name, lambda file: np.savez(file, **arrays))  # type: ignore[arg-type]  # numpy's is too narrow
@@ -171,11 +170,19 @@ class Files:
         if not self.has(name):
             return {}
         try:
-            with self.open(name) as file, np.load(file, allow_pickle=False) as archive:
-                return {key: archive[key] for key in archive.files}
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:  # InputError is a ValueError
-            tell(f"{self.path / name} is left out: {(str(error).splitlines() or [type(error).__name__])[0]}")
+            return self.read_arrays(name)
+        except InputError as error:
+            tell(f"{self.path / name} is left out: {error}")
             return {}
+
+    def read_arrays(self, name: str) -> dict[str, np.ndarray]:
+        """The arrays of an ``.npz`` file by name, without unpickling.
+
+        Raises:
+            InputError: if the file is missing or damaged.
+        """
+        with self.open(name) as file:
+            return read_arrays(self.path / name, opened=file)
 
 
 def _listed(manifest: Manifest, name: str) -> BinaryIO | None:

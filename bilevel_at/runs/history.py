@@ -77,14 +77,7 @@ def read_history(run_path: str | Path) -> History | None:
     run, file = RunDir(run_path), Path(run_path) / FILE
     if not run.has(FILE):
         return None
-    try:
-        with run.open(FILE) as opened, np.load(opened, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except InputError:
-        raise
-    except Exception as error:  # damaged archives fail in many ways, all of them inside np.load
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{file} is not an archive of plain arrays: {reason}") from None
+    arrays = run.read_arrays(FILE)
     missing = [name for name in ("gradient_norm", "step", "label") if name not in arrays]
     if missing:
         raise InputError(f"{file} has no {missing[0]}; a run's history has gradient_norm, step and label")

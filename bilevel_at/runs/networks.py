@@ -5,14 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import torch
 from torch import nn
 
-from ..errors import InputError
+from ..errors import InputError, reason
 from ..models import build_model
 from .checkpoints import weights
 from .directory import RunDir
 
-__all__ = ["Which", "described", "load"]
+__all__ = ["Which", "described", "load", "load_weights"]
 
 Which = Literal["best", "last", "last_good"]
 
@@ -66,9 +67,25 @@ def load(run_dir: str | Path, which: Which = "best", model: nn.Module | None = N
                 "load(..., model=...)"
             )
         model = build_model(name, shape, classes, activation=str(config.get("activation", "relu")))  # type: ignore[arg-type]
-    state = run.checkpoint(which, memories=False)
+    load_weights(model, run, which, name)
+    return model.eval()
+
+
+def load_weights(model: nn.Module, run: RunDir, which: str, name: str, device: torch.device | str = "cpu") -> None:
+    """Load the weights of a checkpoint into a network.
+
+    Args:
+        model: the network.
+        run: the directory.
+        which: the checkpoint's name.
+        name: the network's name, for messages.
+        device: where tensors are loaded to.
+
+    Raises:
+        InputError: where the checkpoint is missing or damaged, or does not fit the network.
+    """
+    state = run.checkpoint(which, device, memories=False)
     try:
         model.load_state_dict(weights(state))
-    except (RuntimeError, KeyError) as error:
-        raise InputError(f"{which}.pt does not fit the model {name}: {str(error).splitlines()[0]}") from None
-    return model.eval()
+    except Exception as error:  # what is no state_dict fails in many ways
+        raise InputError(f"{which}.pt does not fit the model {name}: {reason(error)}") from None

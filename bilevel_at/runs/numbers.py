@@ -10,6 +10,10 @@ __all__ = ["number"]
 
 def number(value: Any) -> float:
     """A finite number from a file as a float; NaN for any other value."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-        return float(value)
-    return math.nan
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return math.nan
+    try:
+        as_float = float(value)
+    except OverflowError:  # a whole number of some hundred digits
+        return math.nan
+    return as_float if math.isfinite(as_float) else math.nan

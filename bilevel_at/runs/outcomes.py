@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,17 +31,15 @@ def outcomes(run: Path, entry: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarra
     file = run / entry["file"]
     if not file.is_file() or run.resolve() not in file.resolve().parents:
         return None
-    try:
-        name = file.resolve().relative_to(run.resolve()).as_posix()
-        with RunDir(run).open(name) as opened, np.load(opened, allow_pickle=False) as arrays:
-            label, correct = arrays["label"], arrays["correct"]
-            if "identity" in arrays.files and not _is_of(arrays, entry):
-                return None
-    except InputError:
-        raise
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{file} is not an evaluation's arrays (label, correct): {reason}") from None
+    arrays = RunDir(run).read_arrays(file.resolve().relative_to(run.resolve()).as_posix())
+    missing = [name for name in ("label", "correct") if name not in arrays]
+    if missing:
+        raise InputError(f"{file} is not an evaluation's arrays (label, correct): it has no {missing[0]}")
+    if "identity" in arrays and not _is_of(arrays, entry):
+        return None
+    label, correct = arrays["label"], arrays["correct"]
+    if label.dtype.kind not in "iu":
+        raise InputError(f"{file}: label is {label.dtype}; it must hold whole numbers")
     if correct.dtype != np.bool_ or correct.ndim != 1 or correct.shape != label.shape or not len(correct):
         raise InputError(
             f"{file}: correct is {correct.dtype}{list(correct.shape)}; it must be bool, one for each label"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
+from ..errors import InputError, shown
 from ..evaluate.threat import Threat
 from .commands import read_commands
 from .directory import CHECKS, METRICS, RESULTS, RunDir
@@ -202,7 +202,7 @@ def _sections(folder: Path, name: str) -> dict[str, dict[str, Any]]:
     sections = _object(folder, name)
     for which, section in sections.items():
         if not isinstance(section, dict):
-            raise InputError(f"{folder / name}: {which!r} is {type(section).__name__}; it must be a JSON object")
+            raise InputError(f"{folder / name}: {shown(which)} is {type(section).__name__}; it must be a JSON object")
     return sections
 
 
@@ -213,7 +213,7 @@ def _results(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
             accuracy = number(entry.get("accuracy")) if isinstance(entry, dict) else math.nan
             if not 0 <= accuracy <= 1:
                 raise InputError(
-                    f"{folder / RESULTS}: {which!r}, {name!r} has no accuracy between 0 and 1; "
+                    f"{folder / RESULTS}: {shown(which)}, {shown(name)} has no accuracy between 0 and 1; "
                     "bilevel_at.evaluate writes one"
                 )
     return {w: results[w] for w in sorted(results, key=lambda w: (WHICH.index(w) if w in WHICH else len(WHICH), w))}

@@ -165,6 +165,16 @@ def test_attacks_are_timed_beside_those_of_others():
     assert [row[0] for row in rows] == [side for side in module.SIDES if side != "foolbox"]
     assert float(rows[0][1]) == 1 and int(rows[0][2]) <= int(rows[1][2]) <= 50
     assert [name for name in module.STRONG if f"| {name} | " in page] == list(module.STRONG)
+    # All of them attack the images that are classified correctly, and no others.
+    torch.manual_seed(0)
+    x, y = torch.rand(20, 1, 8, 8), torch.zeros(20, dtype=torch.int64)
+    network = module.Counted(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))).eval()
+    right = int((network(x).argmax(1) == network(x[:1]).argmax(1)).sum())
+    y[:] = network(x[:1]).argmax(1)
+    for side in set(module.SIDES) - {"foolbox", "this library"}:
+        network.gradients = 0
+        module.SIDES[side](network, x, y, 1e-6, 1)
+        assert network.gradients == 50 * right and 0 < right < 20, side
     with pytest.raises(ba.InputError, match="--peers cleverhans is not known"):
         module.command(["--peers", "cleverhans"])
 

@@ -258,6 +258,26 @@ def test_speedrun_records_what_failed_and_takes_one_s_own():
 
 
 @pytest.mark.slow
+def test_speedrun_takes_no_mean_over_seeds_of_different_training():
+    """One seed in bfloat16 below the target, and one on record from before, in float32, above it."""
+
+    def record(seed, precision, accuracy, seconds):
+        results = {name: {"accuracy": accuracy, "n": 10_000} for name in ("clean", "nearest-40-3-2", "autoattack")}
+        job = ["problems/a.py", "--precision", precision, "--seed", str(seed), "--out", f"runs/a-seed{seed}"]
+        about = {"device": "G", "model": "m", "proof": False, "date": "", "versions": {"torch": "2"}, "pieces": 1}
+        about |= {"precision": precision, "compiled": True, "memory_format": "contiguous", "operations": None}
+        about |= {"seconds": seconds, "start_seconds": 0.0, "epoch_seconds": [seconds], "results": results}
+        return {"composition": "a", "text": "problems/a.py", "seed": seed, "job": job, **about}
+
+    speedrun_page = script("speedrun_page")
+    fast, slow, again = (
+        record(*of) for of in ((0, "bfloat16", 0.4, 10), (1, "float32", 0.52, 300), (2, "float32", 0.54, 310))
+    )
+    text = speedrun_page.page([fast, slow, again], [45])
+    assert "| 45 % | a | 305.0 ± 7.1 | – | 53.00 ± 1.41 | 2 |" in text
+    assert "| a: `problems/a.py` | 10.0 |" in text
+
+
 def test_speedrun_compiles_in_bfloat16():
     flags = ["--compositions", "fastbat-20", "--targets", "100", *SPEED]
     assert script("speedrun").command([*flags, "--epochs", "3"]) == 0
@@ -273,7 +293,7 @@ def test_autoattack_goes_to_what_may_reach_a_target_fastest_first(monkeypatch, t
     known = {"a": (9, 0.49, 0.46), "b": (5, 0.44, 0.439), "c": (7, 0.447, 0.449), "d": (8, 0.46, 0.455)}
     known["e"] = (20, 0.52, 0.51)
     entries = [
-        runs.Entry(name, seed, "", [name, str(seed)], tmp_path / name, f"speedrun-{name}-{seed}.json")
+        runs.Entry(name, seed, "", [name, "--seed", str(seed)], tmp_path / name, f"speedrun-{name}-{seed}.json")
         for name in known
         for seed in range(2)
     ]

@@ -153,3 +153,33 @@ def test_the_attackers_own_draws_count_too(convolutional):
     assert watch.see(still) is None
     torch.rand(1, generator=generator)
     assert watch.see(still) is None  # it is where it was, by a step that drew
+
+
+class Centred(nn.Module):
+    """A network that sees each image beside the mean of its batch, in eval mode too."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.network(x - 0.5 * (x.mean(0) - 0.3))
+
+
+def test_no_image_leaves_a_batch_that_the_others_depend_on(convolutional):
+    attack, batch = attack_from_name("pgd-30", EPS), ba.Batch(TEST.x, TEST.y)
+    network = Counting(Centred(convolutional))
+    ours = attack.stages[0](network, batch, torch.Generator().manual_seed(0))
+    assert network.rows == 30 * len(TEST) + len(TEST) + len(TEST) // 2  # all steps, and a look at who depends on whom
+    whole = to_the_end(attack).stages[0](Centred(convolutional), batch, torch.Generator().manual_seed(0))
+    assert torch.equal(ours, whole)
+
+
+def test_batch_statistics_in_eval_mode():
+    """A batch of one image has none, and a batch of some has others."""
+    torch.manual_seed(0)
+    norm = nn.BatchNorm1d(32, track_running_stats=False)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), norm, nn.ReLU(), nn.Linear(32, 10)).eval()
+    attack, batch = attack_from_name("pgd-40", EPS), ba.Batch(TEST.x[:20], TEST.y[:20])
+    ours = attack.stages[0](network, batch, torch.Generator().manual_seed(0))
+    assert torch.equal(ours, to_the_end(attack).stages[0](network, batch, torch.Generator().manual_seed(0)))

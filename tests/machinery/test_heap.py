@@ -46,6 +46,7 @@ def test_pages_are_not_fetched_again():
 @on_glibc
 def test_what_the_environment_says_is_left_alone():
     assert page_faults("keep", MALLOC_TRIM_THRESHOLD_="1000000")[0] == "False"
+    assert page_faults("keep", GLIBC_TUNABLES="glibc.malloc.mmap_threshold=1000000")[0] == "False"
 
 
 def test_other_systems_are_left_alone(monkeypatch):
