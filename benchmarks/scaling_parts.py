@@ -99,7 +99,7 @@ def remembered(points: Sequence[int], repeats: int, advance: Advance) -> Axis:
     model = small_resnet(shape, 10).train()
     x, y = torch.rand(size, *shape), torch.arange(size) % 10
     with tempfile.TemporaryDirectory() as folder:
-        runs, files = {}, []
+        runs, sizes = {}, []
         for n in points:
             problem = ProblemFile("atta").problem()
             memory = problem.lower.anchor.memory
@@ -124,9 +124,9 @@ def remembered(points: Sequence[int], repeats: int, advance: Advance) -> Axis:
             runs["standard", n] = method_step("standard", model, ba.Batch(x, y))
             runs["ATTA", n], runs["checkpoint written", n], runs["checkpoint read", n] = step, write, read
             step(), write()
-            files.append(run.path / "last.pt")
+            files = [run.path / "last.pt", *run.path.glob("memory-*.pt")]  # of the one checkpoint so far
+            sizes.append([sum(file.stat().st_size for file in files) / 1e6])
         seconds = in_turn(runs, repeats, advance)
-        sizes = [[file.stat().st_size / 1e6] for file in files]
     names = dict.fromkeys(name for name, _ in runs)
     lines = [Line(name, [seconds[name, n] for n in points]) for name in names]
     return Axis(

@@ -6,6 +6,7 @@ import math
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -18,7 +19,9 @@ MOST_INFLATED, MOST_RATIO = 2**30, 100
 """An archive that inflates to more bytes than the first, by more than the second, is a zip bomb and not data."""
 
 
-def read_arrays(path: Path, names: Iterable[str] | None = None) -> dict[str, np.ndarray]:
+def read_arrays(
+    path: Path, names: Iterable[str] | None = None, opened: BinaryIO | None = None
+) -> dict[str, np.ndarray]:
     """The arrays of an ``.npz`` by name, without unpickling.
 
     Every header is held against the size of its part before anything is reserved or inflated.
@@ -26,13 +29,14 @@ def read_arrays(path: Path, names: Iterable[str] | None = None) -> dict[str, np.
     Args:
         path: the file.
         names: only these arrays, where the file has them.
+        opened: the same file, opened.
 
     Raises:
         InputError: with a line that says why, where the file is missing, damaged, encrypted or inflates beyond measure,
             and where an array is of objects, of a record or of another type that is no number.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(path if opened is None else opened) as archive:
             parts = {part.filename.removesuffix(".npy"): part for part in archive.infolist()}
             wanted = parts if names is None else [name for name in names if name in parts]
             _check_size(path, [parts[name] for name in wanted])

@@ -26,6 +26,7 @@ from ..runs.commands import remember_command
 from ..runs.doubts import record_checks
 from ..runs.evaluations import Store
 from ..runs.headline import WorstCase
+from ..runs.lock import held
 from ..runs.named_files import NamedFiles
 from . import flags
 from .device import resolve_device
@@ -71,11 +72,24 @@ def command(args: Sequence[str]) -> int:
             check_set(space, images[slice(0, SEEN)].pixels())
     attacks = attacks_at(options.attacks, spaces, options.seed, files.load)
     target.check()
+    with held(target.run.path, PROG):
+        return _evaluate(args, target, images, attacks, options, spaces)
+
+
+def _evaluate(
+    args: Sequence[str],
+    target: Target,
+    images: ImageSet,
+    attacks: Sequence[Attack],
+    options: EvaluateOptions,
+    spaces: Sequence[Constraint],
+) -> int:
+    """Evaluate in a directory that no other command writes into."""
     if not target.run.exists:
         target.run.write_config(target.about)
 
     console = Console()
-    about_images = f"{len(images)} test images on {device}"
+    about_images = f"{len(images)} test images on {images.device}"
     opening = f"{args[0]}: {', '.join(target.names)}; {about_images}; {_threats(spaces, target)}"
     console.print(opening, highlight=False, markup=False)
     job = Job(target, images, attacks, options, spaces, console)

@@ -15,6 +15,7 @@ import re
 import sys
 import types
 import typing
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
@@ -23,6 +24,7 @@ from tyro import constructors
 
 from ..errors import BilevelError, InputError
 from ..evaluate.radius import number_from_text
+from ..runs.manifest import DamageWarning
 from .heap import keep_freed_memory
 
 __all__ = ["Flag", "flags_of", "main", "parse"]
@@ -229,12 +231,26 @@ def _printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
+def _warn_in_one_line(prog: str) -> None:
+    """Print warnings of damaged files without the place in the source that Python adds."""
+    usual = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        if issubclass(category, DamageWarning):
+            print(f"{prog}: {_printable(str(message))}", file=sys.stderr)
+        else:
+            usual(message, category, *where, **more)
+
+    warnings.showwarning = show
+
+
 def main(command: Callable[[Sequence[str]], int | None], prog: str) -> int:
     """Run a command on ``sys.argv``. Returns 0 on success, 2 for invalid input, with an error message of one line."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # not every terminal's encoding has ε
     keep_freed_memory()
+    _warn_in_one_line(prog)
     try:
         return command(sys.argv[1:]) or 0
     except (InputError, BilevelError) as error:

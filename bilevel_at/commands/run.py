@@ -23,6 +23,7 @@ from ..runs.directory import CHECKPOINTS, RunDir
 from ..runs.evaluations import Store
 from ..runs.headline import WorstCase
 from ..runs.keeper import Keeper
+from ..runs.lock import held
 from ..runs.metrics import Epoch, catastrophic_overfitting, rank
 from ..runs.networks import load_weights
 from ..train import Trainer
@@ -51,6 +52,12 @@ def run(args: Sequence[str]) -> int:
         return 0
     prepared = prepare(plan)
     run_dir = run_directory(plan.options, plan.file.path.stem)
+    with held(run_dir.path, "bilevel_at.run"):
+        return _in_directory(plan, prepared, run_dir, console)
+
+
+def _in_directory(plan: Plan, prepared: Prepared, run_dir: RunDir, console: Console) -> int:
+    """Train and evaluate in a directory that no other command writes into."""
     if plan.options.compile:
         plan.solver.compile()
     layout = memory_format_of(plan, prepared, run_dir)

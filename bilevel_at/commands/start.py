@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..errors import InputError
-from ..runs.directory import RunDir, plain
+from ..runs.directory import RESULTS, RunDir, plain
 from ..runs.history import history_arrays
 from ..train import Trainer
 from .options import RunOptions
@@ -39,10 +39,7 @@ def run_directory(options: RunOptions, problem: str) -> RunDir:
 
 def begin(run: RunDir, config: dict[str, Any]) -> None:
     """Write the configuration of a run that starts now."""
-    try:
-        run.begin(config)
-    except OSError as error:
-        raise InputError(f"{run} cannot be written: {error.strerror or error}") from None
+    run.begin(config)
 
 
 def resume(run: RunDir, config: dict[str, Any], trainer: Trainer, device: torch.device) -> None:
@@ -59,6 +56,9 @@ def resume(run: RunDir, config: dict[str, Any], trainer: Trainer, device: torch.
             are inconsistent.
     """
     _same_settings(run, run.config(), plain(config))
+    run.recover()
+    if run.has(RESULTS):
+        run.read_json(RESULTS)  # where it is damaged, say so before training, and not after it
     if "last" in run.checkpoints:
         state = run.checkpoint("last", device)
         try:
@@ -68,7 +68,10 @@ def resume(run: RunDir, config: dict[str, Any], trainer: Trainer, device: torch.
             raise InputError(
                 f"{run}/last.pt is not a checkpoint of this run ({type(error).__name__}: {reason})"
             ) from error
-    trainer.recorder.restore(history_arrays(run), trainer.done)
+    elif len(run.metrics()) > 1:  # one: a run of an earlier version that was stopped while saving its first epoch
+        raise InputError(f"{run} has metrics of {len(run.metrics())} epochs, but no checkpoint; choose another --out")
+    if trainer.done:  # before the first epoch's end, the recorder has what it starts with
+        trainer.recorder.restore(history_arrays(run), trainer.done)
     if len(run.metrics(epochs=trainer.done)) != trainer.done:
         raise InputError(f"{run}/metrics.jsonl does not have the {trainer.done} epochs that last.pt has")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -13,8 +13,10 @@ from ..errors import InputError, reason
 
 __all__ = ["FORMAT", "checked", "load_tensors", "weights"]
 
-FORMAT = 2
-"""The version of the checkpoint format. Version 1 had no number, and stored the state of policies differently."""
+FORMAT = 3
+"""The version of the checkpoint format. Version 1 had no number, and stored the state of policies differently; in
+version 2 the memories were in the same file, which is still read."""
+READ = (2, 3)
 
 
 def weights(state: dict[str, Any]) -> dict[str, Tensor]:
@@ -42,7 +44,7 @@ def checked(file: Path, content: Any) -> dict[str, Any]:
     number = content.get("format", 1) if isinstance(content, dict) else None
     if not isinstance(number, int) or isinstance(number, bool):
         raise InputError(f"{file} is not a checkpoint of bilevel_at.run")
-    if number != FORMAT:
+    if number not in READ:
         age, remedy = ("older", "train again") if number < FORMAT else ("newer", "install that one")
         raise InputError(
             f"{file} has checkpoint format {number}, of a bilevel-at that is {age}; this one reads format {FORMAT}; "
@@ -51,18 +53,19 @@ def checked(file: Path, content: Any) -> dict[str, Any]:
     return dict(content)
 
 
-def load_tensors(file: Path, device: torch.device | str = "cpu") -> Any:
+def load_tensors(file: Path, device: torch.device | str = "cpu", opened: BinaryIO | None = None) -> Any:
     """Load a file of ``torch.save`` that contains only tensors and plain values. No code from the file is run.
 
     Args:
         file: the path.
         device: where tensors are loaded to.
+        opened: the same file, opened.
 
     Raises:
         InputError: if the file is damaged or contains anything else.
     """
     try:
-        return torch.load(file, map_location=device, weights_only=True)
+        return torch.load(file if opened is None else opened, map_location=device, weights_only=True)
     except pickle.UnpicklingError:
         why = "it is damaged, or holds something else, which is not unpickled because that can run code"
     except Exception as error:  # damaged files fail in many ways, all of them inside torch.load

@@ -8,22 +8,23 @@ from typing import Any
 from ..errors import InputError
 from .directory import RunDir
 from .evaluations import FOLDER
+from .manifest import tell
 
 __all__ = ["read_commands", "remember_command"]
 
-COMMANDS = "commands.json"
+COMMANDS = f"{FOLDER}/commands.json"
 
 
 def remember_command(run: RunDir, words: list[str]) -> None:
     """Add a command to the list of those that made the stored evaluations, unless it is in the list."""
-    folder = RunDir(run.path / FOLDER)
     try:
-        known: Any = folder.read_json(COMMANDS) if (folder.path / COMMANDS).exists() else []
-    except InputError:  # damaged
+        known: Any = run.read_json(COMMANDS) if run.has(COMMANDS) else []
+    except InputError as error:
+        tell(f"the list of commands is begun anew: {error}")
         known = []
     commands = known if isinstance(known, list) else []
     if words not in commands:
-        folder.write_json(COMMANDS, [*commands, words])
+        run.write_json(COMMANDS, [*commands, words])
 
 
 def read_commands(run: Path) -> list[list[str]]:
@@ -32,11 +33,10 @@ def read_commands(run: Path) -> list[list[str]]:
     Raises:
         InputError: if the file is damaged.
     """
-    folder = RunDir(run / FOLDER)
-    file = folder.path / COMMANDS
+    file = run / COMMANDS
     if not file.is_file():
         return []
-    commands = folder.read_json(COMMANDS)
+    commands = RunDir(run).read_json(COMMANDS)
     if not isinstance(commands, list) or not all(
         isinstance(command, list) and all(isinstance(word, str) for word in command) for command in commands
     ):

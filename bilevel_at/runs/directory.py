@@ -1,56 +1,40 @@
 """The files of a run: ``config.json``, ``metrics.jsonl``, ``history.npz``, ``last.pt``, ``best.pt``,
 ``results.json`` with ``evaluation/``, and figures.
 
-After catastrophic overfitting, ``last_good.pt`` is the checkpoint of the epoch before it.
+After catastrophic overfitting, ``last_good.pt`` has the weights of the epoch before it. ``memory-*.pt`` is what
+policies remember; ``manifest.json`` has the SHA-256 of these files, and ``*-before.*`` are those of the generation
+before: see :mod:`bilevel_at.runs.manifest`.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from ..archives import read_arrays
 from ..errors import InputError, reason
-from .checkpoints import FORMAT, checked, load_tensors
+from .checkpoints import FORMAT, checked, load_tensors, weights
+from .files import Files, plain
+from .manifest import CONFIG, GENERATIONAL, Manifest, is_memory, tell
+from .memories import apart, joined, name_of
+from .saving import restore
 
 __all__ = ["CHECKPOINTS", "RunDir", "plain"]
 
-CONFIG, METRICS, RESULTS, CHECKS = "config.json", "metrics.jsonl", "results.json", "checks.json"
+METRICS, RESULTS, CHECKS = "metrics.jsonl", "results.json", "checks.json"
 CHECKPOINTS = ("best", "last", "last_good")
 """Best by held-out robust accuracy, the last epoch, and the last before catastrophic overfitting."""
 
 
-def _type_name(value: Any) -> str:
-    """The name of an object's type, written to JSON in place of a repr, whose address differs in every run."""
-    return f"{type(value).__module__}.{type(value).__qualname__}"
-
-
-def plain(value: Any) -> Any:
-    """The value after a round trip through JSON."""
-    return json.loads(json.dumps(value, default=_type_name))
-
-
-class RunDir:
+class RunDir(Files):
     """A run directory.
 
-    Files are replaced atomically: an interruption leaves either the old version or the new one.
-
     Args:
-        path: the directory; it does not have to exist.
+        path: the directory; if it does not exist, it is made when the first file is written.
     """
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-
-    def __str__(self) -> str:
-        return str(self.path)
 
     @property
     def exists(self) -> bool:
@@ -81,95 +65,94 @@ class RunDir:
         self.write_json(CONFIG, config)
 
     def begin(self, config: Mapping[str, Any]) -> None:
-        """Write the configuration of a new run, and delete the metrics and results of an earlier run."""
-        self.write_config(config)
-        self.metrics(epochs=0)
-        (self.path / RESULTS).unlink(missing_ok=True)
-
-    def _replace(self, name: str, write: Any) -> None:
-        self.path.mkdir(parents=True, exist_ok=True)
-        partial = self.path / f".{name}.partial"
-        partial.unlink(missing_ok=True)  # do not write through a symbolic link
-        write(partial)
-        os.replace(partial, self.path / name)
-
-    def write_json(self, name: str, value: Any) -> None:
-        text = json.dumps(value, indent=2, default=_type_name) + "\n"
-        self._replace(name, lambda path: path.write_text(text))
-
-    def read_json(self, name: str) -> Any:
-        """The content of a JSON file.
-
-        Args:
-            name: the file's name in the directory.
+        """Write the configuration of a new run.
 
         Raises:
-            InputError: if the file is missing or is not JSON.
+            InputError: if the directory has files of a run whose ``config.json`` is missing.
         """
-        file = self.path / name
-        if not file.is_file():
-            raise InputError(f"{self.path} has no {name}; a run directory of bilevel_at.run does")
-        try:
-            return json.loads(file.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError, MemoryError) as error:  # not JSON, not text, or nested too deeply
-            raise InputError(f"{file} is not JSON: {reason(error)}") from None
+        present = [name for name in (*GENERATIONAL, RESULTS) if (self.path / name).exists()]
+        if present:
+            raise InputError(f"{self.path} has {', '.join(present)} of a run but no {CONFIG}; choose another --out")
+        self.write_config(config)
 
-    def save_arrays(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
-        def write(path: Path) -> None:
-            with open(path, "wb") as file:  # given a path, numpy would append .npz to its name
-                np.savez(file, **arrays)  # type: ignore[arg-type]  # numpy's annotation is too narrow
+    def recover(self) -> None:
+        """Go back to the newest generation of files that is whole, and warn if it is not the newest of all.
 
-        self._replace(name, write)
-
-    def arrays(self, name: str) -> dict[str, np.ndarray]:
-        """The arrays of an ``.npz`` file by name, without unpickling.
-
-        Args:
-            name: the file's name in the directory.
-
-        Returns:
-            An empty dictionary if the file is missing or damaged.
+        Raises:
+            InputError: if there is none.
         """
-        try:
-            return read_arrays(self.path / name)
-        except InputError:
-            return {}
+        manifest = Manifest.read(self.path)
+        if manifest is not None and (message := restore(manifest)):
+            tell(f"{message} ({len(self.metrics())} epochs)")
 
     @property
     def checkpoints(self) -> list[str]:
         """The names of the checkpoints in the directory, in the order of :data:`CHECKPOINTS`."""
-        return [which for which in CHECKPOINTS if (self.path / f"{which}.pt").is_file()]
+        return [which for which in CHECKPOINTS if self.has_checkpoint(which)]
+
+    def has_checkpoint(self, which: str) -> bool:
+        """Whether there is a checkpoint of this name, which need not be one of :data:`CHECKPOINTS`."""
+        manifest = Manifest.read(self.path)
+        if manifest is not None:
+            return bool(manifest.allowed(f"{which}.pt"))
+        return (self.path / f"{which}.pt").is_file()
 
     def save_checkpoint(self, which: str, state: Mapping[str, Any]) -> None:
-        self._replace(f"{which}.pt", lambda path: torch.save({"format": FORMAT, **state}, path))
+        """Save a checkpoint; the one of that name becomes the generation before.
 
-    def copy_checkpoint(self, which: str, to: str) -> None:
-        self._replace(f"{to}.pt", lambda path: shutil.copyfile(self.path / f"{which}.pt", path))
+        What the problem and the solver remember goes to a file of its own, which is written if it has changed.
+        """
+        if self._saving is None:
+            with self.together():
+                self.save_checkpoint(which, state)
+            return
+        rest, tensors = apart(state)
+        if tensors:
+            rest["memories"] = name_of(which, tensors)
+            self._saving.keep_memory(rest["memories"], lambda file: torch.save(tensors, file))
+        self.write(f"{which}.pt", lambda file: torch.save({**rest, "format": FORMAT}, file))
+
+    def save_weights_of(self, which: str, to: str) -> None:
+        """Save the weights of a checkpoint, and its number of epochs, as another one."""
+        state = self.checkpoint(which, memories=False)
+        self.save_checkpoint(to, {"model": weights(state), "epochs": state["epochs"]})
 
     def remove_checkpoint(self, which: str) -> None:
-        (self.path / f"{which}.pt").unlink(missing_ok=True)
+        if self.has_checkpoint(which):
+            with self.together():
+                assert self._saving is not None
+                self._saving.remove(f"{which}.pt")
 
-    def checkpoint(self, which: str, device: torch.device | str = "cpu") -> dict[str, Any]:
+    def checkpoint(self, which: str, device: torch.device | str = "cpu", memories: bool = True) -> dict[str, Any]:
         """The tensors and plain values of a checkpoint. No code from the file is run.
 
         Args:
             which: one of :data:`CHECKPOINTS`.
             device: where tensors are loaded to.
+            memories: also what policies remember; without it their tensors are left out.
 
         Raises:
             InputError: if the file is missing, contains anything else, or has another checkpoint format.
         """
-        file = self.path / f"{which}.pt"
-        if not file.is_file():
+        if not self.has_checkpoint(which):
             raise InputError(f"{self.path} has no {which}.pt")
-        return checked(file, load_tensors(file, device))
+        state = checked(self.path / f"{which}.pt", self._tensors(f"{which}.pt", device))
+        name = state.get("memories")
+        if not memories or name is None:
+            return state
+        if not isinstance(name, str) or not is_memory(name) or Path(name).name != name:
+            raise InputError(f"{self.path / which}.pt names memories that are not a file of the run")
+        if not (self.path / name).is_file():
+            raise InputError(f"{self.path} has no {name}, which {which}.pt needs")
+        return joined(state, self._tensors(name, device))
 
-    def append_metrics(self, line: dict[str, Any]) -> None:
-        self.path.mkdir(parents=True, exist_ok=True)
-        if (self.path / METRICS).is_symlink():
-            raise InputError(f"{self.path / METRICS} is a link; a run's files are its own")
-        with open(self.path / METRICS, "a") as file:
-            file.write(json.dumps(line) + "\n")
+    def _tensors(self, name: str, device: torch.device | str) -> Any:
+        with self.open(name) as file:
+            return load_tensors(self.path / name, device, file)
+
+    def write_metrics(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        self.write(METRICS, lambda file: file.write(text.encode()))
 
     def metrics(self, epochs: int | None = None) -> list[dict[str, Any]]:
         """The lines of ``metrics.jsonl``.
@@ -178,18 +161,24 @@ class RunDir:
             epochs: keep only this many lines, and delete the others from the file.
 
         Raises:
-            InputError: if the file is not JSON lines.
+            InputError: if the file is damaged, or not JSON lines.
         """
         file = self.path / METRICS
+        manifest = Manifest.read(self.path)
+        listed = manifest is not None and manifest.allowed(METRICS)
+        text = ""
         try:
-            text = file.read_text(encoding="utf-8") if file.is_file() else ""
+            if file.is_file() or listed:
+                with self.open(METRICS) as opened:
+                    text = opened.read().decode()
             # A last line without a line break is incomplete: the run was stopped while writing it.
             lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+        except InputError:
+            raise
         except (ValueError, RecursionError, MemoryError) as error:
             raise InputError(f"{file} is not a file of JSON lines: {reason(error)}") from None
         if epochs is not None:
             lines = lines[:epochs]
-            shortened = "".join(json.dumps(line) + "\n" for line in lines)
-            if shortened != text:
-                self._replace(METRICS, lambda path: path.write_text(shortened))
+            if "".join(json.dumps(line) + "\n" for line in lines) != text:
+                self.write_metrics(lines)
         return lines

@@ -7,7 +7,6 @@ from typing import Any
 
 from ..constraints import Constraint
 from ..data import ImageSet
-from ..errors import InputError
 from ..evaluate.active import active_findings, active_test, testable
 from ..evaluate.attacks import Attack
 from ..evaluate.checks import check, compare_traces, findings
@@ -15,6 +14,7 @@ from ..evaluate.result import Finding
 from ..evaluate.threat import Threat
 from .directory import CHECKS, RunDir
 from .evaluations import Store
+from .manifest import tell
 
 __all__ = ["record_checks"]
 
@@ -118,12 +118,13 @@ def _shares(tested: Mapping[str, Any]) -> dict[str, Any]:
 def _object(run: RunDir) -> dict[str, Any]:
     """The content of ``checks.json``; empty if the file is missing or damaged, and then it is written again."""
     try:
-        content = run.read_json(CHECKS) if (run.path / CHECKS).exists() else {}
+        content = run.read_json(CHECKS) if run.has(CHECKS) else {}
         for entry in content.values():
             findings(_part(entry, "network")), findings(_part(entry, "compared"))
             if "active" in entry:
                 active_findings(entry["active"])
-    except (AttributeError, InputError, KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # InputError is a ValueError
+        tell(f"{run.path / CHECKS} is written anew: {error}")
         return {}
     return dict(content)
 

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from ..archives import read_arrays
 from ..data import ImageSet
 from ..errors import InputError
 from ..evaluate.attacks import Attack
@@ -28,6 +27,7 @@ from ..evaluate.stages import OnSurrogate
 from ..evaluate.threat import Threat
 from .directory import RESULTS, RunDir
 from .headline import WorstCase, under_threat, worst_case
+from .manifest import tell
 from .provenance import device_name, fingerprint, today, versions
 
 __all__ = ["FOLDER", "Store", "score_from"]
@@ -102,7 +102,7 @@ class Store:
 
     def results(self) -> dict[str, Any]:
         """The content of ``results.json``, with an entry for this checkpoint, which may be empty."""
-        content = self.run.read_json(RESULTS) if (self.run.path / RESULTS).exists() else {}
+        content = self.run.read_json(RESULTS) if self.run.has(RESULTS) else {}
         results: dict[str, Any] = content if isinstance(content, dict) else {}
         if not isinstance(results.get(self.which), dict):
             results[self.which] = {}
@@ -261,26 +261,25 @@ class Store:
 
     def _read(self, path: Path, identity: str, attack: Attack) -> Trace | None:
         """The trace in the file; None if the file is missing, damaged, or from another evaluation."""
+        name = path.relative_to(self.run.path).as_posix()
+        if not self.run.has(name):
+            return None
         try:
-            arrays = read_arrays(path)
+            arrays = self.run.read_arrays(name)
             trace = Trace.from_arrays(arrays, self.images.device)
             expected = self._arrays(identity, attack, trace)
             if arrays.keys() != expected.keys() or not all(np.array_equal(arrays[k], v) for k, v in expected.items()):
                 return None
-        except (AttributeError, KeyError, TypeError, ValueError, OverflowError):  # an InputError is a ValueError
+        except InputError as error:
+            tell(f"{attack.name} is made anew: {error}")
+            return None
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
             return None
         whole = len(trace.broken) == len(self.images) and 0 <= trace.stage <= len(attack.stages) + 1
         return trace if whole else None
 
     def _write(self, path: Path, identity: str, attack: Attack, trace: Trace) -> None:
-        if self.run.path.resolve() not in path.parent.resolve().parents:
-            raise InputError(f"{path.parent} leads out of {self.run}; a run's files are its own")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial")
-        partial.unlink(missing_ok=True)  # do not write through a symbolic link
-        with open(partial, "wb") as file:
-            np.savez(file, **self._arrays(identity, attack, trace))
-        partial.replace(path)
+        self.run.save_arrays(path.relative_to(self.run.path).as_posix(), self._arrays(identity, attack, trace))
 
     def _arrays(self, identity: str, attack: Attack, trace: Trace) -> dict[str, Any]:
         return {

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..archives import read_arrays
 from ..errors import InputError
 from .directory import RunDir
 
@@ -75,10 +74,10 @@ def read_history(run_path: str | Path) -> History | None:
     Raises:
         InputError: if the file is damaged or lacks arrays of :class:`History`.
     """
-    file = Path(run_path) / FILE
-    if not file.is_file():
+    run, file = RunDir(run_path), Path(run_path) / FILE
+    if not run.has(FILE):
         return None
-    arrays = read_arrays(file)
+    arrays = run.read_arrays(FILE)
     missing = [name for name in ("gradient_norm", "step", "label") if name not in arrays]
     if missing:
         raise InputError(f"{file} has no {missing[0]}; a run's history has gradient_norm, step and label")

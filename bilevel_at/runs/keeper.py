@@ -27,7 +27,7 @@ class Keeper:
         self.lines = run.metrics()
 
     def keep(self, epoch: Epoch, state: Mapping[str, Any], history: Mapping[str, np.ndarray]) -> Collapse | None:
-        """Write the files of an epoch.
+        """Write the files of an epoch, as one change.
 
         Args:
             epoch: its metrics.
@@ -38,16 +38,18 @@ class Keeper:
             The collapse of robustness if it happened in this epoch, else None.
         """
         line = epoch.asdict()
-        if all(rank(line) > rank(earlier) for earlier in self.lines):
-            self.run.save_checkpoint("best", {"model": weights(dict(state)), "epochs": epoch.epoch})
+        earlier = list(self.lines)
         self.lines.append(line)
         collapse = catastrophic_overfitting(self.lines)
         in_this_epoch = collapse is not None and collapse.after is line
-        # Later collapses are ignored: last_good is the epoch before the first one.
-        if (collapse is None or in_this_epoch) and last_is_first_to_fall(self.lines):
-            self.run.copy_checkpoint("last", "last_good")  # "last" is still the epoch before
-        self.run.append_metrics(line)
-        if history:
-            write_history(self.run, history)
-        self.run.save_checkpoint("last", state)
+        with self.run.together():
+            if all(rank(line) > rank(before) for before in earlier):
+                self.run.save_checkpoint("best", {"model": weights(dict(state)), "epochs": epoch.epoch})
+            # Later collapses are ignored: last_good is the epoch before the first one.
+            if (collapse is None or in_this_epoch) and last_is_first_to_fall(self.lines):
+                self.run.save_weights_of("last", to="last_good")  # "last" is still the epoch before
+            self.run.write_metrics(self.lines)
+            if history:
+                write_history(self.run, history)
+            self.run.save_checkpoint("last", state)
         return collapse if in_this_epoch else None

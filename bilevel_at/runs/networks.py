@@ -84,7 +84,7 @@ def load_weights(model: nn.Module, run: RunDir, which: str, name: str, device: t
     Raises:
         InputError: where the checkpoint is missing or damaged, or does not fit the network.
     """
-    state = run.checkpoint(which, device)
+    state = run.checkpoint(which, device, memories=False)
     try:
         model.load_state_dict(weights(state))
     except Exception as error:  # what is no state_dict fails in many ways

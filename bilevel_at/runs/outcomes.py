@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from ..archives import read_arrays
 from ..errors import InputError
+from .directory import RunDir
 
 __all__ = ["outcomes"]
 
@@ -31,7 +31,7 @@ def outcomes(run: Path, entry: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarra
     file = run / entry["file"]
     if not file.is_file() or run.resolve() not in file.resolve().parents:
         return None
-    arrays = read_arrays(file)
+    arrays = RunDir(run).read_arrays(file.resolve().relative_to(run.resolve()).as_posix())
     missing = [name for name in ("label", "correct") if name not in arrays]
     if missing:
         raise InputError(f"{file} is not an evaluation's arrays (label, correct): it has no {missing[0]}")

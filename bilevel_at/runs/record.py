@@ -11,8 +11,9 @@ from typing import Any
 from ..errors import InputError, shown
 from ..evaluate.threat import Threat
 from .commands import read_commands
-from .directory import CHECKS, CONFIG, METRICS, RESULTS, RunDir
+from .directory import CHECKS, METRICS, RESULTS, RunDir
 from .headline import WorstCase, attack_and_radius, under_threat, worst_case
+from .manifest import CONFIG
 from .metrics import Collapse, catastrophic_overfitting, rank
 from .numbers import number
 
@@ -189,7 +190,7 @@ def read_all(paths: Sequence[str | Path], problem_files: Sequence[str] = ()) -> 
 
 
 def _object(folder: Path, name: str) -> dict[str, Any]:
-    if not (folder / name).is_file():
+    if not RunDir(folder).has(name):
         return {}
     content = RunDir(folder).read_json(name)
     if not isinstance(content, dict):

@@ -24,10 +24,10 @@ def evaluate(*args):
 
 def complaint(*args):
     """What the command says of a mistake; it must be one line, and nothing may have been written."""
-    before = {p: p.stat().st_mtime_ns for p in sorted(Path().rglob("*"))}
+    before = {p: p.is_file() and p.stat().st_mtime_ns for p in sorted(Path().rglob("*"))}
     with pytest.raises((ba.InputError, ba.BilevelError)) as error:
         command([str(a) for a in args])
-    assert {p: p.stat().st_mtime_ns for p in sorted(Path().rglob("*"))} == before
+    assert {p: p.is_file() and p.stat().st_mtime_ns for p in sorted(Path().rglob("*"))} == before
     line = str(error.value)
     assert line.isprintable() and len(line) < 400
     return line

@@ -40,6 +40,13 @@ def complaint(*args):
     return line
 
 
+def unchecked(*runs):
+    """Delete the lists of hashes, as in runs of earlier versions: the files are read as they are."""
+    for run in runs:
+        for name in ("manifest.json", "manifest-before.json"):
+            Path(run, name).unlink(missing_ok=True)
+
+
 def npz(path="data.npz", **changes):
     g = np.random.default_rng(0)
     arrays = {

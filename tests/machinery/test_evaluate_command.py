@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from evaluating_runs import EPS, ONE, PYTHON, QUICK, arrays, complaint, evaluate, read
+from running import unchecked
 
 from bilevel_at import run as run_module
 from bilevel_at.commands.evaluate import command
@@ -82,6 +83,7 @@ def test_transfer_from_another_run():
     assert set(found) == set(attacks)
     assert found["transfer:other"]["accuracy"] >= found["pgd-50-1"]["accuracy"]
     assert found["transfer:run:fgsm"]["accuracy"] == found["fgsm"]["accuracy"]  # the network itself
+    unchecked("other")
     shutil.copy("run/last.pt", "other/best.pt")
     evaluate("run", "--attacks", *attacks, "--which", "best", *QUICK, "--examples", 30)
     assert read("run/results.json")["best"]["transfer:other:fgsm"] != found["transfer:other:fgsm"]  # another surrogate

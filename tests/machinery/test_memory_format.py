@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from running import SHORT, complaint, run, same, weights
+from running import SHORT, complaint, run, same, unchecked, weights
 
 import bilevel_at as ba
 from bilevel_at import policy
@@ -88,6 +88,7 @@ def test_what_was_measured_is_recorded_and_a_resumed_run_keeps_it(monkeypatch):
     assert seen == ["channels_last"] and len(times) == 1 and recorded() == chosen
     config = json.loads(Path("out/config.json").read_text())
     config["machine"]["device"] = "another"
+    unchecked("out")
     Path("out/config.json").write_text(json.dumps(config))
     run(*ARGS, "--epochs", 1, "--out", "out", "--resume")
     assert len(times) == 2  # it was the choice for another device
@@ -100,8 +101,10 @@ def test_a_run_from_before_the_option_goes_on():
         Path("out/config.json").write_text(json.dumps({**config, "memory_format": other}))
         run(*ARGS, "--epochs", 1, "--out", "out", "--resume")
     del config["memory_format"], config["options"]["memory_format"]
+    unchecked("out")
     Path("out/config.json").write_text(json.dumps(config))
     run(*ARGS, "--epochs", 1, "--out", "out", "--resume")
+    unchecked("out")
     Path("out/config.json").write_text("[]")
     assert "is not one of bilevel_at.run" in complaint(*ARGS, "--epochs", 1, "--out", "out", "--resume")
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from marks import fast
-from running import PROBLEMS, SHORT, complaint, npz, run, same, weights
+from running import PROBLEMS, SHORT, complaint, npz, run, same, unchecked, weights
 
 from bilevel_at import run as run_module
 from bilevel_at.runs.checkpoints import FORMAT
@@ -32,6 +32,7 @@ def test_results_of_other_images_are_not_reused():
     run("problems/fastat.py", "--data", "data.npz", "--epochs", 1, "--attacks", "clean", "--out", "out", "--resume")
     after = json.loads(Path("out/results.json").read_text())["last"]["clean"]
     assert after["data"] != before["data"] and after["accuracy"] != before["accuracy"]
+    unchecked("out")
     Path("out/results.json").write_text('{"last": {"clean": {"accuracy": 7}}}')  # from elsewhere, or damaged
     run("problems/fastat.py", "--data", "data.npz", "--epochs", 1, "--attacks", "clean", "--out", "out", "--resume")
     again = json.loads(Path("out/results.json").read_text())["last"]["clean"]
@@ -130,6 +131,7 @@ def test_data_that_changed_does_not_resume():
 def test_resuming_from_damaged_files(name, content, says):
     args = ["problems/fastat.py", *SHORT[2:], "--epochs", "1", "--out", "out"]
     run(*args)
+    unchecked("out")
     if isinstance(content, bytes):
         Path("out", name).write_bytes(content)
     else:
@@ -140,6 +142,7 @@ def test_resuming_from_damaged_files(name, content, says):
 def test_a_line_that_was_being_written_is_forgotten():
     args = ["problems/fastat.py", *SHORT, "--out", "out"]
     run(*args)
+    unchecked("out")
     whole = Path("out/metrics.jsonl").read_text()
     Path("out/metrics.jsonl").write_text(whole + '{"epoch": 2, "lo')
     run(*args, "--resume")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from marks import fast
-from running import SHORT, complaint, npz, run, same, weights
+from running import SHORT, complaint, npz, run, same, unchecked, weights
 
 import bilevel_at as ba
 from bilevel_at.train import Trainer
@@ -30,7 +30,10 @@ def test_a_run_leaves_what_the_contract_says(drawn):
         "last.pt",
         "best.pt",
         "figures",
+        "manifest.json",
     }
+    names |= {f"{name}-before.{kind}" for name, kind in (("last", "pt"), ("best", "pt"), ("history", "npz"))}
+    names |= {"metrics-before.jsonl", "manifest-before.json"}
     assert {p.name for p in Path("out").iterdir()} == names
     assert {p.name for p in Path("out/figures").iterdir()} == {"curves.png", "examples.png"}
     metrics = [json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines()]
@@ -153,6 +156,7 @@ def test_loading_refuses_what_is_not_a_checkpoint():
         def __reduce__(self):
             return (Path("evil").touch, ())
 
+    unchecked("out")
     torch.save({"model": Evil()}, "out/best.pt")
     with pytest.raises(ba.InputError, match="not a checkpoint of tensors"):
         ba.load("out")

@@ -31,7 +31,7 @@ def test_a_checkpoint_says_its_format(tmp_path):
 @pytest.mark.parametrize(
     ("content", "why"),
     [
-        (STATE, "format 1, of a bilevel-at that is older; this one reads format 2"),
+        (STATE, "format 1, of a bilevel-at that is older; this one reads format 3"),
         ({**STATE, "format": FORMAT + 1}, f"format {FORMAT + 1}, of a bilevel-at that is newer"),
         ({**STATE, "format": "2"}, "is not a checkpoint of bilevel_at.run"),
         ({**STATE, "format": True}, "is not a checkpoint of bilevel_at.run"),
@@ -65,11 +65,11 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
     run = RunDir(tmp_path)
     run.save_checkpoint("last", STATE)
 
-    def fails(value, path):
-        path.write_bytes(b"half")
+    def fails(value, file):
+        file.write(b"half")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(torch, "save", fails)
     with pytest.raises(KeyboardInterrupt):
         run.save_checkpoint("last", {"model": {}})
-    assert run.checkpoint("last")["model"]["weight"].tolist() == [1, 1]
+    assert run.checkpoint("last")["model"]["weight"].tolist() == [1, 1] and not list(tmp_path.glob(".*"))
