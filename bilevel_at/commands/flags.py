@@ -12,6 +12,7 @@ import inspect
 import io
 import os
 import re
+import signal
 import sys
 import types
 import typing
@@ -24,6 +25,7 @@ from tyro import constructors
 from ..errors import BilevelError, InputError
 from ..evaluate.radius import number_from_text
 from .heap import keep_freed_memory
+from .signals import Stopped
 
 __all__ = ["Flag", "flags_of", "main", "parse"]
 
@@ -246,4 +248,4 @@ def main(command: Callable[[Sequence[str]], int | None], prog: str) -> int:
         return 1
     except KeyboardInterrupt as error:
         print(f"{prog}: stopped{': ' + str(error) if str(error) else ''}", file=sys.stderr)
-        return 130
+        return 128 + (error.number if isinstance(error, Stopped) else signal.SIGINT)

@@ -36,8 +36,10 @@ USAGE = f"""usage: python -m {PROG} FILE [flags]
 FILE defines problem(...): problems/fastbat.py, another of problems/, or your own.
 python -m {PROG} FILE --help lists its flags; --list the methods, models and data sets known by name."""
 
-NOT_RECORDED = ("out", "problem", "modern", "resume", "dry_run", "tflops")
+NOT_RECORDED = ("out", "problem", "modern", "resume", "save_every", "dry_run", "tflops")
 """Options that are no part of what is trained, or recorded elsewhere."""
+
+WORDS = [["no"], ["yes"], ["auto"]]  # of --resume
 
 
 @dataclass
@@ -88,6 +90,15 @@ class Plan:
         paths = {name: Path(text) for name, text in texts.items() if os.path.isfile(text)}  # False for odd names too
         return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in paths.items()}
 
+    def defaults(self) -> dict[str, dict[str, Any]]:
+        """What each setting in the sections of ``config.json`` is where it is not given, as far as that is known."""
+        of_options = {f.name: f.default for f in dataclasses.fields(RunOptions)}
+        return {
+            "options": of_options,
+            "problem": _defaults_of(self.file.problem),
+            "solver": _solver_defaults(self.solver),
+        }
+
     def config(self, model: nn.Module, train: ImageSet, extra: ImageSet | None = None) -> dict[str, Any]:
         """The content of ``config.json``, sufficient to repeat the run."""
         return {
@@ -127,7 +138,7 @@ def understand(args: Sequence[str]) -> Plan:
         raise SystemExit(0)
     if args[0].startswith("-"):
         raise InputError(f"the problem file comes first: python -m {PROG} FILE {' '.join(args[:2])}")
-    file, rest = ProblemFile(args[0]), list(args[1:])
+    file, rest = ProblemFile(args[0]), _spelled_out(args[1:])
     prog, about = f"python -m {PROG} {args[0]}", (file.module.__doc__ or "").strip().split("\n")[0]
     of_problem, of_factory, own = _flags(file, rest)
     common = [*of_problem, *of_factory, *own]
@@ -156,6 +167,12 @@ def understand(args: Sequence[str]) -> Plan:
     if options.compile:
         _refuse_graphs_of_each_step(trained, solver)
     return Plan(file, options, trained, problem, solver, problem_arguments, [PROG, *args])
+
+
+def _spelled_out(args: Sequence[str]) -> list[str]:
+    """``--resume`` by itself is ``--resume yes``."""
+    bare = [i for i, word in enumerate(args) if word == "--resume" and args[i + 1 : i + 2] not in WORDS]
+    return [word for i, given in enumerate(args) for word in ([given, "yes"] if i in bare else [given])]
 
 
 def _warming_up(file: ProblemFile, arguments: dict[str, Any], stated: BilevelProblem, share: float) -> BilevelProblem:
@@ -257,6 +274,20 @@ def _settings_of(solver: Solver) -> dict[str, Any]:
         else:
             settings[name] = value
     return settings
+
+
+def _defaults_of(function: Any) -> dict[str, Any]:
+    parameters = inspect.signature(function).parameters
+    return {name: p.default for name, p in parameters.items() if p.default is not p.empty}
+
+
+def _solver_defaults(solver: Solver) -> dict[str, Any]:
+    """The defaults of the names that :func:`_settings_of` gives."""
+    defaults = _defaults_of(type(solver))
+    for name, part in vars(solver).items():
+        if isinstance(part, Solver):
+            defaults |= {f"{name}_{field}": value for field, value in _solver_defaults(part).items()}
+    return defaults
 
 
 def known_names() -> str:

@@ -142,6 +142,10 @@ class RunDir:
         """The names of the checkpoints in the directory, in the order of :data:`CHECKPOINTS`."""
         return [which for which in CHECKPOINTS if (self.path / f"{which}.pt").is_file()]
 
+    def has_checkpoint(self, which: str) -> bool:
+        """Whether there is a checkpoint of this name, which need not be one of :data:`CHECKPOINTS`."""
+        return (self.path / f"{which}.pt").is_file()
+
     def save_checkpoint(self, which: str, state: Mapping[str, Any]) -> None:
         self._replace(f"{which}.pt", lambda path: torch.save({"format": FORMAT, **state}, path))
 
