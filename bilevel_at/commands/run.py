@@ -75,13 +75,13 @@ def _run(args: Sequence[str], signals: Signals) -> int:
         with signals.waiting():
             _train(trainer, run_dir, saver, console)
         scores, worst = _evaluate(trainer, run_dir, prepared, console)
+        _draw(plan, prepared, run_dir)
     except KeyboardInterrupt as stop:
         number = stop.number if isinstance(stop, Stopped) else signal.SIGINT
         raise Stopped(number, _how_to_go_on(plan, run_dir, saver)) from None
     except BilevelError as error:
         where = f"(epoch {trainer.done + 1}; what was done is in {run_dir})"
         raise BilevelError(f"{plan.file.path.stem}: {error} {where}", error.samples) from error
-    _draw(plan, prepared, run_dir)
     _close(scores, worst, prepared, plan.file.path, run_dir, console)
     return 0
 

@@ -50,8 +50,8 @@ class Position:
     @classmethod
     def start(cls, epoch: int, seed: int, device: torch.device) -> Position:
         """The beginning of an epoch, whose draws depend on ``(seed, epoch)`` alone."""
-        sums = [torch.zeros(3, dtype=torch.float64, device=device) for _ in range(2)]
-        return cls(epoch, generator_on(device, 2_000_003 * seed + epoch), *sums)
+        means, looks = (torch.zeros(3, dtype=torch.float64, device=device) for _ in range(2))
+        return cls(epoch, generator_on(device, 2_000_003 * seed + epoch), means, looks)
 
     @property
     def under_way(self) -> bool:

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import random
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+
 import pytest
 import torch
 from marks import fast
-from preempting import differences, finished, small_trainer, stopped_at, through_a_file, untimed
+from preempting import differences, finished, left_by, small_trainer, stopped_at, through_a_file, untimed
 from running import PROBLEMS
 
+from bilevel_at import run as run_module
+from bilevel_at.commands.flags import main
+from bilevel_at.commands.plan import PROG
 from bilevel_at.solvers import HessianFreeKKT, Lazy
 
 
@@ -103,3 +115,127 @@ def test_a_state_between_epochs_is_as_before():
     next(trainer.epochs())
     state = through_a_file(trainer.state_dict())
     assert state["epochs"] == 1 and "position" not in state
+
+
+KILLED = {
+    "fastbat": ["problems/fastbat.py", "--epochs", "6"],
+    "atas": ["problems/atas.py", "--epochs", "8", "--augment", "crop-flip"],
+    "free": ["problems/free.py", "--epochs", "4", "--replays", "5"],
+    "fgsm_sdi": ["problems/fgsm_sdi.py", "--epochs", "5"],
+    "awp": ["problems/awp.py", "--of", "fastat", "--epochs", "6", "--ema", "0.9"],
+}
+FEW = ["--examples", "400", "--batch-size", "20", "--attacks", "clean", "pgd-2-1", "--select", "pgd-5-1"]
+FEW += ["--test-examples", "40", "--device", "cpu", "--save-every", "0.002"]
+STATUS = {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGHUP: 129}
+
+
+def command(words):
+    """In a process of its own: the command, with signals as in a terminal, and what it prints in files."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    for name in ("stdout", "stderr"):
+        file = open(f"{name}.txt", "w")  # noqa: SIM115
+        os.dup2(file.fileno(), getattr(sys, f"__{name}__").fileno())
+        setattr(sys, name, file)
+    sys.argv = ["run", *words]
+    status = main(run_module.run, PROG)
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(status)
+
+
+def start(name, out, *more):
+    """A process forked from this one, which has imported everything: a process that does so takes four seconds."""
+    words = [*KILLED[name], *FEW, "--out", out, *more]
+    process = multiprocessing.get_context("fork").Process(target=command, args=(words,))
+    process.start()
+    return process
+
+
+def ended(process, status=0):
+    """What it has said on standard error."""
+    process.join(300)
+    said = Path("stderr.txt").read_text()
+    assert process.exitcode == status, said
+    assert "Traceback" not in said
+    return said
+
+
+def saved_at(out):
+    """When the position inside an epoch was last written, or the last epoch was."""
+    files = [Path(out, name) for name in ("midway.pt", "last.pt")]
+    return max((file.stat().st_mtime_ns for file in files if file.exists()), default=0)
+
+
+def trained_for(process, out, seconds):
+    """Wait until the process has trained for so long; whether it still goes on."""
+    before = saved_at(out)
+    while saved_at(out) == before and process.is_alive():
+        time.sleep(0.005)
+    time.sleep(seconds)
+    return process.is_alive()
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """What an unbroken run of each method leaves, and how long it trains."""
+    made = {}
+
+    def of(name):
+        if name not in made:
+            out = str(tmp_path_factory.mktemp(name) / "whole")
+            process = start(name, out)
+            trained_for(process, out, 0)
+            began = time.monotonic()
+            ended(process)
+            made[name] = left_by(out), time.monotonic() - began
+        return made[name]
+
+    return of
+
+
+def killed_again_and_again(name, number, kills, seconds, draw):
+    """Kill a run at random moments and resume it, up to ``kills`` times; whether each kill was inside an epoch."""
+    hits = []
+    while len(hits) < kills:
+        process = start(name, "out", "--resume", "auto")
+        running = trained_for(process, "out", draw.uniform(0, seconds))
+        if running:
+            os.kill(process.pid, number)
+        process.join(120)
+        if process.exitcode == 0:  # it was quicker than the kill
+            return hits
+        said = ended(process, STATUS[number])
+        if number != signal.SIGKILL:
+            assert re.fullmatch(
+                r"bilevel_at.run: stopped: \d+ of \d epochs.* are in out; the same command goes on\n", said
+            )
+        hits.append(Path("out/midway.pt").exists())
+    ended(start(name, "out", "--resume", "auto"))
+    return hits
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("elsewhere")
+@pytest.mark.parametrize("number", STATUS, ids=lambda number: number.name)
+@pytest.mark.parametrize("name", KILLED)
+def test_killed_at_random_moments(name, number, unbroken):
+    """5 methods, 4 signals, up to 5 kills of each run in turn."""
+    whole, seconds = unbroken(name)
+    hits = killed_again_and_again(name, number, 5, seconds / 4, random.Random(f"{name} {number}"))
+    print(f"{name}, {number.name}: {len(hits)} kills, {sum(hits)} inside an epoch; all resumed to the same bits")
+    assert differences(left_by("out"), whole) == []
+    assert hits
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_a_job_that_is_terminated_goes_on(unbroken):
+    """18 batches of 20, 5 replays each."""
+    whole, _ = unbroken("free")
+    process = start("free", "out", "--resume", "auto")
+    assert trained_for(process, "out", 0)
+    os.kill(process.pid, signal.SIGTERM)
+    (line,) = ended(process, 143).splitlines()
+    pattern = r"bilevel_at.run: stopped: \d of 4 epochs and \d+ of the 90 updates of the next are in out; "
+    assert re.fullmatch(pattern + "the same command goes on", line), line
+    ended(start("free", "out", "--resume", "auto"))
+    assert differences(left_by("out"), whole) == [] and not Path("out/midway.pt").exists()
