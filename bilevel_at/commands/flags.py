@@ -14,6 +14,7 @@ import os
 import re
 import signal
 import sys
+import traceback
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -232,14 +233,22 @@ def _printable(text: str) -> str:
 
 
 def main(command: Callable[[Sequence[str]], int | None], prog: str) -> int:
-    """Run a command on ``sys.argv``. Returns 0 on success, 2 for invalid input, with an error message of one line."""
+    """Run a command on ``sys.argv``, and return its exit status; an error is one line, and its traceback if asked for.
+
+    Returns:
+        0 on success, 2 for invalid input and for what cannot be computed, 1 for any other error, and 128 + the signal
+        that has stopped it.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # not every terminal's encoding has ε
     keep_freed_memory()
+    asked = "--traceback" in sys.argv[1:]
     try:
-        return command(sys.argv[1:]) or 0
+        return command([word for word in sys.argv[1:] if word != "--traceback"]) or 0
     except (InputError, BilevelError) as error:
+        if asked:
+            traceback.print_exc()
         print(f"{prog}: {_printable(str(error))}", file=sys.stderr)
         return 2
     except BrokenPipeError:
@@ -249,3 +258,10 @@ def main(command: Callable[[Sequence[str]], int | None], prog: str) -> int:
     except KeyboardInterrupt as error:
         print(f"{prog}: stopped{': ' + str(error) if str(error) else ''}", file=sys.stderr)
         return 128 + (error.number if isinstance(error, Stopped) else signal.SIGINT)
+    except Exception as error:
+        if asked:
+            traceback.print_exc()
+        from .mistakes import one_line  # here: it imports torch, which --help does without
+
+        print(f"{prog}: {_printable(one_line(error))}", file=sys.stderr)
+        return 1

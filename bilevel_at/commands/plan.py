@@ -34,7 +34,8 @@ PROG = "bilevel_at.run"
 USAGE = f"""usage: python -m {PROG} FILE [flags]
 
 FILE defines problem(...): problems/fastbat.py, another of problems/, or your own.
-python -m {PROG} FILE --help lists its flags; --list the methods, models and data sets known by name."""
+python -m {PROG} FILE --help lists its flags; --list the methods, models and data sets known by name.
+--traceback after any flags shows the whole traceback of an error."""
 
 NOT_RECORDED = ("out", "problem", "modern", "resume", "save_every", "dry_run", "tflops")
 """Options that are no part of what is trained, or recorded elsewhere."""
