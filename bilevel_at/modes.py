@@ -59,11 +59,11 @@ def attack_mode(model: nn.Module, mode: Mode) -> Iterator[None]:
     if mode not in get_args(Mode):
         raise InputError(f"mode {mode!r} is not known; attack passes see the model in 'train' or 'eval' mode")
     if torch.compiler.is_compiling():  # a lock is no part of a graph
-        level = _Level(model, mode)
+        before = _switch(model, mode)
         try:
             yield
         finally:
-            level.restore()
+            _restore(before)
         return
     level = _enter(model, mode)
     try:
@@ -72,20 +72,27 @@ def attack_mode(model: nn.Module, mode: Mode) -> Iterator[None]:
         _leave(model, level)
 
 
-class _Level:
-    """A network put in a mode, and the flags that its modules had before.
+Flags = list[tuple[nn.Module, bool]]
 
-    threads: how often each thread is inside.
-    """
+
+def _switch(model: nn.Module, mode: Mode) -> Flags:
+    """Put the network in the mode; its modules' flags before."""
+    before = [(module, module.training) for module in model.modules()]
+    model.train(mode == "train")
+    return before
+
+
+def _restore(before: Flags) -> None:
+    for module, training in before:
+        module.training = training
+
+
+class _Level:
+    """A network in a mode, the flags that its modules had before, and how often each thread is inside."""
 
     def __init__(self, model: nn.Module, mode: Mode) -> None:
-        self.mode, self.threads = mode, dict[int, int]()
-        self.before = [(module, module.training) for module in model.modules()]
-        model.train(mode == "train")
-
-    def restore(self) -> None:
-        for module, training in self.before:
-            module.training = training
+        self.mode, self.before = mode, _switch(model, mode)
+        self.threads: dict[int, int] = {}
 
 
 _left = threading.Condition()
@@ -121,7 +128,7 @@ def _leave(model: nn.Module, level: _Level) -> None:
             del level.threads[me]
         if not level.threads:
             _levels[model].remove(level)
-            level.restore()
+            _restore(level.before)
             _left.notify_all()
 
 
