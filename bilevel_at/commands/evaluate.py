@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,12 @@ from ..runs.doubts import record_checks
 from ..runs.evaluations import Store
 from ..runs.headline import WorstCase
 from ..runs.named_files import NamedFiles
+from ..train.finite import first_not_finite
 from . import flags
 from .device import resolve_device
 from .headline import caption
 from .options import EvaluateOptions
+from .signals import Signals, Stopped
 from .target import Target, find_target
 
 __all__ = ["PROG", "command"]
@@ -49,6 +52,11 @@ def command(args: Sequence[str]) -> int:
     Raises:
         InputError: if the arguments are invalid.
     """
+    with Signals().heeded():
+        return _command(args)
+
+
+def _command(args: Sequence[str]) -> int:
     if not args or args[0] in ("-h", "--help"):
         print(USAGE)
         return 0
@@ -81,9 +89,10 @@ def command(args: Sequence[str]) -> int:
     job = Job(target, images, attacks, options, spaces, console)
     try:
         scores = {name: job.evaluate(name) for name in target.names}
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
+        number = stop.number if isinstance(stop, Stopped) else signal.SIGINT
         same_command = "the same command" + (" without --again" if options.again else "")
-        raise KeyboardInterrupt(f"what is done is in {target.run}; {same_command} goes on") from None
+        raise Stopped(number, f"what is done is in {target.run}; {same_command} goes on") from None
     remember_command(target.run, [PROG, *args])
     for table in job.tables(scores):
         console.print(table)
@@ -143,6 +152,10 @@ class Job:
     def evaluate(self, name: str) -> dict[str, Score]:
         """Evaluate one network under every attack, with a progress bar of the robust accuracy so far; then check it."""
         model = self.target.model(name).to(self.images.device)
+        if (weight := first_not_finite(model)) is not None:
+            raise InputError(
+                f"{name} of {self.target.run} is not a finite network ({weight} is not), and has no accuracy"
+            )
         store = Store(
             self.target.run,
             name,
