@@ -27,6 +27,7 @@ from ..solver import Solver
 from ..solvers import SOLVERS, WRAPPERS
 from . import flags
 from .options import RunOptions
+from .settings import defaults_of, settings_of, solver_defaults
 
 __all__ = ["PROG", "Plan", "understand"]
 
@@ -96,8 +97,8 @@ class Plan:
         of_options = {f.name: f.default for f in dataclasses.fields(RunOptions)}
         return {
             "options": of_options,
-            "problem": _defaults_of(self.file.problem),
-            "solver": _solver_defaults(self.solver),
+            "problem": defaults_of(self.file.problem),
+            "solver": solver_defaults(self.solver),
         }
 
     def config(self, model: nn.Module, train: ImageSet, extra: ImageSet | None = None) -> dict[str, Any]:
@@ -108,7 +109,7 @@ class Plan:
             "file_sha256": self.file.sha256,
             "problem": self.problem_arguments,
             "argument_sha256": self._argument_files(),
-            "solver": _settings_of(self.solver),
+            "solver": settings_of(self.solver),
             "options": {k: v for k, v in vars(self.options).items() if k not in NOT_RECORDED},
             "constraint": Threat.of(self.threat).asdict(),
             **({} if self.feasible_set is None else {"feasible_set": self.feasible_set}),
@@ -256,39 +257,6 @@ def _with_fields(solver: Any, given: Sequence[Mapping[str, Any]]) -> Any:
     if any(given[1:]):
         fields["inner"] = _with_fields(solver.inner, given[1:])
     return dataclasses.replace(solver, **fields) if fields else solver
-
-
-def _settings_of(solver: Solver) -> dict[str, Any]:
-    """The solver's name and the arguments it keeps as attributes; those of a wrapped solver by ``inner_FIELD``.
-
-    Other attributes are what it has learnt.
-    """
-    settings: dict[str, Any] = {"name": type(solver).__name__}
-    takes = inspect.signature(type(solver)).parameters
-    for name, value in vars(solver).items():
-        if name not in takes:
-            continue
-        if isinstance(value, Solver):
-            wrapped = _settings_of(value)
-            settings[name] = wrapped.pop("name")
-            settings |= {f"{name}_{field}": setting for field, setting in wrapped.items()}
-        else:
-            settings[name] = value
-    return settings
-
-
-def _defaults_of(function: Any) -> dict[str, Any]:
-    parameters = inspect.signature(function).parameters
-    return {name: p.default for name, p in parameters.items() if p.default is not p.empty}
-
-
-def _solver_defaults(solver: Solver) -> dict[str, Any]:
-    """The defaults of the names that :func:`_settings_of` gives."""
-    defaults = _defaults_of(type(solver))
-    for name, part in vars(solver).items():
-        if isinstance(part, Solver):
-            defaults |= {f"{name}_{field}": value for field, value in _solver_defaults(part).items()}
-    return defaults
 
 
 def known_names() -> str:

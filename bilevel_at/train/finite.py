@@ -17,7 +17,7 @@ from ..solution import Hypergradient
 from ..solver import Solver
 from .watch import Watch
 
-__all__ = ["NotFinite", "Sentinel", "first_not_finite", "largest", "leaving_out"]
+__all__ = ["LeftOut", "NotFinite", "Sentinel", "first_not_finite", "largest", "leaving_out"]
 
 REMEMBERED = 256  # batches; a look at a GPU arrives 16 to 32 batches after what it is about
 NAMED = 8  # examples
@@ -25,6 +25,10 @@ NAMED = 8  # examples
 
 class NotFinite(BilevelError):
     """A loss, a gradient or a weight is not finite; ``samples`` are the examples' indices."""
+
+
+class LeftOut(NotFinite):
+    """A step that is to be left out."""
 
 
 def _floating(model: nn.Module) -> dict[str, Tensor]:
@@ -113,7 +117,7 @@ class Sentinel:
 
 @contextmanager
 def leaving_out(solver: Solver, model: nn.Module) -> Iterator[None]:
-    """``backward`` raises :class:`NotFinite` before anything is learnt from a step that is not finite.
+    """``backward`` raises :class:`LeftOut` before anything is learnt from a step that is not finite.
 
     As for every error of ``hypergradient``, ``.grad`` and what is remembered are then as they were; here the network's
     buffers are, too. Each step is looked at before it is taken, which waits for a GPU.
@@ -129,7 +133,7 @@ def leaving_out(solver: Solver, model: nn.Module) -> Iterator[None]:
         if not torch.stack([size.double() for size in sizes]).isfinite().all():
             for buffer, value in buffers:
                 buffer.data.copy_(value)
-            raise NotFinite("a loss or a gradient is not finite")
+            raise LeftOut("a loss or a gradient is not finite")
         return step
 
     object.__setattr__(solver, "hypergradient", checked)

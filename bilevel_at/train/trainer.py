@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -21,14 +21,14 @@ from ..modes import attack_mode, autocast
 from ..problem import BilevelProblem
 from ..runs.metrics import Epoch
 from ..runs.recipe import Recipe
-from ..solution import Hypergradient, Solution
 from ..solver import Solver
 from .averages import WeightAverage
-from .finite import NotFinite, Sentinel, first_not_finite, leaving_out
+from .finite import LeftOut, NotFinite, Sentinel, first_not_finite, leaving_out
 from .memory_format import FORMATS, MemoryFormat
 from .position import Position, own_randomness
 from .recorder import Recorder
 from .schedules import momentum_at, rate_at
+from .steps import check_coupling, groups_of, look, measured
 
 __all__ = ["Trainer"]
 
@@ -117,7 +117,7 @@ class Trainer:
         while self.done < self.recipe.epochs:
             start = time.perf_counter()
             before = self.position.seconds if self.position is not None and self._resumed else 0.0
-            measured = self.train_epoch(self.done)
+            training = self.train_epoch(self.done)
             clean = self._standing(Attack("clean"))
             robust = self._standing(self.attack, seed=self.done)
             lr = self.optimizer.param_groups[0]["lr"]
@@ -131,7 +131,7 @@ class Trainer:
                 alignment=self._alignment(),
                 lr=lr,
                 seconds=before + time.perf_counter() - start,
-                **measured,
+                **training,
             )
 
     def train_epoch(self, epoch: int) -> dict[str, Any]:
@@ -174,7 +174,7 @@ class Trainer:
         """The updates of epoch ``epoch`` (from 0), without a wait for the device; :meth:`train_epoch` without its end.
 
         Returns, on the device, the sums over examples of (loss, share of the implicit term, its cosine), and those of
-        :meth:`_look`. Raises :class:`NotFinite` soon after a loss that is not finite.
+        :func:`~.steps.look`. Raises :class:`NotFinite` soon after a loss that is not finite.
         """
         position = self._take_up(epoch)
         with own_randomness(position, self._global_seed(epoch)):
@@ -197,7 +197,7 @@ class Trainer:
         replays, accumulate = self.recipe.replays, self.recipe.accumulate
         parts = list(policy.policies((self.problem, self.solver)).values())  # once: it is 1 % of a step on the digits
         first = position.updates // replays
-        groups = _groups(self.loader.epoch(position.epoch, first * accumulate), accumulate)
+        groups = groups_of(self.loader.epoch(position.epoch, first * accumulate), accumulate)
         with attack_mode(self.model, "train"), self._guard():
             for number, group in enumerate(groups, first):
                 while position.updates < (number + 1) * replays:
@@ -226,15 +226,13 @@ class Trainer:
                     )
                 check_coupling(step.losses, self.recipe.accumulate)
                 self.sentinel.note(step_number, position.epoch, batch, step.losses)
-                position.means += len(batch) * _measured(step)
+                position.means += len(batch) * measured(step)
                 left -= len(batch)
                 self.recorder.note(batch, step.solution)
                 if number % LOOK_EVERY == 0:
-                    position.looks += self._look(step.solution)
+                    position.looks += look(self.model, step.solution, self.precision)
                     self.sentinel.look(position.means[0])
-        except NotFinite:
-            if not self.skip_nonfinite:
-                raise
+        except LeftOut:
             position.skipped += 1
             position.left_out += left
             return
@@ -272,14 +270,6 @@ class Trainer:
             group["lr"] = rate_at(self.recipe, step, self.steps_per_epoch)
             group["momentum"] = momentum_at(self.recipe, step, self.steps_per_epoch)
 
-    def _look(self, solution: Solution) -> Tensor:
-        """(correct on x + δ*, the sum of ‖δ*‖_∞, rows): what training saw, before the step is taken."""
-        batch, delta = solution.batch, solution.delta
-        with torch.no_grad(), attack_mode(self.model, "eval"), autocast(self.precision, self.device):
-            right = self.model(batch.x + delta).argmax(1) == batch.y
-        sizes = delta.flatten(1).abs().amax(1)
-        return torch.stack([right.sum().double(), sizes.sum().double(), sizes.new_tensor(len(sizes)).double()])
-
     def state_dict(self) -> dict[str, Any]:
         """Weights, their average where there is one, optimiser, what the problem remembers, and the epochs done.
 
@@ -313,41 +303,3 @@ class Trainer:
         policy.load_state(self.solver, state["solver"])
         if self.average is not None:
             self.average.load_state_dict(state)
-
-
-def _measured(step: Hypergradient) -> Tensor:
-    """(loss, ‖implicit term‖ / ‖∇_θ f‖, the cosine between the two), float64."""
-    loss = step.loss.double()
-    if not step.implicit:
-        return torch.stack([loss, loss.new_zeros(()), loss.new_zeros(())])
-    ratio = step.implicit_norm / step.direct_norm.clamp(min=1e-30)
-    return torch.stack([loss, ratio.double(), step.implicit_cosine.double()])
-
-
-def check_coupling(losses: Tensor, accumulate: int) -> None:
-    """Refuse to add up parts of a batch whose examples are coupled: the sum is not the loss of the whole.
-
-    Args:
-        losses: the upper loss of a part, ``[B]`` or one number.
-        accumulate: how many parts are added up.
-
-    Raises:
-        InputError: where the loss is one number and there are several parts.
-    """
-    if losses.ndim == 0 and accumulate > 1:
-        raise InputError(
-            f"--accumulate is {accumulate}, but the upper loss is one number for all of a batch, which has no parts to "
-            "add up; use --accumulate 1"
-        )
-
-
-def _groups(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
-    """``size`` batches at a time; what is left at the end makes a smaller group."""
-    group: list[Batch] = []
-    for batch in batches:
-        group.append(batch)
-        if len(group) == size:
-            yield group
-            group = []
-    if group:
-        yield group
