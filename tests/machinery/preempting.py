@@ -91,7 +91,7 @@ def differences(a, b, path=""):
     if isinstance(a, list | tuple) and isinstance(b, list | tuple) and len(a) == len(b):
         return [d for i, pair in enumerate(zip(a, b, strict=True)) for d in differences(*pair, f"{path}/{i}")]
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        a, b = a.numpy(), b.numpy()
+        a, b = a.cpu().numpy(), b.cpu().numpy()
     if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
         nan = a.dtype.kind == "f"
         return [] if a.dtype == b.dtype and np.array_equal(a, b, equal_nan=nan) else [path]

@@ -17,7 +17,7 @@ from bilevel_at.commands.evaluate import command as evaluate_command
 from bilevel_at.data import Images
 from bilevel_at.evaluate import evaluate
 from bilevel_at.train import load
-from bilevel_at.train.finite import NotFinite, first_not_finite, largest
+from bilevel_at.train.finite import NotFinite, first_not_finite, size
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
@@ -71,7 +71,7 @@ def test_the_examples_are_those_whose_loss_is_not_finite():
     message = str(error.value)
     assert f"the loss is nan in step {first + 1} (epoch 1) on the training examples {named[0]}" in message
     assert "with ZeroIG" in message and message.endswith("a lower --lr (now 0.05) or --skip-nonfinite may help")
-    assert "\n" not in message and math.isfinite(largest(t.model).item())  # seen before the update
+    assert "\n" not in message and math.isfinite(size(t.model).item())  # seen before the update
 
 
 def test_a_gradient_that_is_not_finite_is_laid_to_its_step():
@@ -113,7 +113,7 @@ def test_an_update_that_is_left_out_leaves_no_trace(name):
     lines = [epoch.asdict() for epoch in t.epochs()]
     assert differences(states[0], states[1]) == [] and differences(states[1], states[2])
     assert [line["skipped"] for line in lines] == [1, 0, 0]
-    assert all(math.isfinite(line["loss"]) for line in lines) and math.isfinite(largest(t.model).item())
+    assert all(math.isfinite(line["loss"]) for line in lines) and math.isfinite(size(t.model).item())
 
 
 def test_nothing_is_left_out_where_everything_is_finite():
@@ -209,3 +209,12 @@ def test_a_checkpoint_that_is_not_finite_is_not_written(monkeypatch):
 
 def test_minutes_are_not_negative():
     assert "--save-every is -1" in complaint("problems/fastat.py", "--save-every", "-1")
+
+
+def test_weights_that_are_large_are_finite():
+    """Their norm overflows in float32."""
+    t = trainer(at=10**9)
+    t.model.inner[1].weight.data.fill_(1e30)
+    assert not math.isfinite(size(t.model).item()) and first_not_finite(t.model) is None
+    t.check()
+    t.sentinel.look(torch.zeros(()))

@@ -20,6 +20,7 @@ from running import PROBLEMS
 from bilevel_at import run as run_module
 from bilevel_at.commands.flags import main
 from bilevel_at.commands.plan import PROG
+from bilevel_at.models import build_model
 from bilevel_at.solvers import HessianFreeKKT, Lazy
 
 
@@ -240,3 +241,22 @@ def test_a_job_that_is_terminated_goes_on(unbroken):
     assert re.fullmatch(pattern + "the same command goes on", line), line
     ended(start("free", "out", "--resume", "auto"))
     assert differences(left_by("out"), whole) == [] and not Path("out/midway.pt").exists()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", ["fastbat", "atas", "free", "fgsm_sdi"])
+def test_on_a_gpu_too(name, monkeypatch):
+    """With torch's deterministic algorithms; the caller's generator of the GPU is left alone."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    images = small_trainer(name).loader.images.to("cuda")
+
+    def make():
+        torch.manual_seed(0)
+        return small_trainer(name, images=images, model=build_model("small_cnn", (1, 8, 8), 3).cuda())
+
+    trainer = make()
+    before = torch.cuda.get_rng_state()
+    finished(trainer)
+    assert torch.equal(torch.cuda.get_rng_state(), before)
+    assert assert_goes_on(make, (1, 2, 6, 9)) == 4
