@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Literal, get_args
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -65,17 +67,86 @@ def check_unwrapped(model: nn.Module) -> None:
 def attack_mode(model: nn.Module, mode: Mode) -> Iterator[None]:
     """Put ``model`` in ``mode``; on leaving, however that happens, every submodule is as it was.
 
-    Each submodule's own flag is restored, so deliberately frozen layers stay frozen.
+    Each submodule's own flag is restored, so deliberately frozen layers stay frozen. Several threads may be inside with
+    one network: those of the same mode together, and one of another mode when they have left.
+
+    Raises:
+        InputError: for another mode, and where a thread that is inside wants the other mode beside other threads.
     """
     if mode not in get_args(Mode):
         raise InputError(f"mode {mode!r} is not known; attack passes see the model in 'train' or 'eval' mode")
-    before = [(module, module.training) for module in model.modules()]
-    model.train(mode == "train")
+    if torch.compiler.is_compiling():  # a lock is no part of a graph
+        before = _switch(model, mode)
+        try:
+            yield
+        finally:
+            _restore(before)
+        return
+    level = _enter(model, mode)
     try:
         yield
     finally:
-        for module, training in before:
-            module.training = training
+        _leave(model, level)
+
+
+Flags = list[tuple[nn.Module, bool]]
+
+
+def _switch(model: nn.Module, mode: Mode) -> Flags:
+    """Put the network in the mode; its modules' flags before."""
+    before = [(module, module.training) for module in model.modules()]
+    model.train(mode == "train")
+    return before
+
+
+def _restore(before: Flags) -> None:
+    for module, training in before:
+        module.training = training
+
+
+class _Level:
+    """A network in a mode, the flags that its modules had before, and how often each thread is inside."""
+
+    def __init__(self, model: nn.Module, mode: Mode) -> None:
+        self.mode, self.before = mode, _switch(model, mode)
+        self.threads: dict[int, int] = {}
+
+
+_left = threading.Condition()
+_levels: WeakKeyDictionary[nn.Module, list[_Level]] = WeakKeyDictionary()
+
+
+def _enter(model: nn.Module, mode: Mode) -> _Level:
+    """The level that this thread is inside now: its own within those it had, or one shared with other threads."""
+    me = threading.get_ident()
+    with _left:
+        while True:
+            levels = _levels.setdefault(model, [])
+            if all(level.threads.keys() == {me} for level in levels):
+                levels.append(_Level(model, mode))
+                break
+            if len(levels) == 1 and levels[0].mode == mode:
+                break
+            if any(me in level.threads for level in levels):
+                raise InputError(
+                    f"another thread uses this network in {levels[-1].mode} mode, and here it is to be in {mode} mode "
+                    "within that; give each thread a copy of its own"
+                )
+            _left.wait()
+        levels[-1].threads[me] = levels[-1].threads.get(me, 0) + 1
+        return levels[-1]
+
+
+def _leave(model: nn.Module, level: _Level) -> None:
+    me = threading.get_ident()
+    with _left:
+        level.threads[me] -= 1
+        if not level.threads[me]:
+            del level.threads[me]
+        if not level.threads:
+            _levels[model].remove(level)
+            _restore(level.before)
+            _left.notify_all()
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,14 @@ from ..runs.commands import remember_command
 from ..runs.doubts import record_checks
 from ..runs.evaluations import Store
 from ..runs.headline import WorstCase
-from ..runs.lock import held
+from ..runs.lock import locked
 from ..runs.named_files import NamedFiles
+from ..train.finite import first_not_finite
 from . import flags
 from .device import resolve_device
 from .headline import caption
 from .options import EvaluateOptions
+from .signals import Signals, Stopped
 from .target import Target, find_target
 
 __all__ = ["PROG", "command"]
@@ -50,6 +53,11 @@ def command(args: Sequence[str]) -> int:
     Raises:
         InputError: if the arguments are invalid.
     """
+    with Signals().heeded():
+        return _command(args)
+
+
+def _command(args: Sequence[str]) -> int:
     if not args or args[0] in ("-h", "--help"):
         print(USAGE)
         return 0
@@ -72,7 +80,7 @@ def command(args: Sequence[str]) -> int:
             check_set(space, images[slice(0, SEEN)].pixels())
     attacks = attacks_at(options.attacks, spaces, options.seed, files.load)
     target.check()
-    with held(target.run.path, PROG):
+    with locked(target.run.path, PROG):
         return _evaluate(args, target, images, attacks, options, spaces)
 
 
@@ -95,9 +103,10 @@ def _evaluate(
     job = Job(target, images, attacks, options, spaces, console)
     try:
         scores = {name: job.evaluate(name) for name in target.names}
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
+        number = stop.number if isinstance(stop, Stopped) else signal.SIGINT
         same_command = "the same command" + (" without --again" if options.again else "")
-        raise KeyboardInterrupt(f"what is done is in {target.run}; {same_command} goes on") from None
+        raise Stopped(number, f"what is done is in {target.run}; {same_command} goes on") from None
     remember_command(target.run, [PROG, *args])
     for table in job.tables(scores):
         console.print(table)
@@ -157,6 +166,10 @@ class Job:
     def evaluate(self, name: str) -> dict[str, Score]:
         """Evaluate one network under every attack, with a progress bar of the robust accuracy so far; then check it."""
         model = self.target.model(name).to(self.images.device)
+        if (weight := first_not_finite(model)) is not None:
+            raise InputError(
+                f"{name} of {self.target.run} is not a finite network ({weight} is not), and has no accuracy"
+            )
         store = Store(
             self.target.run,
             name,

@@ -12,7 +12,9 @@ import inspect
 import io
 import os
 import re
+import signal
 import sys
+import traceback
 import types
 import typing
 import warnings
@@ -26,6 +28,7 @@ from ..errors import BilevelError, InputError
 from ..evaluate.radius import number_from_text
 from ..runs.manifest import DamageWarning
 from .heap import keep_freed_memory
+from .signals import Stopped
 
 __all__ = ["Flag", "flags_of", "main", "parse"]
 
@@ -245,15 +248,23 @@ def _warn_in_one_line(prog: str) -> None:
 
 
 def main(command: Callable[[Sequence[str]], int | None], prog: str) -> int:
-    """Run a command on ``sys.argv``. Returns 0 on success, 2 for invalid input, with an error message of one line."""
+    """Run a command on ``sys.argv``, and return its exit status; an error is one line, and its traceback if asked for.
+
+    Returns:
+        0 on success, 2 for invalid input and for what cannot be computed, 1 for any other error, and 128 + the signal
+        that has stopped it.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # not every terminal's encoding has ε
     keep_freed_memory()
     _warn_in_one_line(prog)
+    asked = "--traceback" in sys.argv[1:]
     try:
-        return command(sys.argv[1:]) or 0
+        return command([word for word in sys.argv[1:] if word != "--traceback"]) or 0
     except (InputError, BilevelError) as error:
+        if asked:
+            traceback.print_exc()
         print(f"{prog}: {_printable(str(error))}", file=sys.stderr)
         return 2
     except BrokenPipeError:
@@ -262,4 +273,11 @@ def main(command: Callable[[Sequence[str]], int | None], prog: str) -> int:
         return 1
     except KeyboardInterrupt as error:
         print(f"{prog}: stopped{': ' + str(error) if str(error) else ''}", file=sys.stderr)
-        return 130
+        return 128 + (error.number if isinstance(error, Stopped) else signal.SIGINT)
+    except Exception as error:
+        if asked:
+            traceback.print_exc()
+        from .mistakes import one_line  # here: it imports torch, which --help does without
+
+        print(f"{prog}: {_printable(one_line(error))}", file=sys.stderr)
+        return 1

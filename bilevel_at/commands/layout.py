@@ -14,6 +14,7 @@ from ..runs.provenance import device_name
 from ..train.memory_format import FORMATS, MemoryFormat, seconds_by_memory_format
 from .plan import Plan
 from .prepare import Prepared
+from .start import resumes
 
 __all__ = ["Layout", "memory_format_of"]
 
@@ -46,7 +47,7 @@ def memory_format_of(plan: Plan, prepared: Prepared, run: RunDir) -> Layout:
     asked, device = plan.options.memory_format, prepared.test.device
     if asked != "auto":
         return Layout(asked)
-    recorded = _recorded(run, device) if plan.options.resume else None
+    recorded = _recorded(run, device) if resumes(plan.options, run) else None
     if recorded is not None:
         return recorded
     return _measured(plan, prepared) if device.type in MEASURED_ON else Layout("contiguous")

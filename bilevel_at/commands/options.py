@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
-from ..errors import InputError, positive
+from ..errors import InputError, at_least, positive
 from ..evaluate.active import checks_asked
 from ..models import ActivationName
 from ..runs.networks import Which
@@ -39,7 +39,10 @@ class RunOptions(Recipe):
     compile: compile each step as one graph (torch.compile), which takes a minute or more before the first.
     seed: of the weights, the order of the data, and every draw.
     out: run directory; runs/FILE-DATA-seedN if not given.
-    resume: go on with the run that is there.
+    resume: go on with the run that is there; "auto" begins one where there is none.
+    save_every: minutes from one checkpoint inside an epoch to the next; 0 for none by time.
+    skip_nonfinite: leave out updates whose loss or gradient is not finite, and count them in metrics.jsonl, instead of
+        stopping; each is looked at first, which waits for a GPU.
     dry_run: print what would be trained and what a step costs (operations, memory), and train and write nothing.
     tflops: of --dry-run, measured operations in 10¹² a second, for the time of an epoch.
     """
@@ -62,7 +65,9 @@ class RunOptions(Recipe):
     compile: bool = False
     seed: int = 0
     out: str | None = None
-    resume: bool = False
+    resume: Literal["no", "yes", "auto"] = "no"
+    save_every: float = 10.0
+    skip_nonfinite: bool = False
     dry_run: bool = False
     tflops: float | None = None
 
@@ -74,6 +79,7 @@ class RunOptions(Recipe):
             raise InputError(f"--seed is {self.seed}; it must be at least 0 and below 2**32")
         if not 0 <= self.dropout < 1:
             raise InputError(f"--dropout is {self.dropout:g}; it must be at least 0 and below 1")
+        at_least("--save-every", self.save_every)
         if self.tflops is not None:
             positive("--tflops", self.tflops)
             if not self.dry_run:

@@ -27,6 +27,7 @@ from ..solver import Solver
 from ..solvers import SOLVERS, WRAPPERS
 from . import flags
 from .options import RunOptions
+from .settings import defaults_of, settings_of, solver_defaults
 
 __all__ = ["PROG", "Plan", "understand"]
 
@@ -34,10 +35,13 @@ PROG = "bilevel_at.run"
 USAGE = f"""usage: python -m {PROG} FILE [flags]
 
 FILE defines problem(...): problems/fastbat.py, another of problems/, or your own.
-python -m {PROG} FILE --help lists its flags; --list the methods, models and data sets known by name."""
+python -m {PROG} FILE --help lists its flags; --list the methods, models and data sets known by name.
+--traceback after any flags shows the whole traceback of an error."""
 
-NOT_RECORDED = ("out", "problem", "modern", "resume", "dry_run", "tflops")
+NOT_RECORDED = ("out", "problem", "modern", "resume", "save_every", "dry_run", "tflops")
 """Options that are no part of what is trained, or recorded elsewhere."""
+
+WORDS = [["no"], ["yes"], ["auto"]]  # of --resume
 
 
 @dataclass
@@ -88,6 +92,15 @@ class Plan:
         paths = {name: Path(text) for name, text in texts.items() if os.path.isfile(text)}  # False for odd names too
         return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in paths.items()}
 
+    def defaults(self) -> dict[str, dict[str, Any]]:
+        """What each setting in the sections of ``config.json`` is where it is not given, as far as that is known."""
+        of_options = {f.name: f.default for f in dataclasses.fields(RunOptions)}
+        return {
+            "options": of_options,
+            "problem": defaults_of(self.file.problem),
+            "solver": solver_defaults(self.solver),
+        }
+
     def config(self, model: nn.Module, train: ImageSet, extra: ImageSet | None = None) -> dict[str, Any]:
         """The content of ``config.json``, sufficient to repeat the run."""
         return {
@@ -96,7 +109,7 @@ class Plan:
             "file_sha256": self.file.sha256,
             "problem": self.problem_arguments,
             "argument_sha256": self._argument_files(),
-            "solver": _settings_of(self.solver),
+            "solver": settings_of(self.solver),
             "options": {k: v for k, v in vars(self.options).items() if k not in NOT_RECORDED},
             "constraint": Threat.of(self.threat).asdict(),
             **({} if self.feasible_set is None else {"feasible_set": self.feasible_set}),
@@ -127,7 +140,7 @@ def understand(args: Sequence[str]) -> Plan:
         raise SystemExit(0)
     if args[0].startswith("-"):
         raise InputError(f"the problem file comes first: python -m {PROG} FILE {' '.join(args[:2])}")
-    file, rest = ProblemFile(args[0]), list(args[1:])
+    file, rest = ProblemFile(args[0]), _spelled_out(args[1:])
     prog, about = f"python -m {PROG} {args[0]}", (file.module.__doc__ or "").strip().split("\n")[0]
     of_problem, of_factory, own = _flags(file, rest)
     common = [*of_problem, *of_factory, *own]
@@ -156,6 +169,12 @@ def understand(args: Sequence[str]) -> Plan:
     if options.compile:
         _refuse_graphs_of_each_step(trained, solver)
     return Plan(file, options, trained, problem, solver, problem_arguments, [PROG, *args])
+
+
+def _spelled_out(args: Sequence[str]) -> list[str]:
+    """``--resume`` by itself is ``--resume yes``."""
+    bare = [i for i, word in enumerate(args) if word == "--resume" and args[i + 1 : i + 2] not in WORDS]
+    return [word for i, given in enumerate(args) for word in ([given, "yes"] if i in bare else [given])]
 
 
 def _warming_up(file: ProblemFile, arguments: dict[str, Any], stated: BilevelProblem, share: float) -> BilevelProblem:
@@ -238,25 +257,6 @@ def _with_fields(solver: Any, given: Sequence[Mapping[str, Any]]) -> Any:
     if any(given[1:]):
         fields["inner"] = _with_fields(solver.inner, given[1:])
     return dataclasses.replace(solver, **fields) if fields else solver
-
-
-def _settings_of(solver: Solver) -> dict[str, Any]:
-    """The solver's name and the arguments it keeps as attributes; those of a wrapped solver by ``inner_FIELD``.
-
-    Other attributes are what it has learnt.
-    """
-    settings: dict[str, Any] = {"name": type(solver).__name__}
-    takes = inspect.signature(type(solver)).parameters
-    for name, value in vars(solver).items():
-        if name not in takes:
-            continue
-        if isinstance(value, Solver):
-            wrapped = _settings_of(value)
-            settings[name] = wrapped.pop("name")
-            settings |= {f"{name}_{field}": setting for field, setting in wrapped.items()}
-        else:
-            settings[name] = value
-    return settings
 
 
 def known_names() -> str:

@@ -20,7 +20,7 @@ from ..models import build_model
 from ..models.activations import kinks
 from ..modes import autocast
 from ..runs.networks import load
-from ..train.trainer import check_coupling
+from ..train.steps import check_coupling
 from .device import resolve_device
 from .plan import Plan
 

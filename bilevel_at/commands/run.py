@@ -8,6 +8,7 @@ The file's ``problem(...)``, and its ``solver(...)`` if there is one, define fla
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from ..runs.directory import CHECKPOINTS, RunDir
 from ..runs.evaluations import Store
 from ..runs.headline import WorstCase
 from ..runs.keeper import Keeper
-from ..runs.lock import held
+from ..runs.lock import locked
 from ..runs.metrics import Epoch, catastrophic_overfitting, rank
 from ..runs.networks import load_weights
 from ..train import Trainer
@@ -33,7 +34,9 @@ from .headline import caption
 from .layout import memory_format_of
 from .plan import Plan, understand
 from .prepare import Prepared, kink_note, prepare
-from .start import begin, resume, run_directory
+from .saving import Saver
+from .signals import Signals, Stopped
+from .start import begin, resume, resumes, run_directory
 
 __all__ = ["run"]
 
@@ -43,7 +46,13 @@ def run(args: Sequence[str]) -> int:
 
     Raises:
         InputError: if the arguments are invalid.
+        Stopped: if a signal asks it to leave.
     """
+    with Signals().heeded() as signals:
+        return _run(args, signals)
+
+
+def _run(args: Sequence[str], signals: Signals) -> int:
     console = Console()
     _check_one_process()
     plan = understand(args)
@@ -52,33 +61,36 @@ def run(args: Sequence[str]) -> int:
         return 0
     prepared = prepare(plan)
     run_dir = run_directory(plan.options, plan.file.path.stem)
-    with held(run_dir.path, "bilevel_at.run"):
-        return _in_directory(plan, prepared, run_dir, console)
+    with locked(run_dir.path, "bilevel_at.run"):
+        return _in_directory(plan, prepared, run_dir, signals, console)
 
 
-def _in_directory(plan: Plan, prepared: Prepared, run_dir: RunDir, console: Console) -> int:
+def _in_directory(plan: Plan, prepared: Prepared, run_dir: RunDir, signals: Signals, console: Console) -> int:
     """Train and evaluate in a directory that no other command writes into."""
     if plan.options.compile:
         plan.solver.compile()
     layout = memory_format_of(plan, prepared, run_dir)
     trainer = _trainer(plan, prepared, layout.name)
     config = plan.config(prepared.model, prepared.train, prepared.extra) | {"memory_format": layout.asdict()}
-    if plan.options.resume:
-        resume(run_dir, config, trainer, prepared.test.device)
+    if resumes(plan.options, run_dir):
+        resume(run_dir, config, trainer, prepared.test.device, plan.defaults())
     else:
         begin(run_dir, config)
     console.print(_opening(plan, prepared), highlight=False, markup=False)
     if note := kink_note(plan, prepared.model):
         console.print(f"note: {note}", highlight=False, markup=False)
+    saver = trainer.between = Saver(trainer, run_dir, signals, plan.options.save_every)
     try:
-        _train(trainer, run_dir, console)
+        with signals.waiting():
+            _train(trainer, run_dir, saver, console)
         scores, worst = _evaluate(trainer, run_dir, prepared, console)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(_how_to_go_on(plan, run_dir, trainer)) from None
+        _draw(plan, prepared, run_dir)
+    except KeyboardInterrupt as stop:
+        number = stop.number if isinstance(stop, Stopped) else signal.SIGINT
+        raise Stopped(number, _how_to_go_on(plan, run_dir, saver)) from None
     except BilevelError as error:
         where = f"(epoch {trainer.done + 1}; what was done is in {run_dir})"
-        raise BilevelError(f"{error} {where}", error.samples) from error
-    _draw(plan, prepared, run_dir)
+        raise BilevelError(f"{plan.file.path.stem}: {error} {where}", error.samples) from error
     _close(scores, worst, prepared, plan.file.path, run_dir, console)
     return 0
 
@@ -112,6 +124,7 @@ def _trainer(plan: Plan, prepared: Prepared, memory_format: MemoryFormat) -> Tra
         "float32" if options.precision == "auto" else options.precision,
         prepared.extra,
         memory_format,
+        options.skip_nonfinite,
     )
 
 
@@ -125,7 +138,7 @@ def _opening(plan: Plan, prepared: Prepared) -> str:
     )
 
 
-def _train(trainer: Trainer, run: RunDir, console: Console) -> None:
+def _train(trainer: Trainer, run: RunDir, saver: Saver, console: Console) -> None:
     """Train all epochs and save each one. Progress is a bar on a terminal, otherwise a line for each epoch."""
     keeper = Keeper(run)
     columns = (
@@ -139,6 +152,7 @@ def _train(trainer: Trainer, run: RunDir, console: Console) -> None:
         task = progress.add_task("train", total=trainer.recipe.epochs, completed=trainer.done, measured="")
         for epoch in trainer.epochs():
             collapse = keeper.keep(epoch, trainer.state_dict(), trainer.recorder.arrays())
+            saver.close_epoch()
             if collapse is not None:
                 console.print(f"{collapse}; last_good.pt keeps epoch {collapse.last_good}", highlight=False)
             progress.update(task, completed=epoch.epoch, measured=_measured(epoch))
@@ -180,12 +194,13 @@ def _evaluate(
     return scores, worst
 
 
-def _how_to_go_on(plan: Plan, run: RunDir, trainer: Trainer) -> str:
-    options = plan.options
-    missing = [] if options.out else [f"--out {run}"]
-    missing += [] if options.resume else ["--resume"]
+def _how_to_go_on(plan: Plan, run: RunDir, saver: Saver) -> str:
+    options, trainer = plan.options, saver.trainer
+    missing = [] if options.out or options.resume == "auto" else [f"--out {run}"]
+    missing += [] if options.resume != "no" else ["--resume"]
     same = " with ".join(["the same command", *([" ".join(missing)] if missing else [])])
-    return f"{trainer.done} of {options.epochs} epochs are in {run}; {same} goes on"
+    more = f" and {saver.updates} of the {trainer.steps_per_epoch} updates of the next" if saver.updates else ""
+    return f"{trainer.done} of {options.epochs} epochs{more} are in {run}; {same} goes on"
 
 
 def _draw(plan: Plan, prepared: Prepared, run: RunDir) -> None:

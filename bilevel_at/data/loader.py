@@ -69,12 +69,12 @@ class Loader:
         """The label of every index, those of extra images at the end."""
         return self.images.y if self.extra is None else torch.cat([self.images.y, self.extra.y])
 
-    def epoch(self, epoch: int) -> Iterator[Batch]:
-        """The batches of epoch ``epoch``."""
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of epoch ``epoch``, from batch ``start`` on; those before it are not decoded."""
         if isinstance(self.images, Streamed):
-            return self._streamed(self.images, epoch)
+            return self._streamed(self.images, epoch, start)
         assert isinstance(self.images, Images)
-        return self._in_memory(self.images, epoch)
+        return self._in_memory(self.images, epoch, start)
 
     def _order(self, epoch: int, device: torch.device) -> tuple[list[torch.Tensor], torch.Generator]:
         """The positions of each batch, and the generator that shuffled them."""
@@ -100,13 +100,16 @@ class Loader:
         pairs = zip(own[: sum(kept)].split(kept), more.split(shares), strict=True)
         return [torch.cat(pair) for pair in pairs]
 
-    def _in_memory(self, images: Images, epoch: int) -> Iterator[Batch]:
+    def _in_memory(self, images: Images, epoch: int, start: int) -> Iterator[Batch]:
         batches, generator = self._order(epoch, images.device)
-        for index in batches:
-            x, y = self._examples(images, index)
+        for number, index in enumerate(batches):
             view = None
             if self.augment == "crop-flip":
                 view = CropFlip.draw(len(index), self.padding, generator, images.device)
+            if number < start:
+                continue  # its view is drawn all the same, for the views of those that follow
+            x, y = self._examples(images, index)
+            if view is not None:
                 x = view.apply(view.pad(x))
             yield Batch(x, y, index, view, len(self.labels))
 
@@ -119,8 +122,8 @@ class Loader:
         parts = images[index[own]], self.extra[index[~own] - len(images)]
         return torch.cat([part.pixels() for part in parts]), torch.cat([part.y for part in parts])
 
-    def _streamed(self, images: Streamed, epoch: int) -> Iterator[Batch]:
-        batches, _ = self._order(epoch, torch.device("cpu"))
+    def _streamed(self, images: Streamed, epoch: int, start: int) -> Iterator[Batch]:
+        batches = self._order(epoch, torch.device("cpu"))[0][start:]
         view = ResizedCropFlip(self.seed, epoch) if self.augment == "resized-crop-flip" else evaluation_view
         positions = [index.tolist() for index in batches]
         decoded = images.files(view).batches(positions, images.workers, pin=images.device.type == "cuda")

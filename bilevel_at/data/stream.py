@@ -145,7 +145,7 @@ def _interrupts_wait() -> Iterator[None]:
 
     def wait(number: int, frame: FrameType | None) -> None:
         came.append(number)
-        if len(came) > 1:
+        for _ in came if len(came) > 1 else ():  # a handler may note the first and act on the second
             handler(number, frame)
 
     signal.signal(signal.SIGINT, wait)
@@ -158,7 +158,18 @@ def _interrupts_wait() -> Iterator[None]:
 
 
 def _settle(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of the terminal; the parent acts on it
+    # What reaches every process of a terminal or a job is for the parent to act on, which may need a batch to save.
+    for name in ("SIGINT", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    asked: list[int] = []
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
+        if len(asked) > 1:  # torch and multiprocessing end a worker that is left over by one SIGTERM each
+            os._exit(0)
+
+    signal.signal(signal.SIGTERM, ask)
     sys.excepthook = lambda *error: None  # of the thread that was handing over a batch when the parent was interrupted
     warnings.filterwarnings("ignore", module="PIL")  # of a few ImageNet files' odd EXIF, once in every worker
 

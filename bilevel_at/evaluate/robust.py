@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..batch import Batch
 from ..data import ImageSet
 from ..data.sets import check_images
-from ..errors import InputError
+from ..errors import BilevelError, InputError
 from ..modes import attack_mode
 from .attacks import Attack
 from .ensemble import Component
@@ -130,6 +130,7 @@ def attack_examples(
     Raises:
         InputError: if values of ``images`` are not in [0, 1], ``batch_size`` is not positive, or the network does not
             give a row of logits per image.
+        BilevelError: if logits of clean images are not finite.
     """
     if batch_size < 1:
         raise InputError(f"batch_size is {batch_size}; it must be at least 1")
@@ -181,6 +182,12 @@ def _look(batch: Batch, out: Any) -> None:
         raise InputError(f"the model's output is {shape}; logits are a tensor of shape [{len(batch)}, classes]")
     assert batch.y is not None
     check_images(batch.x, batch.y, out.shape[1])
+    if not (finite := out.logsumexp(1).isfinite()).all():  # −∞ rules a class out, and is a logit
+        rows = (~finite).nonzero().flatten().tolist()
+        raise BilevelError(
+            f"the network's logits are not finite on {len(rows)} of {len(out)} clean images, so there is no accuracy",
+            rows,
+        )
 
 
 def attacked(model: nn.Module, images: ImageSet, attack: Attack, *, seed: int = 0, batch_size: int = 250) -> Trace:

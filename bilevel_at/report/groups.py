@@ -24,6 +24,7 @@ PASSED_OVER = (
     "data_dir",
     "download",
     "resume",
+    "skip_nonfinite",
     "attacks",
     "solver",
     "problem",

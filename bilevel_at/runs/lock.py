@@ -19,7 +19,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["held"]
+__all__ = ["locked"]
 
 FILE = ".lock"
 _OPEN: set[IO[str]] = set()  # the files of the locks that this process holds
@@ -36,7 +36,7 @@ if hasattr(os, "register_at_fork"):
 
 
 @contextmanager
-def held(folder: Path, command: str) -> Iterator[None]:
+def locked(folder: Path, command: str) -> Iterator[None]:
     """Hold the lock of a run directory, which is made if it does not exist, and is gone again if it stays empty.
 
     Args:

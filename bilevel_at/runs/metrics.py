@@ -32,6 +32,7 @@ class Epoch:
             such a term.
         alignment: the mean cosine of input gradients at x and at x + η, over up to 256 held-out examples (GradAlign,
             :func:`bilevel_at.diagnose.gradient_alignment`); None where it is not defined.
+        skipped: updates left out because a loss or a gradient was not finite (``--skip-nonfinite``).
     """
 
     epoch: int
@@ -48,6 +49,7 @@ class Epoch:
     memory: float = 0.0
     implicit_cosine: float = 0.0
     alignment: float | None = None
+    skipped: int = 0
 
     def asdict(self) -> dict[str, Any]:
         return asdict(self)

@@ -66,7 +66,9 @@ def load(run_dir: str | Path, which: Which = "best", model: nn.Module | None = N
                 f"{run_dir} trained the model defined in {str(config.get('file'))[:100]!r}; pass one as "
                 "load(..., model=...)"
             )
-        model = build_model(name, shape, classes, activation=str(config.get("activation", "relu")))  # type: ignore[arg-type]
+        activation: Any = str(config.get("activation", "relu"))
+        with torch.random.fork_rng(devices=[]):  # first weights are drawn, and replaced below
+            model = build_model(name, shape, classes, activation=activation)
     load_weights(model, run, which, name)
     return model.eval()
 

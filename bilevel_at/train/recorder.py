@@ -31,6 +31,7 @@ class Recorder:
         self.epochs: list[tuple[Tensor, Tensor]] = []
         self.filters = [_filters(model)]
         self._norm, self._step = self._empty(), self._empty()
+        self._unsaved: list[tuple[Tensor, Tensor]] = []
 
     @property
     def follows_examples(self) -> bool:
@@ -69,13 +70,29 @@ class Recorder:
             history["filters"] = torch.stack(filters).numpy()
         return history
 
+    def state_dict(self, unsaved: int) -> dict[str, Any]:
+        """What a checkpoint inside an epoch needs: its rows so far, the filters, and epochs that no file has yet.
+
+        Args:
+            unsaved: how many of the last epochs are in no file.
+        """
+        closed = self.epochs[len(self.epochs) - unsaved :]
+        return {"norm": self._norm, "step": self._step, "closed": closed, "filters": self.filters}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned; :meth:`restore` has the epochs that a file has."""
+        self._norm, self._step = (state[name].to(self.labels.device).clone() for name in ("norm", "step"))
+        self._unsaved = [(norm.cpu(), step.cpu()) for norm, step in state["closed"]]
+        self.epochs, self.filters = list(self._unsaved), list(state["filters"])
+
     def restore(self, arrays: Any, epochs: int) -> None:
         """Restore the records of ``epochs`` epochs from a file's arrays; NaN if an array is missing or does not fit."""
         unknown = torch.full((epochs, len(self.labels)), torch.nan)
         norms, steps = (_fitting(arrays, name, unknown) for name in ("gradient_norm", "step"))
-        self.epochs = list(zip(norms, steps, strict=True))
+        self.epochs = [*zip(norms, steps, strict=True), *self._unsaved]
         first = self.filters[0]
-        if first is not None:
+        # Before the first epoch has ended no file has filters, and a checkpoint inside an epoch has them all.
+        if first is not None and epochs > 0 and len(self.filters) <= epochs:
             filters = _fitting(arrays, "filters", torch.full((epochs + 1, *first.shape), torch.nan))
             self.filters = list(filters)
 

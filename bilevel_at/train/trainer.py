@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -14,24 +15,25 @@ from .. import policy
 from ..batch import Batch
 from ..data import Images, ImageSet, Loader
 from ..diagnose import gradient_alignment
-from ..draws import generator_on
-from ..errors import BilevelError, InputError
-from ..evaluate import Attack, robust_correct
+from ..errors import InputError
+from ..evaluate import Attack, Trace, attack_examples
 from ..modes import attack_mode, autocast
 from ..problem import BilevelProblem
 from ..runs.metrics import Epoch
 from ..runs.recipe import Recipe
-from ..solution import Hypergradient, Solution
 from ..solver import Solver
 from .averages import WeightAverage
+from .finite import LeftOut, NotFinite, Sentinel, first_not_finite, leaving_out
 from .memory_format import FORMATS, MemoryFormat
+from .position import Position, own_randomness
 from .recorder import Recorder
 from .schedules import momentum_at, rate_at
-from .watch import Watch
+from .steps import check_coupling, groups_of, look, measured
 
 __all__ = ["Trainer"]
 
 ALIGNED = 256  # held-out examples whose input gradients are compared
+ROWS = 512  # held-out examples that are attacked at a time
 LOOK_EVERY = 16  # batches; a forward pass on one in 16 costs a fiftieth of a standard step
 
 
@@ -41,10 +43,23 @@ class Trainer:
         for epoch in trainer.epochs():    # an Epoch, after each epoch
             ...
 
-    Randomness depends on ``(seed, epoch)`` alone, so a run resumed from :meth:`state_dict` gives the same weights as
-    an unbroken one. precision: "float32", or "bfloat16" for autocast; parameters, perturbations and what is remembered
-    are float32 either way. extra: more training images, of which the recipe's ``extra_fraction`` of each batch is
-    drawn. memory_format: of the network's weights, in place; None leaves them as they are.
+    Randomness depends on ``(seed, epoch)`` alone, and a state may be taken between any two updates, in ``between``; a
+    run resumed from :meth:`state_dict` gives the same bits as an unbroken one. Torch's global generators and the modes
+    of the network's modules are the caller's again after each epoch.
+
+    Args:
+        problem, solver, model: what is trained, and how.
+        train, held_out: images.
+        recipe: settings.
+        attack: on the held-out images.
+        seed: of the order of the data, and every draw.
+        precision: "float32", or "bfloat16" for autocast; parameters, perturbations and what is remembered are float32
+            either way.
+        extra: more training images, of which the recipe's ``extra_fraction`` of each batch is drawn.
+        memory_format: of the network's weights, in place; None leaves them as they are.
+        skip_nonfinite: leave out updates whose loss or gradient is not finite, and count them.
+        between: called after every update and every batch of the held-out images' attack; it may take
+            :meth:`state_dict` and raise.
     """
 
     def __init__(
@@ -60,6 +75,8 @@ class Trainer:
         precision: str = "float32",
         extra: Images | None = None,
         memory_format: MemoryFormat | None = None,
+        skip_nonfinite: bool = False,
+        between: Callable[[], None] | None = None,
     ) -> None:
         if precision not in ("float32", "bfloat16"):
             raise InputError(f"precision {precision!r} is not known; choose float32 or bfloat16")
@@ -76,7 +93,14 @@ class Trainer:
         )
         self.recorder = Recorder(self.loader.labels, model)
         self.average = WeightAverage(model, recipe) if recipe.averages else None
+        self.skip_nonfinite, self.between = skip_nonfinite, between
         self.done = 0
+        self.position: Position | None = None
+        self._resumed = False
+        half = " or float32" if precision == "bfloat16" else ""
+        leave = "" if skip_nonfinite else " or --skip-nonfinite"
+        remedy = f"a lower --lr (now {recipe.lr:g}){half}{leave} may help"
+        self.sentinel = Sentinel(model, type(solver).__name__, remedy)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -92,11 +116,13 @@ class Trainer:
         """Train the epochs that are left, yielding each one's measurements."""
         while self.done < self.recipe.epochs:
             start = time.perf_counter()
-            measured = self.train_epoch(self.done)
-            clean = robust_correct(self.evaluated, self.held_out, Attack("clean")).float().mean().item()
-            robust = robust_correct(self.evaluated, self.held_out, self.attack, seed=self.done).float().mean().item()
+            before = self.position.seconds if self.position is not None and self._resumed else 0.0
+            training = self.train_epoch(self.done)
+            clean = self._standing(Attack("clean"))
+            robust = self._standing(self.attack, seed=self.done)
             lr = self.optimizer.param_groups[0]["lr"]
             self.done += 1
+            self.position = None
             yield Epoch(
                 epoch=self.done,
                 clean=clean,
@@ -104,73 +130,132 @@ class Trainer:
                 attack=self.attack.name,
                 alignment=self._alignment(),
                 lr=lr,
-                seconds=time.perf_counter() - start,
-                **measured,
+                seconds=before + time.perf_counter() - start,
+                **training,
             )
 
-    def train_epoch(self, epoch: int) -> dict[str, float]:
-        """One pass over the training set as epoch ``epoch`` (from 0).
+    def train_epoch(self, epoch: int) -> dict[str, Any]:
+        """One pass over the training set as epoch ``epoch`` (from 0), or what is left of it in a run that is resumed.
 
-        What it measured, by the names of :class:`Epoch`. Raises :class:`BilevelError` where the loss is not finite.
+        What it measured, by the names of :class:`Epoch`. Raises :class:`NotFinite` where a loss or a weight is not
+        finite.
         """
+        position = self._take_up(epoch)
+        if position.measured is not None:  # it was stopped in the evaluation that follows
+            return position.measured
         start = time.perf_counter()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        means, looks = self.train_batches(epoch)
-        if self.average is not None:
-            self.average.after_epoch(self.model, epoch + 1, (batch.x for batch in self.loader.epoch(epoch)))
+        with own_randomness(position, self._global_seed(epoch)):
+            self._train(position)
+            self.check()
+            if self.average is not None:
+                self.average.after_epoch(self.model, epoch + 1, (batch.x for batch in self.loader.epoch(epoch)))
+                self._check_average()
         self.recorder.close_epoch(self.evaluated)
-        loss, ratio_mean, cosine_mean = (means / (len(self.loader.images) * self.recipe.replays)).tolist()
-        self._check(loss, epoch)
-        right, size, rows = looks.tolist()
-        return {
+        examples = len(self.loader.images) * self.recipe.replays - position.left_out
+        if not examples:
+            raise NotFinite(f"every update of epoch {epoch + 1} was left out; {self.sentinel.remedy}")
+        loss, ratio_mean, cosine_mean = (position.means / examples).tolist()
+        right, size, rows = position.looks.tolist()
+        position.measured = {
             "loss": loss,
             "implicit_ratio": ratio_mean,
             "implicit_cosine": cosine_mean,
-            "train": right / rows,
-            "perturbation": size / rows,
-            "train_seconds": time.perf_counter() - start,
+            "train": right / max(rows, 1),
+            "perturbation": size / max(rows, 1),
+            "train_seconds": position.seconds + time.perf_counter() - start,
             "memory": torch.cuda.max_memory_allocated(self.device) / 2**30 if self.device.type == "cuda" else 0.0,
+            "skipped": position.skipped,
         }
+        return position.measured
 
     def train_batches(self, epoch: int) -> tuple[Tensor, Tensor]:
         """The updates of epoch ``epoch`` (from 0), without a wait for the device; :meth:`train_epoch` without its end.
 
         Returns, on the device, the sums over examples of (loss, share of the implicit term, its cosine), and those of
-        :meth:`_look`. Raises :class:`BilevelError` soon after a loss that is not finite.
+        :func:`~.steps.look`. Raises :class:`NotFinite` soon after a loss that is not finite.
         """
-        torch.manual_seed(1_000_003 * self.seed + epoch)  # dropout and the like
-        generator = generator_on(self.device, 2_000_003 * self.seed + epoch)
-        self.model.train()
-        policy.set_epoch((self.problem, self.solver), epoch, self.recipe.epochs)
-        means = torch.zeros(3, dtype=torch.float64, device=self.device)
-        looks = torch.zeros(3, dtype=torch.float64, device=self.device)
-        parts = policy.policies((self.problem, self.solver)).values()  # once: it is 1 % of a step on the digits
-        watch = Watch(lambda loss: self._check(loss, epoch))
-        step_number = epoch * self.steps_per_epoch
-        for number, group in enumerate(_groups(self.loader.epoch(epoch), self.recipe.accumulate)):
-            examples = sum(len(batch) for batch in group)
-            for _ in range(self.recipe.replays):
-                self._follow_schedules(step_number)
-                for part in parts:
-                    part.set_step(step_number, self.recipe.epochs * self.steps_per_epoch)
-                self.optimizer.zero_grad()
-                for place, batch in enumerate(group, number * self.recipe.accumulate):
-                    with autocast(self.precision, self.device):
-                        step = self.solver.backward(
-                            self.problem, self.model, batch, generator, weight=len(batch) / examples
-                        )
-                    check_coupling(step.losses, self.recipe.accumulate)
-                    means += len(batch) * _measured(step)
-                    self.recorder.note(batch, step.solution)
-                    if place % LOOK_EVERY == 0:
-                        looks += self._look(step.solution)
-                        watch.see(step.loss)
-                self.optimizer.step()
-                if self.average is not None:
-                    self.average.after_update(self.model)
-                step_number += 1
-        return means, looks
+        position = self._take_up(epoch)
+        with own_randomness(position, self._global_seed(epoch)):
+            self._train(position)
+        return position.means, position.looks
+
+    def _global_seed(self, epoch: int) -> int:
+        return 1_000_003 * self.seed + epoch  # of torch's global generators: dropout and the like
+
+    def _take_up(self, epoch: int) -> Position:
+        """The position of a state that was loaded, or the beginning of the epoch."""
+        if self.position is None or not self._resumed or self.position.epoch != epoch:
+            self.position = Position.start(epoch, self.seed, self.device)
+            policy.set_epoch((self.problem, self.solver), epoch, self.recipe.epochs)
+        self._resumed = False
+        return self.position
+
+    def _train(self, position: Position) -> None:
+        """The updates that are left of the position's epoch."""
+        replays, accumulate = self.recipe.replays, self.recipe.accumulate
+        parts = list(policy.policies((self.problem, self.solver)).values())  # once: it is 1 % of a step on the digits
+        first = position.updates // replays
+        groups = groups_of(self.loader.epoch(position.epoch, first * accumulate), accumulate)
+        with attack_mode(self.model, "train"), self._guard():
+            for number, group in enumerate(groups, first):
+                while position.updates < (number + 1) * replays:
+                    self._update(position, group, number * accumulate, parts)
+                    position.updates += 1
+                    if self.between is not None:
+                        self.between()
+
+    def _guard(self) -> AbstractContextManager[None]:
+        return leaving_out(self.solver, self.model) if self.skip_nonfinite else nullcontext()
+
+    def _update(self, position: Position, group: list[Batch], place: int, parts: list[policy.Policy]) -> None:
+        """One update of θ, on batches ``place``, ``place + 1``, … of the epoch."""
+        step_number = position.epoch * self.steps_per_epoch + position.updates
+        self._follow_schedules(step_number)
+        for part in parts:
+            part.set_step(step_number, self.recipe.epochs * self.steps_per_epoch)
+        self.optimizer.zero_grad()
+        examples = sum(len(batch) for batch in group)
+        left = examples
+        try:
+            for number, batch in enumerate(group, place):
+                with autocast(self.precision, self.device):
+                    step = self.solver.backward(
+                        self.problem, self.model, batch, position.generator, weight=len(batch) / examples
+                    )
+                check_coupling(step.losses, self.recipe.accumulate)
+                self.sentinel.note(step_number, position.epoch, batch, step.losses)
+                position.means += len(batch) * measured(step)
+                left -= len(batch)
+                self.recorder.note(batch, step.solution)
+                if number % LOOK_EVERY == 0:
+                    position.looks += look(self.model, step.solution, self.precision)
+                    self.sentinel.look(position.means[0])
+        except LeftOut:
+            position.skipped += 1
+            position.left_out += left
+            return
+        self.optimizer.step()
+        if self.average is not None:
+            self.average.after_update(self.model)
+
+    def check(self) -> None:
+        """Raise :class:`NotFinite` where a loss was, or a weight is, not finite; waits for the device."""
+        self.sentinel.check()
+        self._check_average()
+
+    def _check_average(self) -> None:
+        if self.evaluated is not self.model and (name := first_not_finite(self.evaluated)) is not None:
+            raise NotFinite(f"{name} of the averaged network is not finite; {self.sentinel.remedy}")
+
+    def _standing(self, attack: Attack, seed: int = 0) -> float:
+        """Accuracy on the held-out images under an attack."""
+        trace = Trace.start(len(self.held_out), self.device)
+        for _ in attack_examples(self.evaluated, self.held_out, attack, seed=seed, batch_size=ROWS, trace=trace):
+            if self.between is not None:
+                self.between()
+        return trace.correct.float().mean().item()
 
     def _alignment(self) -> float | None:
         few = self.held_out[slice(0, ALIGNED)]
@@ -180,28 +265,16 @@ class Trainer:
             return None
         return value if math.isfinite(value) else None
 
-    def _check(self, value: float, epoch: int) -> None:
-        if not math.isfinite(value):
-            half = " or float32" if self.precision == "bfloat16" else ""
-            raise BilevelError(
-                f"the loss is {value} in epoch {epoch + 1}; a lower --lr (now {self.recipe.lr:g}){half} may help"
-            )
-
     def _follow_schedules(self, step: int) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = rate_at(self.recipe, step, self.steps_per_epoch)
             group["momentum"] = momentum_at(self.recipe, step, self.steps_per_epoch)
 
-    def _look(self, solution: Solution) -> Tensor:
-        """(correct on x + δ*, the sum of ‖δ*‖_∞, rows): what training saw, before the step is taken."""
-        batch, delta = solution.batch, solution.delta
-        with torch.no_grad(), attack_mode(self.model, "eval"), autocast(self.precision, self.device):
-            right = self.model(batch.x + delta).argmax(1) == batch.y
-        sizes = delta.flatten(1).abs().amax(1)
-        return torch.stack([right.sum().double(), sizes.sum().double(), sizes.new_tensor(len(sizes)).double()])
-
     def state_dict(self) -> dict[str, Any]:
-        """Weights, their average where there is one, optimiser, what the problem remembers, and the epochs done."""
+        """Weights, their average where there is one, optimiser, what the problem remembers, and the epochs done.
+
+        Inside an epoch, the position in it too. To be taken between updates: in ``between``, or between epochs.
+        """
         state = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -211,51 +284,22 @@ class Trainer:
         }
         if self.average is not None:
             state |= self.average.state_dict()
+        if self.position is not None and self.position.under_way:
+            unsaved = self.position.measured is not None
+            state["position"] = self.position.state_dict() | {"recorder": self.recorder.state_dict(int(unsaved))}
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.done = state["epochs"]
+        self._resumed = "position" in state
+        if self._resumed:
+            self.position = Position.from_state(state["position"], self.seed, self.device)
+            self.recorder.load_state_dict(state["position"]["recorder"])
+            # Policies are told of an epoch before they take up their state in it.
+            policy.set_epoch((self.problem, self.solver), self.done, self.recipe.epochs)
         self.problem.load_state_dict(state["problem"])
         policy.load_state(self.solver, state["solver"])
-        self.done = state["epochs"]
         if self.average is not None:
             self.average.load_state_dict(state)
-
-
-def _measured(step: Hypergradient) -> Tensor:
-    """(loss, ‖implicit term‖ / ‖∇_θ f‖, the cosine between the two), float64."""
-    loss = step.loss.double()
-    if not step.implicit:
-        return torch.stack([loss, loss.new_zeros(()), loss.new_zeros(())])
-    ratio = step.implicit_norm / step.direct_norm.clamp(min=1e-30)
-    return torch.stack([loss, ratio.double(), step.implicit_cosine.double()])
-
-
-def check_coupling(losses: Tensor, accumulate: int) -> None:
-    """Refuse to add up parts of a batch whose examples are coupled: the sum is not the loss of the whole.
-
-    Args:
-        losses: the upper loss of a part, ``[B]`` or one number.
-        accumulate: how many parts are added up.
-
-    Raises:
-        InputError: where the loss is one number and there are several parts.
-    """
-    if losses.ndim == 0 and accumulate > 1:
-        raise InputError(
-            f"--accumulate is {accumulate}, but the upper loss is one number for all of a batch, which has no parts to "
-            "add up; use --accumulate 1"
-        )
-
-
-def _groups(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
-    """``size`` batches at a time; what is left at the end makes a smaller group."""
-    group: list[Batch] = []
-    for batch in batches:
-        group.append(batch)
-        if len(group) == size:
-            yield group
-            group = []
-    if group:
-        yield group

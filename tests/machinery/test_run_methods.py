@@ -16,7 +16,8 @@ from running import PROBLEMS, SHORT, SOLVERS, complaint, npz, run
 
 import bilevel_at as ba
 from bilevel_at import run as run_module
-from bilevel_at.commands.plan import _settings_of, understand
+from bilevel_at.commands.plan import understand
+from bilevel_at.commands.settings import settings_of
 from bilevel_at.solvers import FullKKT, HessianFreeKKT
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
@@ -319,7 +320,7 @@ def test_the_modern_recipe_of_a_problem_without_smoothing():
     ],
 )
 def test_the_solver_settings_are_without_what_it_has_learnt(problem, settings):
-    assert _settings_of(understand([f"problems/{problem}.py"]).solver) == settings
+    assert settings_of(understand([f"problems/{problem}.py"]).solver) == settings
 
 
 @pytest.mark.parametrize("data", ["digits", "cifar10", "svhn", "imagenet"])
