@@ -98,6 +98,7 @@ def test_a_run_from_before_the_option_goes_on():
     run(*ARGS, "--epochs", 1, "--out", "out")
     config = json.loads(Path("out/config.json").read_text())
     for other in (None, {"name": [], "seconds": {}}, {"name": "other", "seconds": {}}):
+        unchecked("out")
         Path("out/config.json").write_text(json.dumps({**config, "memory_format": other}))
         run(*ARGS, "--epochs", 1, "--out", "out", "--resume")
     del config["memory_format"], config["options"]["memory_format"]

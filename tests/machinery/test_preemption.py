@@ -62,7 +62,7 @@ def test_a_run_stopped_between_any_two_updates_is_the_unbroken_one(name):
         {"schedule": "one-cycle", "epsilon_warmup": 0},
         {"solver": lambda: Lazy(HessianFreeKKT(), 0.5)},
     ],
-    ids=str,
+    ids=lambda changes: " ".join(changes),
 )
 def test_every_part_of_the_recipe_is_in_the_position(changes):
     def make():

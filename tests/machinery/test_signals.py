@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from preempting import differences, left_by
-from running import SHORT, complaint, run
+from running import SHORT, complaint, run, unchecked
 
 from bilevel_at import run as run_module
 from bilevel_at.commands import flags
@@ -180,6 +180,7 @@ def test_a_run_from_before_there_was_a_setting_goes_on_with_its_default():
     config = json.loads(Path("out/config.json").read_text())
     for section, name in (("options", "ema"), ("problem", "mode"), ("solver", "cross_at")):
         del config[section][name]
+    unchecked("out")
     Path("out/config.json").write_text(json.dumps(config))
     run(*ARGS, "--out", "out", "--resume")
     line = complaint(*ARGS, "--out", "out", "--resume", "--ema", "0.9")

@@ -22,7 +22,7 @@ from bilevel_at import run as run_module
 from bilevel_at.commands.evaluate import command as evaluate
 from bilevel_at.runs import durable
 from bilevel_at.runs.directory import RunDir
-from bilevel_at.runs.lock import held
+from bilevel_at.runs.lock import locked
 from bilevel_at.train import Trainer
 
 COMMANDS = {"PYTHONPATH": str(ROOT)}
@@ -159,14 +159,14 @@ def test_an_error_of_the_disk_at_the_end_of_a_write(tmp_path, monkeypatch):
 
 def test_the_second_command_says_who_was_first(tmp_path):
     out = tmp_path / "out"
-    with held(out, "bilevel_at.run"):
+    with locked(out, "bilevel_at.run"):
         result, lines = heard(run_module.run, command("atas", out))
         assert result is None and len(lines) == 1
         assert re.search(rf"out is in use by bilevel_at.run \(process {os.getpid()} on \S+, since \d{{4}}-", lines[0])
         assert [path.name for path in out.iterdir()] == [".lock"]
     assert not out.exists()  # it was made for the lock, and nothing was written
     assert run_module.run(command("atas", out)) == 0
-    with held(out, "bilevel_at.evaluate"):
+    with locked(out, "bilevel_at.evaluate"):
         for job in (lambda: go_on("atas", out), lambda: evaluate([str(out), "--attacks", "clean"])):
             result, lines = heard(job)
             assert result is None and "is in use by bilevel_at.evaluate" in lines[0]
@@ -176,8 +176,8 @@ def test_the_second_command_says_who_was_first(tmp_path):
 
 def test_a_dead_process_keeps_no_lock():
     """A real process that holds the lock, then is killed; a worker that it has forked lives on."""
-    code = "import os, time\nfrom pathlib import Path\nfrom bilevel_at.runs.lock import held\n"
-    code += "with held(Path('out'), 'another'):\n    worker = os.fork()\n    if worker:\n"
+    code = "import os, time\nfrom pathlib import Path\nfrom bilevel_at.runs.lock import locked\n"
+    code += "with locked(Path('out'), 'another'):\n    worker = os.fork()\n    if worker:\n"
     code += "        print(worker, flush=True)\n    time.sleep(100)\n    os._exit(0)\n"
     process = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env={**os.environ, **COMMANDS}
