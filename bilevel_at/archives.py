@@ -6,7 +6,7 @@ import math
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 import numpy as np
 
@@ -56,7 +56,7 @@ def _check_size(path: Path, parts: list[zipfile.ZipInfo]) -> None:
 def _array(archive: zipfile.ZipFile, part: zipfile.ZipInfo) -> np.ndarray:
     if part.flag_bits & 1:
         raise ValueError(f"{part.filename[:80]} is encrypted")
-    with archive.open(part) as file:
+    with cast(zipfile.ZipExtFile, archive.open(part)) as file:
         version = np.lib.format.read_magic(file)
         read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
         if read is None:
