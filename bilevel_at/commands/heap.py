@@ -16,7 +16,7 @@ def keep_freed_memory() -> bool:
     """Let freed blocks of up to 32 MiB stay with the process, where the C library is glibc. Returns whether it does.
 
     By default glibc hands the end of its heap back to the system at once, and the next pass of the network pays for
-    every page anew: an attack's pass on 250 digits takes 1.4 times as long (docs/results/attack-pass.md). This is for
+    every page anew: an attack's pass on 250 digits takes 1.5 times as long (docs/results/attack-pass.md). This is for
     commands: a library leaves the heap of the process that imports it alone.
 
     Nothing is changed where the environment sets ``MALLOC_TRIM_THRESHOLD_`` or ``MALLOC_MMAP_THRESHOLD_``, or either
