@@ -61,8 +61,8 @@ class Few:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.loader, name)
 
-    def epoch(self, epoch: int) -> Iterator[ba.Batch]:
-        for number, batch in enumerate(self.loader.epoch(epoch)):
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[ba.Batch]:
+        for number, batch in enumerate(self.loader.epoch(epoch, start), start):
             if number < WARM_UP_STEPS or len(batch) != self.loader.batch_size:
                 yield batch
 
