@@ -93,13 +93,14 @@ def resume(
 
 def _newest(run: RunDir, device: torch.device) -> tuple[str, dict[str, Any] | None]:
     """(name, content) of the checkpoint that the run has come furthest in; no content if it has none."""
-    last = run.checkpoint("last", device) if "last" in run.checkpoints else None
+    ended = "last" in run.checkpoints
     if run.has_checkpoint(MIDWAY):
+        epochs = run.checkpoint("last", memories=False).get("epochs", 0) if ended else 0
         midway = run.checkpoint(MIDWAY, device)
         # One of an epoch that has ended since is what a kill left between two files.
-        if midway.get("epochs", -1) >= (0 if last is None else last.get("epochs", 0)):
+        if midway.get("epochs", -1) >= epochs:
             return MIDWAY, midway
-    return "last", last
+    return "last", run.checkpoint("last", device) if ended else None
 
 
 def _same_settings(run: RunDir, before: Any, now: dict[str, Any], defaults: Mapping[str, Any]) -> None:
