@@ -148,6 +148,14 @@ def test_a_run_without_its_configuration_is_not_started_over(runs):
     Path("out/config.json").unlink()
     result, lines = heard(run_module.run, command("atas", "out"))
     assert result is None and "of a run but no config.json" in lines[0]
+    for name in files_of("out"):
+        if not name.startswith("manifest"):
+            Path("out", name).unlink()
+    result, lines = heard(run_module.run, command("atas", "out", "--resume", "auto"))
+    assert result is None and lines == ["out has manifest.json of a run but no config.json; choose another --out"]
+    assert files_of("out") == ["manifest-before.json", "manifest.json"]
+    shutil.rmtree("out")
+    shutil.copytree(runs / "stopped", "out")
     unchecked("out")
     for name in ("last.pt", "best.pt"):
         Path("out", name).unlink()
