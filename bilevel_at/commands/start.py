@@ -85,6 +85,8 @@ def resume(
             ) from error
     elif len(run.metrics()) > 1:  # one: a run of an earlier version that was stopped while saving its first epoch
         raise InputError(f"{run} has metrics of {len(run.metrics())} epochs, but no checkpoint; choose another --out")
+    if which != MIDWAY:  # a kill has left it after the end of its epoch, and the last epoch has no next one's end
+        run.remove_checkpoint(MIDWAY)
     if trainer.done:  # before the first epoch's end, the recorder has what it starts with
         trainer.recorder.restore(history_arrays(run), trainer.done)
     if len(run.metrics(epochs=trainer.done)) != trainer.done:

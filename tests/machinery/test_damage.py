@@ -253,6 +253,23 @@ def test_the_memories_of_the_last_epoch_are_not_needed_inside_the_next(saves):
     assert same(content("out"), content("other"))
 
 
+def test_a_checkpoint_inside_an_epoch_that_has_ended_is_removed(runs):
+    """Killed between the end of the last epoch and the removal: no other epoch's end would remove it."""
+
+    def killed(saver):
+        if saver.trainer.done == EPOCHS:
+            raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Saver, "close_epoch", killed)
+        with pytest.raises(Killed):
+            run_module.run(command("atas", "out", "--save-every", "1e-9"))
+    assert Path("out/midway.pt").exists() and list(Path("out").glob("memory-midway-*"))
+    assert heard(go_on, "atas", "out") == (0, [])
+    assert not list(Path("out").glob("midway*")) + list(Path("out").glob("memory-midway-*"))
+    assert same(content("out"), content(runs / "whole"))
+
+
 class Killed(BaseException):
     """As SIGKILL, between two updates."""
 
