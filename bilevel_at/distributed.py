@@ -51,7 +51,7 @@ def reduce_gradients(model: nn.Module, examples: int, group: dist.ProcessGroup |
     buckets of 25 MiB, and nothing waits for the device. On one process, or without a process group, nothing happens.
 
     Every process must call this as often as the others, one without examples with ``examples=0``. A parameter that
-    has no gradient counts as zero, and has a gradient of zeros afterwards.
+    has no gradient counts as zero, and has a gradient of zeros afterwards; so have all where no process has examples.
 
     Args:
         model: the network, not wrapped.
@@ -59,7 +59,7 @@ def reduce_gradients(model: nn.Module, examples: int, group: dist.ProcessGroup |
         group: the processes; all by default.
 
     Raises:
-        InputError: where the network is wrapped, or ``examples`` is negative.
+        InputError: where the network is wrapped, a gradient is sparse, or ``examples`` is negative.
     """
     check_unwrapped(model)
     if isinstance(examples, bool) or not isinstance(examples, int) or examples < 0:
@@ -69,12 +69,15 @@ def reduce_gradients(model: nn.Module, examples: int, group: dist.ProcessGroup |
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
         return
+    for name, p in model.named_parameters():
+        if p.grad is not None and p.grad.layout != torch.strided:
+            raise InputError(f"the gradient of {name} is sparse; it must be dense (nn.Embedding(…, sparse=False))")
     total = torch.tensor([examples], dtype=torch.float64, device="cpu").to(parameters[0].device)
     dist.all_reduce(total, group=group)
     with torch.no_grad():
         for bucket in _buckets(parameters):
             flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in bucket])
-            flat *= (examples / total).to(flat)
+            flat *= (examples / total.clamp(min=1)).to(flat)
             dist.all_reduce(flat, group=group)
             for p, part in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
                 if p.grad is None:

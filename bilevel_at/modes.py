@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -82,11 +83,12 @@ def attack_mode(model: nn.Module, mode: Mode) -> Iterator[None]:
         finally:
             _restore(before)
         return
-    level = _enter(model, mode)
+    thread = threading.get_ident()  # a generator may be closed by another one
+    level = _enter(model, mode, thread)
     try:
         yield
     finally:
-        _leave(model, level)
+        _leave(model, level, thread)
 
 
 Flags = list[tuple[nn.Module, bool]]
@@ -116,9 +118,8 @@ _left = threading.Condition()
 _levels: WeakKeyDictionary[nn.Module, list[_Level]] = WeakKeyDictionary()
 
 
-def _enter(model: nn.Module, mode: Mode) -> _Level:
-    """The level that this thread is inside now: its own within those it had, or one shared with other threads."""
-    me = threading.get_ident()
+def _enter(model: nn.Module, mode: Mode, me: int) -> _Level:
+    """The level that thread ``me`` is inside now: its own within those it had, or one shared with other threads."""
     with _left:
         while True:
             levels = _levels.setdefault(model, [])
@@ -137,9 +138,10 @@ def _enter(model: nn.Module, mode: Mode) -> _Level:
         return levels[-1]
 
 
-def _leave(model: nn.Module, level: _Level) -> None:
-    me = threading.get_ident()
+def _leave(model: nn.Module, level: _Level, me: int) -> None:
     with _left:
+        if me not in level.threads:  # a forked process, where that thread is not
+            return
         level.threads[me] -= 1
         if not level.threads[me]:
             del level.threads[me]
@@ -147,6 +149,23 @@ def _leave(model: nn.Module, level: _Level) -> None:
             _levels[model].remove(level)
             _restore(level.before)
             _left.notify_all()
+
+
+def _only_this_thread() -> None:
+    """In a forked process: the other threads, which are not there, are inside no more, and hold no lock."""
+    global _left
+    _left = threading.Condition()
+    me = threading.get_ident()
+    for levels in _levels.values():
+        for level in reversed(list(levels)):
+            level.threads = {thread: times for thread, times in level.threads.items() if thread == me}
+            if not level.threads:
+                levels.remove(level)
+                _restore(level.before)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_only_this_thread)
 
 
 @contextmanager

@@ -85,6 +85,8 @@ def resume(
             ) from error
     elif len(run.metrics()) > 1:  # one: a run of an earlier version that was stopped while saving its first epoch
         raise InputError(f"{run} has metrics of {len(run.metrics())} epochs, but no checkpoint; choose another --out")
+    if which != MIDWAY:  # a kill has left it after the end of its epoch, and the last epoch has no next one's end
+        run.remove_checkpoint(MIDWAY)
     if trainer.done:  # before the first epoch's end, the recorder has what it starts with
         trainer.recorder.restore(history_arrays(run), trainer.done)
     if len(run.metrics(epochs=trainer.done)) != trainer.done:
@@ -93,13 +95,14 @@ def resume(
 
 def _newest(run: RunDir, device: torch.device) -> tuple[str, dict[str, Any] | None]:
     """(name, content) of the checkpoint that the run has come furthest in; no content if it has none."""
-    last = run.checkpoint("last", device) if "last" in run.checkpoints else None
+    ended = "last" in run.checkpoints
     if run.has_checkpoint(MIDWAY):
+        epochs = run.checkpoint("last", memories=False).get("epochs", 0) if ended else 0
         midway = run.checkpoint(MIDWAY, device)
         # One of an epoch that has ended since is what a kill left between two files.
-        if midway.get("epochs", -1) >= (0 if last is None else last.get("epochs", 0)):
+        if midway.get("epochs", -1) >= epochs:
             return MIDWAY, midway
-    return "last", last
+    return "last", run.checkpoint("last", device) if ended else None
 
 
 def _same_settings(run: RunDir, before: Any, now: dict[str, Any], defaults: Mapping[str, Any]) -> None:

@@ -71,6 +71,9 @@ class RunDir(Files):
             InputError: if the directory has files of a run whose ``config.json`` is missing.
         """
         present = [name for name in (*GENERATIONAL, RESULTS) if (self.path / name).exists()]
+        manifest = Manifest.read(self.path)
+        if manifest is not None and any(manifest.generations):
+            present.append("manifest.json")  # the files that it lists are lost, or elsewhere
         if present:
             raise InputError(f"{self.path} has {', '.join(present)} of a run but no {CONFIG}; choose another --out")
         self.write_config(config)

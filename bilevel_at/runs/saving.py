@@ -15,6 +15,7 @@ from .manifest import ABSENT, CONFIG, GENERATIONAL, Manifest, before, is_generat
 __all__ = ["Saving", "restore"]
 
 GENERATIONS = 2  # that are kept
+LAST, MIDWAY = "last.pt", "midway.pt"
 
 
 class Saving:
@@ -141,11 +142,15 @@ def restore(manifest: Manifest) -> str:
     Raises:
         InputError: if no generation is whole; then nothing is changed.
     """
-    folder, generations = manifest.folder, manifest.generations
+    folder, listed = manifest.folder, manifest.generations
+    generations: Sequence[dict[str, str]] = listed
     found = manifest.contents()
     names = dict.fromkeys(name for generation in generations for name in generation)
     damaged = [name for name in names if not _in_place(name, manifest, found)]
-    whole = [all(item in found for item in generation.items()) for generation in generations]
+    whole = _whole(generations, found)
+    if True not in whole:
+        generations = [_without_memories_of_last(generation) for generation in generations]
+        whole = _whole(generations, found)
     if True not in whole:
         raise InputError(
             f"{folder} has no whole generation of files to go on from: {', '.join(damaged)} damaged or missing, and "
@@ -157,8 +162,8 @@ def restore(manifest: Manifest) -> str:
         if found[name, sha256].name != name:
             whole_copy(found[name, sha256], folder / name, sha256)
     # Where the generation before is not whole, it is dropped, and the next save makes second copies of everything.
-    manifest.generations = generations[:2] if number == 0 and all(whole[:2]) else [chosen]
-    if manifest.generations != generations:
+    manifest.generations = list(generations[:2]) if number == 0 and all(whole[:2]) else [chosen]
+    if manifest.generations != listed:
         manifest.write()
     for name in set(GENERATIONAL) & (names.keys() - chosen.keys()):
         (folder / name).unlink(missing_ok=True)
@@ -168,7 +173,19 @@ def restore(manifest: Manifest) -> str:
     if number:
         what = f"{', '.join(damaged)} damaged or missing" if damaged else "the last save was not finished"
         return f"{folder}: {what}; this run goes on from the generation of files before"
+    if generations != listed:
+        return f"{folder}: {', '.join(damaged)} damaged or missing; {MIDWAY} is newer, and goes on without"
     return _of_the_newest(folder, generations, found)
+
+
+def _whole(generations: Sequence[Mapping[str, str]], found: Mapping[tuple[str, str], Path]) -> list[bool]:
+    return [all(item in found for item in generation.items()) for generation in generations]
+
+
+def _without_memories_of_last(generation: Mapping[str, str]) -> dict[str, str]:
+    """What is needed to go on from ``midway.pt``, which has memories of its own; those of ``last.pt`` have no copy."""
+    dropped = LAST if MIDWAY in generation else None
+    return {n: s for n, s in generation.items() if dropped is None or not is_memory(n, dropped)}
 
 
 def _of_the_newest(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
 import random
+import signal
 import threading
 
 import numpy as np
@@ -182,3 +184,55 @@ def test_a_thread_that_would_change_the_mode_under_another_is_refused():
     with ba.attack_mode(model, "train"), ba.attack_mode(model, "eval"):
         assert not copy.deepcopy(model).training
     assert not model.training
+
+
+def entered(model, mode):
+    """Whether another thread can be inside in this mode, within five seconds."""
+    inside = threading.Event()
+
+    def other():
+        with ba.attack_mode(model, mode):
+            inside.set()
+
+    threading.Thread(target=other, daemon=True).start()
+    return inside.wait(5)
+
+
+def test_a_generator_that_another_thread_closes_leaves_the_mode():
+    model = Watched().train()
+
+    def passes():
+        with ba.attack_mode(model, "eval"):
+            yield
+
+    started = passes()
+    assert in_threads(lambda: next(started)) == [] and not model.training
+    started.close()
+    assert model.training and entered(model, "train")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
+def test_a_forked_process_waits_for_no_thread_of_its_parent():
+    model, inside, done = Watched().train(), threading.Event(), threading.Event()
+
+    def other():
+        with ba.attack_mode(model, "eval"):
+            inside.set()
+            done.wait(60)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    inside.wait(60)
+    try:
+        child = os.fork()
+        if not child:
+            signal.alarm(5)
+            training = model.training
+            with ba.attack_mode(model, "train"):
+                os._exit(0 if training and model.training else 1)
+        assert os.waitpid(child, 0)[1] == 0
+    finally:
+        done.set()
+        thread.join(60)
+    assert model.training

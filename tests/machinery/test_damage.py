@@ -18,6 +18,7 @@ import bilevel_at as ba
 from bilevel_at import run as run_module
 from bilevel_at.commands import flags
 from bilevel_at.commands.evaluate import command as evaluate
+from bilevel_at.commands.saving import Saver
 from bilevel_at.runs.directory import RunDir
 from bilevel_at.runs.manifest import before
 from bilevel_at.runs.record import read
@@ -147,6 +148,14 @@ def test_a_run_without_its_configuration_is_not_started_over(runs):
     Path("out/config.json").unlink()
     result, lines = heard(run_module.run, command("atas", "out"))
     assert result is None and "of a run but no config.json" in lines[0]
+    for name in files_of("out"):
+        if not name.startswith("manifest"):
+            Path("out", name).unlink()
+    result, lines = heard(run_module.run, command("atas", "out", "--resume", "auto"))
+    assert result is None and lines == ["out has manifest.json of a run but no config.json; choose another --out"]
+    assert files_of("out") == ["manifest-before.json", "manifest.json"]
+    shutil.rmtree("out")
+    shutil.copytree(runs / "stopped", "out")
     unchecked("out")
     for name in ("last.pt", "best.pt"):
         Path("out", name).unlink()
@@ -219,6 +228,50 @@ def test_two_checkpoints_keep_a_memory_each(tmp_path):
     assert len(memory(tmp_path)) == 2 and not list(tmp_path.glob("midway*"))
     flip(tmp_path / "last.pt", 4000)
     assert len(heard(run.recover)[1]) == 1 and remembered("last") == 0
+
+
+@pytest.mark.parametrize("saves", [1, 2])
+def test_the_memories_of_the_last_epoch_are_not_needed_inside_the_next(saves):
+    """Both generations have the one file of them, and midway.pt goes on from its own."""
+    calls, save = [], Saver.save
+
+    def killed(saver):
+        if saver.trainer.done == EPOCHS - 1:
+            if len(calls) == saves:
+                raise Killed
+            calls.append(save(saver))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Saver, "save", killed)
+        with pytest.raises(Killed):
+            run_module.run(command("atas", "out", "--save-every", "1e-9", "--batch-size", "10"))
+    run_module.run(command("atas", "other", "--batch-size", "10"))
+    (remembered,) = Path("out").glob("memory-last-*.pt")
+    flip(remembered, 8000)
+    result, lines = heard(run_module.run, command("atas", "out", "--resume", "--batch-size", "10"))
+    assert result == 0 and len(lines) == 1 and f"{remembered.name} damaged or missing; midway.pt is newer" in lines[0]
+    assert same(content("out"), content("other"))
+
+
+def test_a_checkpoint_inside_an_epoch_that_has_ended_is_removed(runs):
+    """Killed between the end of the last epoch and the removal: no other epoch's end would remove it."""
+
+    def killed(saver):
+        if saver.trainer.done == EPOCHS:
+            raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Saver, "close_epoch", killed)
+        with pytest.raises(Killed):
+            run_module.run(command("atas", "out", "--save-every", "1e-9"))
+    assert Path("out/midway.pt").exists() and list(Path("out").glob("memory-midway-*"))
+    assert heard(go_on, "atas", "out") == (0, [])
+    assert not list(Path("out").glob("midway*")) + list(Path("out").glob("memory-midway-*"))
+    assert same(content("out"), content(runs / "whole"))
+
+
+class Killed(BaseException):
+    """As SIGKILL, between two updates."""
 
 
 def test_the_best_checkpoint_has_no_memories(runs):

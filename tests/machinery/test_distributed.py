@@ -149,6 +149,20 @@ def test_one_process_reduces_nothing():
             ba.distributed.reduce_gradients(model, examples)
 
 
+def test_no_examples_at_all_and_sparse_gradients(monkeypatch):
+    """Of two processes, the other one has none; 0 / 0 would be not a number."""
+    monkeypatch.setattr(ba.distributed, "_processes", lambda group: 2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, group: None)
+    model = nn.Linear(2, 1)
+    model.weight.grad = torch.ones(1, 2)
+    ba.distributed.reduce_gradients(model, 0)
+    assert model.weight.grad.tolist() == [[0, 0]] and model.bias.grad.tolist() == [0]
+    model = nn.Embedding(5, 2, sparse=True)
+    model(torch.tensor([1])).sum().backward()
+    with pytest.raises(ba.InputError, match="the gradient of weight is sparse; it must be dense"):
+        ba.distributed.reduce_gradients(model, 1)
+
+
 def test_buckets_are_of_one_type_and_bounded(monkeypatch):
     monkeypatch.setattr(ba.distributed, "BUCKET", 100)
     sizes = [
