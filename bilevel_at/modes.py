@@ -114,6 +114,7 @@ class _Level:
         self.threads: dict[int, int] = {}
 
 
+LONGEST_WAIT = 600.0  # seconds; two threads that wait for each other would otherwise do so in silence
 _left = threading.Condition()
 _levels: WeakKeyDictionary[nn.Module, list[_Level]] = WeakKeyDictionary()
 
@@ -133,7 +134,11 @@ def _enter(model: nn.Module, mode: Mode, me: int) -> _Level:
                     f"another thread uses this network in {levels[-1].mode} mode, and here it is to be in {mode} mode "
                     "within that; give each thread a copy of its own"
                 )
-            _left.wait()
+            if not _left.wait(LONGEST_WAIT):
+                raise InputError(
+                    f"this network has been in {levels[-1].mode} mode in another thread for {LONGEST_WAIT:g} s, and "
+                    f"here it is to be in {mode} mode; give each thread a copy of its own"
+                )
         levels[-1].threads[me] = levels[-1].threads.get(me, 0) + 1
         return levels[-1]
 

@@ -151,7 +151,7 @@ def restore(manifest: Manifest) -> str:
     if True not in whole:
         generations = [_without_memories_of_last(generation) for generation in generations]
         whole = _whole(generations, found)
-    if True not in whole:
+    if True not in whole or _lost_all(generations[whole.index(True)], listed, folder):
         raise InputError(
             f"{folder} has no whole generation of files to go on from: {', '.join(damaged)} damaged or missing, and "
             f"also in the generation before ({folder / 'manifest.json'} has their SHA-256)"
@@ -176,6 +176,13 @@ def restore(manifest: Manifest) -> str:
     if generations != listed:
         return f"{folder}: {', '.join(damaged)} damaged or missing; {MIDWAY} is newer, and goes on without"
     return _of_the_newest(folder, generations, found)
+
+
+def _lost_all(chosen: Mapping[str, str], listed: Sequence[Mapping[str, str]], folder: Path) -> bool:
+    """Whether only the state before the first epoch is whole, though that epoch was saved: a save that was not finished
+    leaves files that are not in their places yet, and files that are lost do not."""
+    saved = any(not is_memory(name) and name != MIDWAY for name in listed[0]) if listed else False
+    return not chosen and saved and not any(folder.rglob(".*.partial"))
 
 
 def _whole(generations: Sequence[Mapping[str, str]], found: Mapping[tuple[str, str], Path]) -> list[bool]:

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 import torch
 from preempting import small_trainer
+from torch import nn
 
 import bilevel_at as ba
+from bilevel_at import modes
 from bilevel_at.evaluate import evaluate
 from bilevel_at.problems import fastbat
 from bilevel_at.solvers import HessianFreeKKT
@@ -236,3 +238,23 @@ def test_a_forked_process_waits_for_no_thread_of_its_parent():
         done.set()
         thread.join(60)
     assert model.training
+
+
+def test_threads_that_wait_for_each_other_are_told(monkeypatch):
+    """One is in train mode until the other, which is to be in eval mode, is done."""
+    monkeypatch.setattr(modes, "LONGEST_WAIT", 0.2)
+    model, messages = nn.Linear(2, 2), []
+
+    def other():
+        try:
+            with ba.attack_mode(model, "eval"):
+                pass
+        except ba.InputError as error:
+            messages.append(str(error))
+
+    with ba.attack_mode(model, "train"):
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join(30)
+    assert not thread.is_alive()
+    assert "has been in train mode in another thread" in messages[0] and "give each thread a copy" in messages[0]

@@ -313,3 +313,16 @@ def test_a_command_says_it_in_one_line(runs, monkeypatch, capsys):
         "bilevel_at.evaluate: out/last.pt is damaged or missing; last-before.pt is read, of the generation before"
     )
     assert capsys.readouterr().err.splitlines() == [expected]
+
+
+def test_a_run_that_has_lost_its_only_epoch_is_not_started_over():
+    """The generation before the first epoch is empty, and whole; but this is no save that was not finished."""
+    words = ["problems/fastat.py", "--epochs", "1", "--examples", "40", "--test-examples", "10", "--attacks", "clean"]
+    words += ["--select", "clean", "--model", "one_layer_cnn", "--out", "out"]
+    run_module.run(words)
+    for file in Path("out").glob("*.pt"):
+        file.unlink()
+    left = files_of("out")
+    result, lines = heard(run_module.run, [*words, "--resume"])
+    assert result is None and "has no whole generation of files to go on from" in lines[0]
+    assert files_of("out") == left
