@@ -36,9 +36,9 @@ def _place(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if not _is_library(Path(frame.filename))]
     within = [frame for frame in frames if _is_in(Path(frame.filename), bilevel_at)]
-    for found in (own, within, frames):
-        if found:
-            frame = found[-1]
+    for chosen in (own, within, frames):
+        if chosen:
+            frame = chosen[-1]
             return f"{frame.filename}, line {frame.lineno}, in {frame.name}"
     return "no place is known"
 

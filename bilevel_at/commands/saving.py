@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 
-from ..errors import InputError
 from ..runs.directory import RunDir
 from ..train import Trainer
 from .signals import Signals
@@ -43,12 +42,10 @@ class Saver:
 
         Raises:
             NotFinite: where one is; the checkpoint from before stays.
+            BilevelError: where it cannot be written.
         """
         self.trainer.check()
-        try:
-            self.run.save_checkpoint(MIDWAY, self.trainer.state_dict())
-        except OSError as error:
-            raise InputError(f"{self.run}/{MIDWAY}.pt cannot be written: {error.strerror or error}") from None
+        self.run.save_checkpoint(MIDWAY, self.trainer.state_dict())
         self.updates = 0 if self.trainer.position is None else self.trainer.position.updates
         self._last = time.monotonic()
 

@@ -138,12 +138,12 @@ class Manifest:
 
     def contents(self) -> dict[tuple[str, str], Path]:
         """(name, SHA-256) -> the path, for what is there of every generation."""
-        found: dict[tuple[str, str], Path] = {}
+        present: dict[tuple[str, str], Path] = {}
         for name in dict.fromkeys(name for generation in self.generations for name in generation):
             for place in self.places(name):
                 if place.is_file():
-                    found.setdefault((name, _sha256(place)), place)
-        return found
+                    present.setdefault((name, _sha256(place)), place)
+        return present
 
 
 def _names(generation: Any) -> bool:

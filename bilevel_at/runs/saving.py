@@ -144,13 +144,13 @@ def restore(manifest: Manifest) -> str:
     """
     folder, listed = manifest.folder, manifest.generations
     generations: Sequence[dict[str, str]] = listed
-    found = manifest.contents()
+    present = manifest.contents()
     names = dict.fromkeys(name for generation in generations for name in generation)
-    damaged = [name for name in names if not _in_place(name, manifest, found)]
-    whole = _whole(generations, found)
+    damaged = [name for name in names if not _in_place(name, manifest, present)]
+    whole = _whole(generations, present)
     if True not in whole:
         generations = [_without_memories_of_last(generation) for generation in generations]
-        whole = _whole(generations, found)
+        whole = _whole(generations, present)
     if True not in whole or _lost_all(generations[whole.index(True)], listed, folder):
         raise InputError(
             f"{folder} has no whole generation of files to go on from: {', '.join(damaged)} damaged or missing, and "
@@ -159,8 +159,8 @@ def restore(manifest: Manifest) -> str:
     number = whole.index(True)
     chosen = generations[number]
     for name, sha256 in chosen.items():
-        if found[name, sha256].name != name:
-            whole_copy(found[name, sha256], folder / name, sha256)
+        if present[name, sha256].name != name:
+            whole_copy(present[name, sha256], folder / name, sha256)
     # Where the generation before is not whole, it is dropped, and the next save makes second copies of everything.
     manifest.generations = list(generations[:2]) if number == 0 and all(whole[:2]) else [chosen]
     if manifest.generations != listed:
@@ -175,7 +175,7 @@ def restore(manifest: Manifest) -> str:
         return f"{folder}: {what}; this run goes on from the generation of files before"
     if generations != listed:
         return f"{folder}: {', '.join(damaged)} damaged or missing; {MIDWAY} is newer, and goes on without"
-    return _of_the_newest(folder, generations, found)
+    return _of_the_newest(folder, generations, present)
 
 
 def _lost_all(chosen: Mapping[str, str], listed: Sequence[Mapping[str, str]], folder: Path) -> bool:
@@ -185,8 +185,8 @@ def _lost_all(chosen: Mapping[str, str], listed: Sequence[Mapping[str, str]], fo
     return not chosen and saved and not any(folder.rglob(".*.partial"))
 
 
-def _whole(generations: Sequence[Mapping[str, str]], found: Mapping[tuple[str, str], Path]) -> list[bool]:
-    return [all(item in found for item in generation.items()) for generation in generations]
+def _whole(generations: Sequence[Mapping[str, str]], present: Mapping[tuple[str, str], Path]) -> list[bool]:
+    return [all(item in present for item in generation.items()) for generation in generations]
 
 
 def _without_memories_of_last(generation: Mapping[str, str]) -> dict[str, str]:
@@ -196,22 +196,24 @@ def _without_memories_of_last(generation: Mapping[str, str]) -> dict[str, str]:
 
 
 def _of_the_newest(
-    folder: Path, generations: Sequence[Mapping[str, str]], found: Mapping[tuple[str, str], Path]
+    folder: Path, generations: Sequence[Mapping[str, str]], present: Mapping[tuple[str, str], Path]
 ) -> str:
     """What was wrong where the newest generation is whole: files that had to be copied, and those of the one before."""
     newest, older = [*generations, {}][:2]
-    restored = [name for name, sha256 in newest.items() if found[name, sha256].name != name]
-    lost = [name if is_memory(name) else before(name) for name, sha256 in older.items() if (name, sha256) not in found]
-    said = []
+    restored = [name for name, sha256 in newest.items() if present[name, sha256].name != name]
+    lost = [
+        name if is_memory(name) else before(name) for name, sha256 in older.items() if (name, sha256) not in present
+    ]
+    notes = []
     if restored:
-        said.append(f"{', '.join(restored)} damaged or missing; restored from {', '.join(map(before, restored))}")
+        notes.append(f"{', '.join(restored)} damaged or missing; restored from {', '.join(map(before, restored))}")
     if lost:
-        said.append(f"{', '.join(lost)}, of the generation before, damaged or missing; the next save makes one")
-    return f"{folder}: {'; '.join(said)}" if said else ""
+        notes.append(f"{', '.join(lost)}, of the generation before, damaged or missing; the next save makes one")
+    return f"{folder}: {'; '.join(notes)}" if notes else ""
 
 
-def _in_place(name: str, manifest: Manifest, found: Mapping[tuple[str, str], Path]) -> bool:
+def _in_place(name: str, manifest: Manifest, present: Mapping[tuple[str, str], Path]) -> bool:
     """Whether a file is one that a generation lists, or none that all of them list."""
-    if any(found.get((name, sha256)) == manifest.folder / name for sha256 in manifest.allowed(name)):
+    if any(present.get((name, sha256)) == manifest.folder / name for sha256 in manifest.allowed(name)):
         return True
     return not (manifest.folder / name).is_file() and any(name not in g for g in manifest.generations)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import random
@@ -161,8 +162,10 @@ def test_threads_of_both_modes_take_turns():
     assert model.training and model.seen == {True: 20, False: 40}
 
 
-def test_a_thread_that_would_change_the_mode_under_another_is_refused():
-    model, inside, done = Watched().eval(), threading.Event(), threading.Event()
+@contextlib.contextmanager
+def a_thread_inside(model):
+    """Another thread has the network in eval mode."""
+    inside, done = threading.Event(), threading.Event()
 
     def other():
         with ba.attack_mode(model, "eval"):
@@ -173,16 +176,22 @@ def test_a_thread_that_would_change_the_mode_under_another_is_refused():
     thread.start()
     inside.wait(60)
     try:
-        with (
-            ba.attack_mode(model, "eval"),
-            ba.attack_mode(model, "eval"),
-            pytest.raises(ba.InputError, match="another thread uses this network in eval mode"),
-            ba.attack_mode(model, "train"),
-        ):
-            pass
+        yield
     finally:
         done.set()
         thread.join(60)
+
+
+def test_a_thread_that_would_change_the_mode_under_another_is_refused():
+    model = Watched().eval()
+    with (
+        a_thread_inside(model),
+        ba.attack_mode(model, "eval"),
+        ba.attack_mode(model, "eval"),
+        pytest.raises(ba.InputError, match="another thread uses this network in eval mode"),
+        ba.attack_mode(model, "train"),
+    ):
+        pass
     with ba.attack_mode(model, "train"), ba.attack_mode(model, "eval"):
         assert not copy.deepcopy(model).training
     assert not model.training
@@ -216,17 +225,8 @@ def test_a_generator_that_another_thread_closes_leaves_the_mode():
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
 def test_a_forked_process_waits_for_no_thread_of_its_parent():
-    model, inside, done = Watched().train(), threading.Event(), threading.Event()
-
-    def other():
-        with ba.attack_mode(model, "eval"):
-            inside.set()
-            done.wait(60)
-
-    thread = threading.Thread(target=other)
-    thread.start()
-    inside.wait(60)
-    try:
+    model = Watched().train()
+    with a_thread_inside(model):
         child = os.fork()
         if not child:
             signal.alarm(5)
@@ -234,9 +234,6 @@ def test_a_forked_process_waits_for_no_thread_of_its_parent():
             with ba.attack_mode(model, "train"):
                 os._exit(0 if training and model.training else 1)
         assert os.waitpid(child, 0)[1] == 0
-    finally:
-        done.set()
-        thread.join(60)
     assert model.training
 
 
