@@ -54,7 +54,8 @@ class Files:
         saving = self._saving = Saving(self.path)
         try:
             yield
-            saving.commit()
+            with writing(self.path):  # what is read on the way too: the manifest, files that it does not list yet
+                saving.commit()
         finally:
             self._saving = None
             saving.discard()
