@@ -1,0 +1,243 @@
+"""Several processes that train together: who they are, and what each has of a batch.
+
+Within :func:`together`, code runs on every process alike. A batch of the run is dealt out: each process computes with
+its own rows, in :func:`sharing`, and what is one number, gradient or draw of the whole batch is made so here. In one
+process, and outside :func:`together`, nothing here does anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .errors import InputError
+
+__all__ = [
+    "Elsewhere",
+    "Share",
+    "alike",
+    "count",
+    "current",
+    "deal",
+    "first",
+    "gathered",
+    "group",
+    "mean",
+    "part",
+    "rank",
+    "sharing",
+    "size",
+    "summed",
+    "together",
+    "total",
+]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, eq=False)
+class Share:
+    """The rows of a batch that this process has.
+
+    Args:
+        rows: ``[b]``, their places in the whole batch, on its device; of a process without any, one to stand in.
+        whole: the number of examples of the whole batch.
+        by_index: whether example i of the training set is always with process i mod N; else place p of each batch is
+            with process p mod N.
+        idle: whether the row is only to stand in: passes are made, because other processes wait for their collectives,
+            and nothing of it counts.
+    """
+
+    rows: Tensor
+    whole: int
+    by_index: bool
+    idle: bool = False
+
+    @property
+    def fraction(self) -> float:
+        """The share of the whole batch that this process has."""
+        return 0.0 if self.idle else len(self.rows) / self.whole
+
+    def of(self, values: Tensor) -> Tensor:
+        """This process's rows of ``values`` ``[whole · k, ...]``, k for each example, side by side."""
+        k = len(values) // self.whole
+        return values.reshape(self.whole, k, *values.shape[1:])[self.rows].flatten(0, 1)
+
+    def times(self, rows: int) -> int:
+        """How many of ``rows`` each example has.
+
+        Raises:
+            InputError: where they are not the same number for each.
+        """
+        if rows % len(self.rows):
+            raise InputError(
+                f"{rows} rows are drawn for a batch of {len(self.rows)} examples, which are a part of a batch of "
+                f"{self.whole}: what all examples share is to be drawn in ba.distributed.alike()"
+            )
+        return rows // len(self.rows)
+
+
+_rank, _count = 0, 1
+_group: dist.ProcessGroup | None = None
+_share: Share | None = None
+
+
+def rank() -> int:
+    """The number of this process, from 0; 0 outside :func:`together`."""
+    return _rank
+
+
+def count() -> int:
+    """The number of processes; 1 outside :func:`together`."""
+    return _count
+
+
+def group() -> dist.ProcessGroup | None:
+    """The processes; None for all of the job."""
+    return _group
+
+
+def current() -> Share | None:
+    """What this process has of the batch at hand; None where it has all of it."""
+    return _share
+
+
+@contextmanager
+def together(group: dist.ProcessGroup | None = None) -> Iterator[None]:
+    """What is inside runs on every process of the group alike, and divides what can be divided.
+
+    Every process has to go through the same calls in the same order: training steps, evaluations and states that
+    are saved wait for each other. Without a process group of torch.distributed, or with one process, nothing changes.
+
+    Args:
+        group: the processes; all by default.
+    """
+    global _rank, _count, _group
+    before = _rank, _count, _group
+    if dist.is_available() and dist.is_initialized():
+        _rank, _count, _group = dist.get_rank(group), dist.get_world_size(group), group
+    try:
+        yield
+    finally:
+        _rank, _count, _group = before
+
+
+@contextmanager
+def sharing(share: Share | None) -> Iterator[None]:
+    """The batch at hand is one that this process has a share of."""
+    global _share
+    before, _share = _share, share
+    try:
+        yield
+    finally:
+        _share = before
+
+
+def alike() -> Any:
+    """A context in which every process draws and computes the same, on what is not rows of the batch."""
+    return sharing(None)
+
+
+def deal(index: Tensor, by_index: bool) -> Share | None:
+    """This process's share of the batch of these examples; None where there is one process.
+
+    Args:
+        index: ``[B]``, positions in the training set; on the CPU where ``by_index``, or a look would wait for a GPU.
+        by_index: as :class:`Share` has it.
+    """
+    if _count == 1:
+        return None
+    if by_index:
+        rows = (index % _count == _rank).nonzero().flatten()
+    else:
+        rows = torch.arange(_rank, len(index), _count, device=index.device)
+    idle = len(rows) == 0
+    return Share(rows.new_zeros(1) if idle else rows, len(index), by_index, idle)
+
+
+def size(batch: Any) -> int:
+    """The number of examples of the whole batch."""
+    return len(batch) if _share is None else _share.whole
+
+
+def mean(losses: Tensor) -> Tensor:
+    """The mean of ``[B]`` over the whole batch, as far as this process's rows make it up: the parts add up to it.
+
+    One number is taken for a mean over the rows.
+    """
+    if _share is None:
+        return losses.mean()
+    return losses.mean() * _share.fraction
+
+
+def part(number: Tensor) -> Tensor:
+    """This process's part of a number that every process has computed of the whole batch; the parts add up to it."""
+    return number if _share is None else number * _share.fraction
+
+
+def total(tensor: Tensor) -> Tensor:
+    """The sum of a tensor over processes that share a batch; without a graph."""
+    if _share is None:
+        return tensor
+    return summed(tensor)
+
+
+def summed(tensor: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
+    """The sum (or another reduction) of a tensor over all processes; without a graph."""
+    if _count == 1:
+        return tensor
+    result = tensor.detach().clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(result, op, group=_group)
+    return result
+
+
+def first(function: Callable[[], T]) -> T:
+    """What ``function`` returns on the first process; it is not called on the others.
+
+    Where it raises, it does so on every process.
+    """
+    if _count == 1:
+        return function()
+    outcome: list[Any] = [None, None]
+    if _rank == 0:
+        try:
+            outcome[0] = function()
+        except Exception as error:
+            outcome[1] = error
+            _send([None, f"{type(error).__name__}: {error}"])
+            raise
+    return _receive(outcome)
+
+
+def _send(outcome: list[Any]) -> None:
+    dist.broadcast_object_list(outcome, _source(), group=_group)
+
+
+def _source() -> int:
+    return 0 if _group is None else dist.get_global_rank(_group, 0)
+
+
+def _receive(outcome: list[Any]) -> Any:
+    _send(outcome)
+    if outcome[1] is not None:
+        raise Elsewhere(outcome[1])
+    return outcome[0]
+
+
+def gathered(value: T) -> list[T]:
+    """The values of all processes, by rank."""
+    if _count == 1:
+        return [value]
+    values: list[Any] = [None] * _count
+    dist.all_gather_object(values, value, group=_group)
+    return values
+
+
+class Elsewhere(RuntimeError):
+    """Another process has failed, and says so itself."""
