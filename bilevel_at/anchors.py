@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .batch import Batch, per_sample
 from .constraints import Box, Constraint
 from .directions import Direction, direction_of
+from .draws import rand, randn
 from .errors import InputError, at_least, positive, whole_number
 from .losses import AnyLoss, input_gradient
 from .memory import SampleMemory
@@ -97,7 +98,7 @@ class Uniform(Start):
     def fresh(self, constraint: Constraint, base: Tensor, generator: Generator) -> Tensor:
         if self.radius is None:
             return constraint.sample(base, generator)
-        unit = torch.rand(base.shape, generator=generator, dtype=base.dtype, device=base.device)
+        unit = rand(base.shape, generator, dtype=base.dtype, device=base.device)
         return _clipped((2 * unit - 1) * number(self.radius), constraint, base, self.clip)
 
 
@@ -122,7 +123,7 @@ class Corner(Start):
             checked(at_least, "radius", self.radius)
 
     def fresh(self, constraint: Constraint, base: Tensor, generator: Generator) -> Tensor:
-        down = torch.rand(base.shape, generator=generator, device=base.device) < 0.5
+        down = rand(base.shape, generator, device=base.device) < 0.5
         if self.radius is not None:
             signs = torch.where(down, -1.0, 1.0).to(base)  # a radius here would be rounded to float32
             return _clipped(number(self.radius) * signs, constraint, base, self.clip)
@@ -150,7 +151,7 @@ class Gaussian(Start):
         positive("scale", self.scale)
 
     def fresh(self, constraint: Constraint, base: Tensor, generator: Generator) -> Tensor:
-        noise = torch.randn(base.shape, generator=generator, dtype=base.dtype, device=base.device)
+        noise = randn(base.shape, generator, dtype=base.dtype, device=base.device)
         return constraint.project(self.scale * noise, base) if self.clip else self.scale * noise
 
 

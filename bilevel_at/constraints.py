@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .batch import on_host, per_sample
+from .draws import rand, randn
 from .errors import InputError, at_least
 from .modes import full_precision
 from .policy import Composite, Number, checked, number
@@ -178,7 +179,7 @@ class Box(Constraint):
     def sample(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Uniform in C(x)."""
         low, high = self.box(x)
-        unit = torch.rand(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+        unit = rand(x.shape, generator, dtype=x.dtype, device=x.device)
         return torch.clamp(low + (high - low) * unit, low, high)
 
     def active(self, delta: Tensor, x: Tensor, gradient: Tensor | None = None) -> ActiveSet:
@@ -349,9 +350,9 @@ class L2Ball(Constraint):
 
     def sample(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Uniform in the ball, then clipped to the input range."""
-        direction = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+        direction = randn(x.shape, generator, dtype=x.dtype, device=x.device)
         unit = direction / per_sample(direction.flatten(1).norm(dim=1), direction)
-        radius = torch.rand(len(x), generator=generator, dtype=x.dtype, device=x.device) ** (1 / x[0].numel())
+        radius = rand((len(x),), generator, dtype=x.dtype, device=x.device) ** (1 / x[0].numel())
         delta = self.radius * per_sample(radius, x) * unit
         if self.bounds is None:
             return delta

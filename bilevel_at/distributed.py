@@ -16,16 +16,18 @@ example: give each example to one process. Batch statistics are each process's o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .errors import InputError
 from .modes import check_unwrapped
+from .shares import together
 
-__all__ = ["broadcast", "reduce_gradients"]
+__all__ = ["average_statistics", "broadcast", "reduce_gradients", "together"]
 
 BUCKET = 25 * 2**20  # bytes, as DistributedDataParallel has it
 
@@ -66,18 +68,34 @@ def reduce_gradients(model: nn.Module, examples: int, group: dist.ProcessGroup |
         raise InputError(f"examples is {examples!r}; it must be a whole number, at least 0")
     if _processes(group) == 1:
         return
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    if not parameters:
-        return
-    for name, p in model.named_parameters():
+    total = torch.tensor([examples], dtype=torch.float64, device="cpu").to(next(model.parameters(), _nothing).device)
+    dist.all_reduce(total, group=group)
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    sum_gradients(named, examples / total.clamp(min=1), group)
+
+
+_nothing = torch.zeros(0)
+
+
+def sum_gradients(
+    named: Mapping[str, nn.Parameter], factor: Tensor | None = None, group: dist.ProcessGroup | None = None
+) -> None:
+    """Replace each ``.grad`` by its sum over all processes, as :func:`reduce_gradients` reduces.
+
+    Args:
+        named: the parameters by name, the same on every process.
+        factor: multiplies this process's gradients before.
+        group: the processes; all by default.
+    """
+    parameters = list(named.values())
+    for name, p in named.items():
         if p.grad is not None and p.grad.layout != torch.strided:
             raise InputError(f"the gradient of {name} is sparse; it must be dense (nn.Embedding(…, sparse=False))")
-    total = torch.tensor([examples], dtype=torch.float64, device="cpu").to(parameters[0].device)
-    dist.all_reduce(total, group=group)
     with torch.no_grad():
         for bucket in _buckets(parameters):
             flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in bucket])
-            flat *= (examples / total.clamp(min=1)).to(flat)
+            if factor is not None:
+                flat *= factor.to(flat)
             dist.all_reduce(flat, group=group)
             for p, part in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
                 if p.grad is None:
@@ -102,3 +120,23 @@ def _buckets(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
             bucket.append(p)
             size += length
         yield bucket
+
+
+def average_statistics(model: nn.Module, group: dist.ProcessGroup | None = None) -> None:
+    """Replace running means and variances of batch normalisation by their means over the processes.
+
+    Each process's own batch statistics go into them (``ba.distributed.synchronise`` makes them those of the whole
+    batch); afterwards all have the same.
+
+    Args:
+        model: the network, not wrapped.
+        group: the processes; all by default.
+    """
+    layers = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    running = [t for layer in layers for t in (layer.running_mean, layer.running_var) if t is not None]
+    if running:
+        flat = torch.cat([t.flatten() for t in running])
+        dist.all_reduce(flat, group=group)
+        flat /= _processes(group)
+        for t, part in zip(running, flat.split([t.numel() for t in running]), strict=True):
+            t.copy_(part.view_as(t))

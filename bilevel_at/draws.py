@@ -3,13 +3,45 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Draws", "difference", "generator_on", "host_uniform", "is_global", "random_state"]
+from . import shares
+
+__all__ = ["Draws", "difference", "generator_on", "host_uniform", "is_global", "rand", "randn", "random_state"]
+
+
+def rand(shape: Sequence[int], generator: torch.Generator | None = None, **of: Any) -> Tensor:
+    """``torch.rand`` for rows of a batch: of several processes, each has the rows that one process would draw.
+
+    All draw for the whole batch, from generators in the same state, and each takes its own.
+
+    Args:
+        shape: ``[B · k, ...]``, k rows for each example.
+        generator: as for ``torch.rand``.
+        of: ``dtype`` and ``device``.
+
+    Raises:
+        InputError: among several processes, where the rows are not of examples.
+    """
+    return _rows(torch.rand, shape, generator, of)
+
+
+def randn(shape: Sequence[int], generator: torch.Generator | None = None, **of: Any) -> Tensor:
+    """``torch.randn`` for rows of a batch, as :func:`rand`."""
+    return _rows(torch.randn, shape, generator, of)
+
+
+def _rows(draw: Callable[..., Tensor], shape: Sequence[int], generator: Any, of: dict[str, Any]) -> Tensor:
+    share = shares.current()
+    if share is None:
+        return draw(shape, generator=generator, **of)
+    whole = share.whole * share.times(shape[0])
+    return share.of(draw((whole, *shape[1:]), generator=generator, **of))
 
 
 def generator_on(device: torch.device, seed: int) -> torch.Generator:

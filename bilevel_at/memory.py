@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from . import shares
 from .batch import Batch, on_host
 from .errors import InputError, one_of
 
@@ -17,7 +18,8 @@ class SampleMemory:
     """A table of rows, which knows which of them were ever written.
 
     It is reserved as a whole where ``batch.examples`` says how many there may be. Where it does not, it grows to the
-    largest row written, for which every write waits for a GPU.
+    largest row written, for which every write waits for a GPU. Of several processes that train together each has the
+    rows of its own examples, or places; the state is that of all of them.
 
     Args:
         by: "example" addresses rows by ``batch.index``; "position" by the place in the batch.
@@ -34,7 +36,10 @@ class SampleMemory:
 
     def rows(self, batch: Batch, count: int) -> Tensor:
         """The rows that ``count`` values of this batch have, ``[count]``."""
+        share = shares.current()
         if self.by == "position":
+            if share is not None and share.by_index:
+                raise InputError("something is remembered by position where batches are dealt out by example")
             return torch.arange(count, device=batch.x.device)
         if batch.index is None:
             raise InputError("this problem remembers something per example: pass Batch(x, y, index=...)")
@@ -50,7 +55,11 @@ class SampleMemory:
                 raise InputError(
                     f"index has values up to {high}; with examples={batch.examples} they must be below that"
                 )
-        return batch.index
+        if share is None:
+            return batch.index
+        if not share.by_index:
+            raise InputError("something is remembered by example where batches are dealt out by position")
+        return torch.div(batch.index, shares.count(), rounding_mode="floor")
 
     def read(self, batch: Batch, fresh: Tensor) -> Tensor:
         """The rows of the batch; ``fresh`` ``[B, ...]`` where a row was never written. Changes nothing."""
@@ -66,6 +75,9 @@ class SampleMemory:
     def write(self, batch: Batch, values: Tensor) -> None:
         """Remember ``values`` ``[B, ...]``, detached. Rows of another shape than before replace the whole table."""
         rows = self.rows(batch, len(values))
+        share = shares.current()
+        if share is not None and share.idle:
+            return
         if self.values is not None and self.values.shape[1:] != values.shape[1:]:
             self.clear()
         self._reserve(self._least(batch, rows), values)
@@ -81,7 +93,7 @@ class SampleMemory:
         """How many rows the table needs for these."""
         if self.by == "position":
             return len(rows)
-        return int(rows.max()) + 1 if batch.examples is None else batch.examples
+        return int(rows.max()) + 1 if batch.examples is None else shares.owned(batch.examples)
 
     def _reserve(self, n: int, like: Tensor) -> None:
         if self.values is None or self.known is None:
@@ -93,7 +105,10 @@ class SampleMemory:
             self.known = torch.cat([self.known, self.known.new_zeros(more)])
 
     def state_dict(self) -> dict[str, Any]:
-        return {"values": self.values, "known": self.known}
+        """The table; of several processes, that of all of them on the first, and nothing on the others."""
+        return {"values": shares.interleaved(self.values), "known": shares.interleaved(self.known)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.values, self.known = (None if t is None else t.clone() for t in (state["values"], state["known"]))
+        """Restore what :meth:`state_dict` returned; of several processes, each its own rows."""
+        mine = slice(shares.rank(), None, shares.count())
+        self.values, self.known = (None if t is None else t[mine].clone() for t in (state["values"], state["known"]))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .constraints import ActiveSet, Constraint, check_bounds, input_range
+from .draws import randn
 from .errors import InputError
 from .nearest_points import nearest_points
 
@@ -96,7 +97,7 @@ class Polyhedron(Constraint):
 
     def sample(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """The projection of a normal draw with the scale of the faces' distances: a random point, not a uniform one."""
-        noise = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+        noise = randn(x.shape, generator, dtype=x.dtype, device=x.device)
         scale = self._unit[1].abs().mean().item() or 1.0  # a cone has no scale of its own
         return self.project(scale * noise, x)
 

@@ -7,9 +7,9 @@ process, and outside :func:`together`, nothing here does anything.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -22,13 +22,16 @@ __all__ = [
     "Elsewhere",
     "Share",
     "alike",
+    "alone",
     "count",
     "current",
     "deal",
     "first",
     "gathered",
     "group",
+    "interleaved",
     "mean",
+    "owned",
     "part",
     "rank",
     "sharing",
@@ -36,6 +39,7 @@ __all__ = [
     "summed",
     "together",
     "total",
+    "whole",
 ]
 
 T = TypeVar("T")
@@ -58,6 +62,9 @@ class Share:
     whole: int
     by_index: bool
     idle: bool = False
+
+    def to(self, device: torch.device) -> Share:
+        return replace(self, rows=self.rows.to(device))
 
     @property
     def fraction(self) -> float:
@@ -129,6 +136,18 @@ def together(group: dist.ProcessGroup | None = None) -> Iterator[None]:
 
 
 @contextmanager
+def alone() -> Iterator[None]:
+    """What is inside runs on this process, as if there were no others."""
+    global _rank, _count, _group
+    before = _rank, _count, _group
+    _rank, _count, _group = 0, 1, None
+    try:
+        yield
+    finally:
+        _rank, _count, _group = before
+
+
+@contextmanager
 def sharing(share: Share | None) -> Iterator[None]:
     """The batch at hand is one that this process has a share of."""
     global _share
@@ -144,21 +163,25 @@ def alike() -> Any:
     return sharing(None)
 
 
-def deal(index: Tensor, by_index: bool) -> Share | None:
-    """This process's share of the batch of these examples; None where there is one process.
+def deal(batches: Sequence[Tensor], by_index: bool) -> Sequence[Share | None]:
+    """This process's share of each batch; None where there is one process.
 
     Args:
-        index: ``[B]``, positions in the training set; on the CPU where ``by_index``, or a look would wait for a GPU.
-        by_index: as :class:`Share` has it.
+        batches: the examples of each, ``[B]``, positions in the training set.
+        by_index: as :class:`Share` has it. The positions are then looked at, once for all batches; rows are on the CPU.
     """
     if _count == 1:
-        return None
+        return [None] * len(batches)
+    lengths = [len(index) for index in batches]
     if by_index:
-        rows = (index % _count == _rank).nonzero().flatten()
+        owners = (torch.cat(list(batches)).cpu() % _count).split(lengths)
+        rows = [(owner == _rank).nonzero().flatten() for owner in owners]
     else:
-        rows = torch.arange(_rank, len(index), _count, device=index.device)
-    idle = len(rows) == 0
-    return Share(rows.new_zeros(1) if idle else rows, len(index), by_index, idle)
+        rows = [torch.arange(_rank, length, _count) for length in lengths]
+    return [
+        Share(mine if len(mine) else mine.new_zeros(1), length, by_index, len(mine) == 0)
+        for mine, length in zip(rows, lengths, strict=True)
+    ]
 
 
 def size(batch: Any) -> int:
@@ -182,10 +205,39 @@ def part(number: Tensor) -> Tensor:
 
 
 def total(tensor: Tensor) -> Tensor:
-    """The sum of a tensor over processes that share a batch; without a graph."""
+    """The sum of a tensor over the processes that share a batch, of those with rows in it; without a graph."""
     if _share is None:
         return tensor
-    return summed(tensor)
+    return summed(torch.zeros_like(tensor) if _share.idle else tensor)
+
+
+def whole(values: Tensor) -> Tensor:
+    """``[B, ...]`` of the whole batch from each process's rows, with a graph that can be differentiated twice.
+
+    What each process differentiates adds up: its gradient is that of the sum of all processes' results.
+    """
+    share = _share
+    if share is None:
+        return values
+    placed = values.new_zeros(share.whole, *values.shape[1:])
+    return summed_with_graph(placed.index_add(0, share.rows, values * 0 if share.idle else values))
+
+
+def summed_with_graph(tensor: Tensor) -> Tensor:
+    """The sum of a tensor over all processes, and so is the gradient that comes back."""
+    return tensor if _count == 1 else _Sum.apply(tensor)
+
+
+class _Sum(torch.autograd.Function):
+    """Σ_r x_r on every process r, whose results y_r are differentiated together: ∂(Σ_r f_r)/∂x = Σ_r ∂f_r/∂y."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return summed(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return _Sum.apply(gradients[0])
 
 
 def summed(tensor: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
@@ -195,6 +247,36 @@ def summed(tensor: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
     result = tensor.detach().clone(memory_format=torch.contiguous_format)
     dist.all_reduce(result, op, group=_group)
     return result
+
+
+def owned(examples: int) -> int:
+    """How many of so many examples, or places, are this process's."""
+    return len(range(_rank, examples, _count))
+
+
+def interleaved(rows: Tensor | None) -> Tensor | None:
+    """The table whose rows r, r + N, r + 2N, … process r has; on the first process, and None on the others.
+
+    Rows of a process that has no table are zeros.
+    """
+    if _count == 1:
+        return rows
+    kinds = gathered(None if rows is None else (len(rows), rows.shape[1:], rows.dtype))
+    known = [(r, kind) for r, kind in enumerate(kinds) if kind is not None]
+    if not known:
+        return None
+    _, tail, dtype = known[0][1]
+    most = max(length for _, (length, _, _) in known)
+    padded = torch.zeros(most, *tail, dtype=dtype)
+    if rows is not None:
+        padded[: len(rows)] = rows.cpu()
+    padded = padded.to(torch.uint8) if dtype == torch.bool else padded
+    tables = [torch.empty_like(padded) for _ in range(_count)] if _rank == 0 else None
+    dist.gather(padded, tables, _source(), group=_group)
+    if tables is None:
+        return None
+    size = max((length - 1) * _count + r + 1 for r, (length, _, _) in known)
+    return torch.stack(tables, 1).flatten(0, 1)[:size].to(dtype)
 
 
 def first(function: Callable[[], T]) -> T:

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import policy
+from . import policy, shares
 from .batch import Batch
 from .compiled import one_graph
 from .errors import InputError
@@ -64,8 +64,8 @@ class Attacked:
         return losses
 
     def total(self, losses: Tensor) -> Tensor:
-        """The mean of f times the scale: what is differentiated."""
-        return losses.mean() * self.scale
+        """The mean of f times the scale: what is differentiated. Of several processes, each has its part of it."""
+        return shares.mean(losses) * self.scale
 
 
 class Terms(NamedTuple):

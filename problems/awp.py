@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import bilevel_at as ba
+from bilevel_at import shares
 from bilevel_at.errors import at_least, whole_number
 from bilevel_at.policy import Number, checked, number
 from bilevel_at.runs.problem_file import ProblemFile
@@ -106,8 +107,9 @@ class AWP(ba.UpperProblem):
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         copied = Elsewhere(model, {**weights, **buffers})
         solution = replace(solution, delta=solution.delta.detach())
-        loss = self.inner_loss(copied, batch, solution, _same_draws(generator)).mean()
-        gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+        loss = shares.mean(self.inner_loss(copied, batch, solution, _same_draws(generator)))
+        parts = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+        gradients = [None if part is None else shares.total(part) for part in parts]
         return {
             name: self.size * weight.detach().norm() * gradient / (gradient.norm() + TINY)
             for (name, weight), gradient in zip(weights.items(), gradients, strict=True)

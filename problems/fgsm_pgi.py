@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 import bilevel_at as ba
+from bilevel_at import shares
 from bilevel_at.batch import per_sample
 from bilevel_at.errors import at_least, one_of
 from bilevel_at.modes import Mode
@@ -89,7 +90,7 @@ class MomentumPrior(Prior):
     def observe(self, step: ba.Hypergradient) -> None:
         batch, anchor, descent = step.solution.batch, step.solution.anchor, step.solution.attack_gradient
         assert descent is not None  # a linearised attacker always has it
-        scale = descent.abs().sum().clamp(min=torch.finfo(descent.dtype).tiny)
+        scale = shares.total(descent.abs().sum()).clamp(min=torch.finfo(descent.dtype).tiny)
         momentum = -descent / scale + self.decay * self.momentum.read(batch, torch.zeros_like(descent))
         size = per_sample(self.step.size(batch, descent), anchor)
         self.memory.write(batch, self.constraint.project(anchor + size * momentum.sign(), batch.x))

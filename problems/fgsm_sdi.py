@@ -32,6 +32,7 @@ import torch
 from torch import Tensor, nn
 
 import bilevel_at as ba
+from bilevel_at import shares
 from bilevel_at.errors import at_least, positive, whole_number
 from bilevel_at.policy import Number, checked, number
 from bilevel_at.runs.recipe import CIFAR, DIGITS, Recipe
@@ -130,8 +131,8 @@ class Generated(ba.Anchor):
                 step = step_policy(lower.step).size(batch, gradient)
                 delta = lower.constraint.project(z - step * gradient.sign(), batch.x)
             seen = upper.prepare(model, batch, generator)
-            loss = upper.loss_at(model, seen, replace(solution, delta=delta), generator).mean()
-            gradients = torch.autograd.grad(-loss, list(network.parameters()))
+            loss = shares.mean(upper.loss_at(model, seen, replace(solution, delta=delta), generator))
+            gradients = [shares.total(g) for g in torch.autograd.grad(-loss, list(network.parameters()))]
         for parameter, gradient in zip(network.parameters(), gradients, strict=True):
             parameter.grad = gradient
         optimizer.step()

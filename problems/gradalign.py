@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 import bilevel_at as ba
+from bilevel_at import shares
 from bilevel_at.errors import at_least
 from bilevel_at.modes import Mode
 from bilevel_at.policy import Number, checked, last_number
@@ -81,7 +82,7 @@ class GradAlign(ba.UpperProblem):
         # Where the cosine is undefined its own gradient is NaN, which no mask removes afterwards.
         clean, moved = (torch.where(defined[:, None], g.flatten(1), 1.0) for g in (clean, moved))
         distance = (1 - nn.functional.cosine_similarity(clean, moved)) * defined
-        return losses + self.coefficient * distance * len(batch) / defined.sum().clamp(min=1)
+        return losses + self.coefficient * distance * shares.size(batch) / shares.total(defined.sum()).clamp(min=1)
 
     def _gradient(self, model: nn.Module, batch: ba.Batch, delta: Tensor, create_graph: bool) -> Tensor:
         with ba.attack_mode(model, self.mode):

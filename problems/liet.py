@@ -31,7 +31,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import bilevel_at as ba
+from bilevel_at import shares
 from bilevel_at.anchors import Attacker
+from bilevel_at.draws import rand
 from bilevel_at.errors import at_least, finite, whole_number
 from bilevel_at.losses import as_loss, check_classes
 from bilevel_at.modes import Mode, no_graph
@@ -60,7 +62,7 @@ class RandomTargets(ba.Loss):
         if classes is None:
             with ba.attack_mode(model, "eval"), no_graph():
                 classes = int(model(batch.x[:1]).shape[-1])
-        draws = torch.rand((len(batch), classes), generator=generator, dtype=batch.x.dtype, device=batch.x.device)
+        draws = rand((len(batch), classes), generator, dtype=batch.x.dtype, device=batch.x.device)
         label = check_classes(draws, batch)[:, None]
         draws = draws.scatter(1, label, 0.0)
         total = draws.sum(1, keepdim=True).clamp(min=torch.finfo(draws.dtype).tiny)
@@ -108,7 +110,7 @@ class OfGreyImages(ba.Anchor):
         if universal is None or old or self.counter.count % self.every == 0:
             universal = self._of_grey(lower, model, base, classes, generator)
         assert y is not None  # the loss has looked at the labels
-        mask = torch.rand(base.shape, generator=generator, dtype=base.dtype, device=base.device)
+        mask = rand(base.shape, generator, dtype=base.dtype, device=base.device)
         rho, coin = torch.rand(2, generator=generator, dtype=base.dtype, device=base.device)
         noise = self.noise.fresh(lower.constraint, base, generator)
         z = torch.where(mask < self.low + (self.high - self.low) * rho, noise, universal[y].to(base))
@@ -121,7 +123,7 @@ class OfGreyImages(ba.Anchor):
         """U_k for each class k."""
         grey = torch.full((classes, *base.shape[1:]), 0.5, dtype=base.dtype, device=base.device)
         loss = as_loss(lower.attack_loss)
-        with ba.attack_mode(model, "eval"):
+        with ba.attack_mode(model, "eval"), shares.alike():
             batch = loss.prepare(model, ba.Batch(grey, torch.arange(classes, device=base.device)), generator)
             gradient, _ = ba.input_gradient(loss, model, batch, torch.zeros_like(grey))
         return -gradient.sign() * self.step.size(batch, gradient)

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 import bilevel_at as ba
+from bilevel_at import shares
 from bilevel_at.errors import at_least, positive
 from bilevel_at.losses import check_classes
 from bilevel_at.runs.recipe import CIFAR, DIGITS, Recipe
@@ -34,8 +35,8 @@ from bilevel_at.solvers import ZeroIG
 
 
 def nuclear_norm(clean: Tensor, moved: Tensor) -> Tensor:
-    """‖clean − moved‖_* of two matrices of logits, one number, in float32 at least."""
-    change = clean - moved
+    """‖clean − moved‖_* of two matrices of logits, one number, in float32 at least; of the whole batch."""
+    change = shares.whole(clean - moved)
     norm: Tensor = torch.linalg.matrix_norm(change if change.dtype == torch.float64 else change.float(), "nuc")
     return norm
 
@@ -69,7 +70,9 @@ class Alternating(ba.CrossEntropy):
         if self.alternate and self.counter.count % 2 == 0:
             return losses
         gap = self.gap(batch.more["reference"], output)
-        return (losses.sum() if gap.ndim == 0 else losses) + self.weight.value * gap
+        if gap.ndim == 0:
+            return losses.sum() + self.weight.value * shares.part(gap)
+        return losses + self.weight.value * gap
 
 
 class Nuclear(ba.UpperProblem):

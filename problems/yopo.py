@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 import bilevel_at as ba
+from bilevel_at import shares
 from bilevel_at.batch import per_sample
 from bilevel_at.errors import whole_number
 from bilevel_at.losses import check_prepared, check_values
@@ -139,7 +140,7 @@ class YOPO(ba.Solver):
                 made = f"the network {len(outputs)} times" if outputs else "no convolution"
                 raise ba.InputError(f"YOPO splits a single pass at its first convolution; the upper loss passes {made}")
             *full, p, v = torch.autograd.grad(
-                losses.mean() * scale, [*named.values(), outputs[0], eta], allow_unused=True
+                shares.mean(losses) * scale, [*named.values(), outputs[0], eta], allow_unused=True
             )
             point = eta.detach()
             for _ in range(self.n):

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import torch
 
+from .. import shares
 from ..errors import InputError
 
 __all__ = ["resolve_device"]
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device of a name: cpu, cuda, cuda:N, mps, or auto, which is a GPU if there is one."""
+    """The device of a name: cpu, cuda, cuda:N, mps, or auto, which is a GPU if there is one.
+
+    Of several processes on a machine, each has a GPU of its own.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and shares.count() > 1:
+        name = f"cuda:{torch.cuda.current_device()}"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()

@@ -265,19 +265,30 @@ def main(command: Callable[[Sequence[str]], int | None], prog: str) -> int:
     except (InputError, BilevelError) as error:
         if asked:
             traceback.print_exc()
-        print(f"{prog}: {_printable(str(error))}", file=sys.stderr)
+        print(f"{_which(prog)}: {_printable(str(error))}", file=sys.stderr)
         return 2
     except BrokenPipeError:
         sys.stderr.write(f"{prog}: the output was closed; what is done stays done\n")
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # avoids a second error message at exit
         return 1
     except KeyboardInterrupt as error:
-        print(f"{prog}: stopped{': ' + str(error) if str(error) else ''}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # all processes of a job stop together
+            print(f"{prog}: stopped{': ' + str(error) if str(error) else ''}", file=sys.stderr)
         return 128 + (error.number if isinstance(error, Stopped) else signal.SIGINT)
     except Exception as error:
         if asked:
             traceback.print_exc()
         from .mistakes import one_line  # here: it imports torch, which --help does without
+        from .processes import ended_elsewhere
 
-        print(f"{prog}: {_printable(one_line(error))}", file=sys.stderr)
+        if not ended_elsewhere(error):
+            print(f"{_which(prog)}: {_printable(one_line(error))}", file=sys.stderr)
+        elif os.environ.get("RANK") == "0":
+            print(f"{prog}: another process of this job has ended", file=sys.stderr)
         return 1
+
+
+def _which(prog: str) -> str:
+    """The program, and which of the processes of a job this is, but for the first."""
+    rank = os.environ.get("RANK", "0")
+    return prog if rank == "0" else f"{prog} (process {rank})"

@@ -23,6 +23,7 @@ from ..runs.networks import load
 from ..train.steps import check_coupling
 from .device import resolve_device
 from .plan import Plan
+from .processes import one_after_the_other
 
 __all__ = [
     "Prepared",
@@ -103,7 +104,7 @@ def attacks_of(plan: Plan) -> tuple[list[Attack], Attack]:
 def _images(plan: Plan, device: torch.device) -> tuple[ImageSet, ImageSet, ImageSet]:
     """(training, held-out, test) images on the device."""
     options = plan.options
-    train, test = load_data(options.data, options.data_dir, options.download)
+    train, test = one_after_the_other(lambda: load_data(options.data, options.data_dir, options.download))
     if options.examples is not None:
         train = train.sample(options.examples)
     if options.test_examples is not None:

@@ -7,9 +7,10 @@ The file's ``problem(...)``, and its ``solver(...)`` if there is one, define fla
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -17,8 +18,10 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from .. import shares
 from ..data import ImageSet
-from ..errors import BilevelError, InputError
+from ..distributed import broadcast
+from ..errors import BilevelError
 from ..evaluate import Score, Threat
 from ..runs.directory import CHECKPOINTS, RunDir
 from ..runs.evaluations import Store
@@ -34,9 +37,10 @@ from .headline import caption
 from .layout import memory_format_of
 from .plan import Plan, understand
 from .prepare import Prepared, kink_note, prepare
+from .processes import agreed, joined
 from .saving import Saver
 from .signals import Signals, Stopped
-from .start import begin, resume, resumes, run_directory
+from .start import begin_or_resume, run_directory
 
 __all__ = ["run"]
 
@@ -53,15 +57,18 @@ def run(args: Sequence[str]) -> int:
 
 
 def _run(args: Sequence[str], signals: Signals) -> int:
-    console = Console()
-    _check_one_process()
-    plan = understand(args)
-    if plan.options.dry_run:
-        dry_run(plan, console)
-        return 0
-    prepared = prepare(plan)
-    run_dir = run_directory(plan.options, plan.file.path.stem)
-    with locked(run_dir.path, "bilevel_at.run"):
+    with joined() as is_first, ExitStack() as stack:
+        console = Console()
+        plan = agreed(lambda: understand(args))
+        if plan.options.dry_run:
+            if is_first:
+                dry_run(plan, console)
+            return 0
+        prepared = agreed(lambda: prepare(plan))
+        run_dir = RunDir(shares.first(lambda: run_directory(plan.options, plan.file.path.stem).path))
+        if is_first:
+            lock = locked(run_dir.path, "bilevel_at.run")
+        shares.first(lambda: stack.enter_context(lock))
         return _in_directory(plan, prepared, run_dir, signals, console)
 
 
@@ -69,13 +76,9 @@ def _in_directory(plan: Plan, prepared: Prepared, run_dir: RunDir, signals: Sign
     """Train and evaluate in a directory that no other command writes into."""
     if plan.options.compile:
         plan.solver.compile()
-    layout = memory_format_of(plan, prepared, run_dir)
-    trainer = _trainer(plan, prepared, layout.name)
-    config = plan.config(prepared.model, prepared.train, prepared.extra) | {"memory_format": layout.asdict()}
-    if resumes(plan.options, run_dir):
-        resume(run_dir, config, trainer, prepared.test.device, plan.defaults())
-    else:
-        begin(run_dir, config)
+    layout = shares.first(lambda: memory_format_of(plan, prepared, run_dir))
+    trainer = agreed(lambda: _trainer(plan, prepared, layout.name))
+    begin_or_resume(plan, prepared, run_dir, layout.asdict(), trainer)
     console.print(_opening(plan, prepared), highlight=False, markup=False)
     if note := kink_note(plan, prepared.model):
         console.print(f"note: {note}", highlight=False, markup=False)
@@ -83,8 +86,11 @@ def _in_directory(plan: Plan, prepared: Prepared, run_dir: RunDir, signals: Sign
     try:
         with signals.waiting():
             _train(trainer, run_dir, saver, console)
-        scores, worst = _evaluate(trainer, run_dir, prepared, console)
-        _draw(plan, prepared, run_dir)
+        if shares.rank() > 0:
+            return 0
+        with shares.alone():
+            scores, worst = _evaluate(trainer, run_dir, prepared, console)
+            _draw(plan, prepared, run_dir)
     except KeyboardInterrupt as stop:
         number = stop.number if isinstance(stop, Stopped) else signal.SIGINT
         raise Stopped(number, _how_to_go_on(plan, run_dir, saver)) from None
@@ -93,16 +99,6 @@ def _in_directory(plan: Plan, prepared: Prepared, run_dir: RunDir, signals: Sign
         raise BilevelError(f"{plan.file.path.stem}: {error} {where}", error.samples) from error
     _close(scores, worst, prepared, plan.file.path, run_dir, console)
     return 0
-
-
-def _check_one_process() -> None:
-    """Refuse to train in several processes that know nothing of each other."""
-    processes = os.environ.get("WORLD_SIZE", "1")
-    if processes != "1" and "RANK" in os.environ:
-        raise InputError(
-            f"torchrun has started {processes} processes; this command trains in one: start it without torchrun "
-            "(for a loop of your own there is ba.distributed.reduce_gradients)"
-        )
 
 
 def _size(threat: Threat) -> str:
@@ -151,7 +147,8 @@ def _train(trainer: Trainer, run: RunDir, saver: Saver, console: Console) -> Non
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("train", total=trainer.recipe.epochs, completed=trainer.done, measured="")
         for epoch in trainer.epochs():
-            collapse = keeper.keep(epoch, trainer.state_dict(), trainer.recorder.arrays())
+            state = trainer.state_dict()  # every process has a part in it
+            collapse = shares.first(partial(keeper.keep, epoch, state, trainer.recorder.arrays()))
             saver.close_epoch()
             if collapse is not None:
                 console.print(f"{collapse}; last_good.pt keeps epoch {collapse.last_good}", highlight=False)
@@ -180,18 +177,27 @@ def _evaluate(
     worst: dict[str, WorstCase] = {}
     with console.status("evaluating") as status:
         for which in CHECKPOINTS:
-            if which == "last_good" and catastrophic_overfitting(run.metrics()) is None:
-                run.remove_checkpoint(which)  # saved in case the collapse was confirmed
+            if not shares.first(partial(_load, which, trainer, run, prepared)):
                 continue
-            load_weights(trainer.model, run, which, prepared.name, test.device)
+            if shares.count() > 1:
+                broadcast(trainer.model, shares.group())
             store = Store(run, which, trainer.model, test, usual=prepared.threat, data=data)
             scores[which] = {}
             for attack in prepared.attacks:
                 status.update(f"{which} epoch: {attack.name}")
                 scores[which][attack.name] = store.score(attack)[1]
-            if (headline := store.worst_case()) is not None:
+            if (headline := shares.first(store.worst_case)) is not None:
                 worst[which] = headline
     return scores, worst
+
+
+def _load(which: str, trainer: Trainer, run: RunDir, prepared: Prepared) -> bool:
+    """Load a checkpoint's weights, if the run has it."""
+    if which == "last_good" and catastrophic_overfitting(run.metrics()) is None:
+        run.remove_checkpoint(which)  # saved in case the collapse was confirmed
+        return False
+    load_weights(trainer.model, run, which, prepared.name, prepared.test.device)
+    return True
 
 
 def _how_to_go_on(plan: Plan, run: RunDir, saver: Saver) -> str:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import time
 
+import torch
+from torch.distributed import ReduceOp
+
+from .. import shares
 from ..runs.directory import RunDir
 from ..train import Trainer
 from .signals import Signals
@@ -13,6 +17,8 @@ __all__ = ["MIDWAY", "Saver"]
 MIDWAY = "midway"
 """The checkpoint of a position inside an epoch. It has a file of its own: ``last.pt`` is the end of an epoch, to be
 evaluated, and becomes ``last_good.pt`` where the next one collapses."""
+
+TOGETHER = 8  # updates; several processes wait for each other's CPUs to ask
 
 
 class Saver:
@@ -27,15 +33,27 @@ class Saver:
 
     def __init__(self, trainer: Trainer, run: RunDir, signals: Signals, minutes: float) -> None:
         self.trainer, self.run, self.signals, self.seconds = trainer, run, signals, 60 * minutes
-        self._last = time.monotonic()
+        self._last, self._calls = time.monotonic(), 0
         self.updates = 0 if trainer.position is None else trainer.position.updates
 
     def __call__(self) -> None:
-        if self.signals.asked is not None:
+        asked, due = self.signals.asked, bool(self.seconds) and time.monotonic() - self._last >= self.seconds
+        if shares.count() > 1:
+            asked, due = self._agreed(asked, due)
+        if asked is not None:
             self.save()
+            self.signals.asked = asked
             self.signals.leave_if_asked()
-        elif self.seconds and time.monotonic() - self._last >= self.seconds:
+        elif due:
             self.save()
+
+    def _agreed(self, asked: int | None, due: bool) -> tuple[int | None, bool]:
+        """A signal to any process, and the first one's clock; processes ask each other after every few updates."""
+        self._calls += 1
+        if self._calls % TOGETHER:
+            return None, False
+        flags = shares.summed(torch.tensor([asked or 0, due and shares.rank() == 0]), ReduceOp.MAX).tolist()
+        return flags[0] or None, bool(flags[1])
 
     def save(self) -> None:
         """Write the checkpoint, unless a number is not finite.
@@ -45,11 +63,12 @@ class Saver:
             BilevelError: where it cannot be written.
         """
         self.trainer.check()
-        self.run.save_checkpoint(MIDWAY, self.trainer.state_dict())
+        state = self.trainer.state_dict()  # every process has a part in it
+        shares.first(lambda: self.run.save_checkpoint(MIDWAY, state))
         self.updates = 0 if self.trainer.position is None else self.trainer.position.updates
         self._last = time.monotonic()
 
     def close_epoch(self) -> None:
         """The epoch's end is saved: what was saved inside it is not needed."""
-        self.run.remove_checkpoint(MIDWAY)
+        shares.first(lambda: self.run.remove_checkpoint(MIDWAY))
         self.updates, self._last = 0, time.monotonic()

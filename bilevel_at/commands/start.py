@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from .. import shares
 from ..errors import InputError
 from ..runs.directory import RESULTS, RunDir, plain
 from ..runs.history import history_arrays
 from ..train import Trainer
 from .options import RunOptions
+from .plan import Plan
+from .prepare import Prepared
+from .processes import agreed, on_device
 from .saving import MIDWAY
 
-__all__ = ["begin", "resume", "resumes", "run_directory"]
+__all__ = ["begin_or_resume", "resumes", "run_directory"]
 
 ROUNDING = ("device", "compile", "memory_format", "attacks", "data_dir", "download", "test_examples")
 """Options that may differ when a run is resumed, because they change the trained weights by rounding at most."""
@@ -49,48 +54,90 @@ def resumes(options: RunOptions, run: RunDir) -> bool:
     return options.resume != "no" and run.exists
 
 
-def begin(run: RunDir, config: dict[str, Any]) -> None:
-    """Write the configuration of a run that starts now."""
-    run.begin(config)
-
-
-def resume(
-    run: RunDir, config: dict[str, Any], trainer: Trainer, device: torch.device, defaults: Mapping[str, Any]
+def begin_or_resume(
+    plan: Plan, prepared: Prepared, run: RunDir, memory_format: dict[str, Any], trainer: Trainer
 ) -> None:
-    """Load the state of an interrupted run into the trainer: inside an epoch, or at the end of the last one.
+    """Write the configuration of a run that starts now, or take up the state of one that was interrupted.
+
+    Of several processes the first alone reads and writes.
 
     Args:
-        run: the directory.
-        config: the configuration of this command.
-        trainer: the trainer.
-        device: where tensors are loaded to.
-        defaults: of the settings, by section; those of a run from before there was such a setting.
+        plan, prepared, run, trainer: of the command.
+        memory_format: as ``config.json`` has it.
 
     Raises:
         InputError: if a setting, the problem file or the training images differ from the saved ones, or the run's files
             are inconsistent.
+    """
+    several, device = shares.count() > 1, prepared.test.device
+
+    def here() -> _Found | None:
+        config = plan.config(prepared.model, prepared.train, prepared.extra) | {"memory_format": memory_format}
+        if resumes(plan.options, run):
+            return _found(run, config, torch.device("cpu") if several else device, plan.defaults())
+        run.begin(config)
+        return None
+
+    state = shares.first(here)
+    if state is not None:
+        agreed(lambda: _take_up(run, state, trainer, device))
+        shares.first(lambda: _settle(run, state.which, trainer.done))
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What a run has come to.
+
+    Args:
+        which: the name of the checkpoint.
+        state: its content; None if the run has none.
+        history: the recorder's arrays.
+    """
+
+    which: str
+    state: dict[str, Any] | None
+    history: dict[str, Any]
+
+
+def _found(run: RunDir, config: dict[str, Any], device: torch.device, defaults: Mapping[str, Any]) -> _Found:
+    """The state of an interrupted run: inside an epoch, or at the end of the last one.
+
+    Args:
+        run: the directory.
+        config: the configuration of this command.
+        device: where tensors are loaded to.
+        defaults: of the settings, by section; those of a run from before there was such a setting.
     """
     _same_settings(run, run.config(), plain(config), defaults)
     run.recover()
     if run.has(RESULTS):
         run.read_json(RESULTS)  # where it is damaged, say so before training, and not after it
     which, state = _newest(run, device)
-    if state is not None:
+    if state is None and len(run.metrics()) > 1:  # one: an earlier version was stopped while saving its first epoch
+        raise InputError(f"{run} has metrics of {len(run.metrics())} epochs, but no checkpoint; choose another --out")
+    return _Found(which, state, {} if state is None else history_arrays(run))
+
+
+def _take_up(run: RunDir, found: _Found, trainer: Trainer, device: torch.device) -> None:
+    """Load what was found into the trainer."""
+    if found.state is not None:
         try:
-            trainer.load_state_dict(state)
+            trainer.load_state_dict(found.state if shares.count() == 1 else on_device(found.state, device))
         except Exception as error:  # load_state_dict raises many types of errors for foreign content
             reason = str(error).strip().split("\n")[0]
             raise InputError(
-                f"{run}/{which}.pt is not a checkpoint of this run ({type(error).__name__}: {reason})"
+                f"{run}/{found.which}.pt is not a checkpoint of this run ({type(error).__name__}: {reason})"
             ) from error
-    elif len(run.metrics()) > 1:  # one: a run of an earlier version that was stopped while saving its first epoch
-        raise InputError(f"{run} has metrics of {len(run.metrics())} epochs, but no checkpoint; choose another --out")
+    if trainer.done:  # before the first epoch's end, the recorder has what it starts with
+        trainer.recorder.restore(found.history, trainer.done)
+
+
+def _settle(run: RunDir, which: str, epochs: int) -> None:
+    """Make the directory's files those of the epochs that are done."""
     if which != MIDWAY:  # a kill has left it after the end of its epoch, and the last epoch has no next one's end
         run.remove_checkpoint(MIDWAY)
-    if trainer.done:  # before the first epoch's end, the recorder has what it starts with
-        trainer.recorder.restore(history_arrays(run), trainer.done)
-    if len(run.metrics(epochs=trainer.done)) != trainer.done:
-        raise InputError(f"{run}/metrics.jsonl does not have the {trainer.done} epochs that {which}.pt has")
+    if len(run.metrics(epochs=epochs)) != epochs:
+        raise InputError(f"{run}/metrics.jsonl does not have the {epochs} epochs that {which}.pt has")
 
 
 def _newest(run: RunDir, device: torch.device) -> tuple[str, dict[str, Any] | None]:

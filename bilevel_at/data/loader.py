@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -10,12 +10,14 @@ import torch
 from ..batch import Batch, CropFlip
 from ..draws import generator_on
 from ..errors import InputError
+from ..shares import Share, deal
 from .sets import Images, ImageSet
 from .stream import ResizedCropFlip, Streamed, evaluation_view
 
 __all__ = ["Augment", "Loader"]
 
 Augment = Literal["none", "crop-flip", "resized-crop-flip"]
+Dealing = Callable[[list[torch.Tensor]], Sequence[Share | None]]
 
 
 class Loader:
@@ -71,10 +73,23 @@ class Loader:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of epoch ``epoch``, from batch ``start`` on; those before it are not decoded."""
+        return (batch for batch, _ in self._batches(epoch, start, lambda batches: [None] * len(batches)))
+
+    def dealt(self, epoch: int, start: int = 0, by_index: bool = False) -> Iterator[tuple[Batch, Share | None]]:
+        """The same, and of several processes (:func:`~bilevel_at.shares.together`) this one's rows of each batch.
+
+        Args:
+            epoch, start: as for :meth:`epoch`.
+            by_index: whether examples, rather than places in the batch, are dealt out
+                (:class:`~bilevel_at.shares.Share`).
+        """
+        return self._batches(epoch, start, lambda batches: deal(batches, by_index))
+
+    def _batches(self, epoch: int, start: int, dealing: Dealing) -> Iterator[tuple[Batch, Share | None]]:
         if isinstance(self.images, Streamed):
-            return self._streamed(self.images, epoch, start)
+            return self._streamed(self.images, epoch, start, dealing)
         assert isinstance(self.images, Images)
-        return self._in_memory(self.images, epoch, start)
+        return self._in_memory(self.images, epoch, start, dealing)
 
     def _order(self, epoch: int, device: torch.device) -> tuple[list[torch.Tensor], torch.Generator]:
         """The positions of each batch, and the generator that shuffled them."""
@@ -92,26 +107,31 @@ class Loader:
         self, batches: list[torch.Tensor], own: torch.Tensor, extra: int, generator: torch.Generator
     ) -> list[torch.Tensor]:
         """Batches of the same sizes, of which a share is extra images."""
-        shares = [round(self.extra_fraction * len(batch)) for batch in batches]
-        kept = [len(batch) - share for batch, share in zip(batches, shares, strict=True)]
-        rounds = -(-sum(shares) // extra)  # as many permutations as are needed
+        extras = [round(self.extra_fraction * len(batch)) for batch in batches]
+        kept = [len(batch) - more for batch, more in zip(batches, extras, strict=True)]
+        rounds = -(-sum(extras) // extra)  # as many permutations as are needed
         drawn = [torch.randperm(extra, generator=generator, device=own.device) for _ in range(rounds)]
-        more = torch.cat([own.new_empty(0), *drawn])[: sum(shares)] + len(own)
-        pairs = zip(own[: sum(kept)].split(kept), more.split(shares), strict=True)
+        more = torch.cat([own.new_empty(0), *drawn])[: sum(extras)] + len(own)
+        pairs = zip(own[: sum(kept)].split(kept), more.split(extras), strict=True)
         return [torch.cat(pair) for pair in pairs]
 
-    def _in_memory(self, images: Images, epoch: int, start: int) -> Iterator[Batch]:
+    def _in_memory(
+        self, images: Images, epoch: int, start: int, dealing: Dealing
+    ) -> Iterator[tuple[Batch, Share | None]]:
         batches, generator = self._order(epoch, images.device)
-        for number, index in enumerate(batches):
+        for number, (index, share) in enumerate(zip(batches, dealing(batches), strict=True)):
             view = None
             if self.augment == "crop-flip":
                 view = CropFlip.draw(len(index), self.padding, generator, images.device)
             if number < start:
                 continue  # its view is drawn all the same, for the views of those that follow
+            if share is not None:
+                share = share.to(images.device)
+                index, view = index[share.rows], None if view is None else view[share.rows]
             x, y = self._examples(images, index)
             if view is not None:
                 x = view.apply(view.pad(x))
-            yield Batch(x, y, index, view, len(self.labels))
+            yield Batch(x, y, index, view, len(self.labels)), share
 
     def _examples(self, images: Images, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(pixels, labels) of these indices; own images come before extra ones in a batch."""
@@ -122,12 +142,16 @@ class Loader:
         parts = images[index[own]], self.extra[index[~own] - len(images)]
         return torch.cat([part.pixels() for part in parts]), torch.cat([part.y for part in parts])
 
-    def _streamed(self, images: Streamed, epoch: int, start: int) -> Iterator[Batch]:
+    def _streamed(
+        self, images: Streamed, epoch: int, start: int, dealing: Dealing
+    ) -> Iterator[tuple[Batch, Share | None]]:
         batches = self._order(epoch, torch.device("cpu"))[0][start:]
+        parts = dealing(batches)
+        batches = [index if part is None else index[part.rows] for index, part in zip(batches, parts, strict=True)]
         view = ResizedCropFlip(self.seed, epoch) if self.augment == "resized-crop-flip" else evaluation_view
         positions = [index.tolist() for index in batches]
         decoded = images.files(view).batches(positions, images.workers, pin=images.device.type == "cuda")
-        for index, bytes_ in zip(batches, decoded, strict=True):
+        for index, part, bytes_ in zip(batches, parts, decoded, strict=True):
             index = index.to(images.device)
             x = bytes_.to(images.device, non_blocking=True).float() / 255
-            yield Batch(x, images.y[index], index, examples=len(images))
+            yield Batch(x, images.y[index], index, examples=len(images)), part and part.to(images.device)

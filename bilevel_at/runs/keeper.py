@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,11 @@ class Keeper:
 
     def __init__(self, run: RunDir) -> None:
         self.run = run
-        self.lines = run.metrics()
+
+    @cached_property
+    def lines(self) -> list[dict[str, Any]]:
+        """The metrics, epoch by epoch."""
+        return self.run.metrics()
 
     def keep(self, epoch: Epoch, state: Mapping[str, Any], history: Mapping[str, np.ndarray]) -> Collapse | None:
         """Write the files of an epoch, as one change.

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import shares
 from ..batch import Batch, on_host
 from ..errors import BilevelError
 from ..solution import Hypergradient
@@ -135,7 +136,8 @@ def leaving_out(solver: Solver, model: nn.Module) -> Iterator[None]:
         step = plain(*args, **options)
         gradients = [g.detach() for g in step.grads.values() if g is not None and g.numel()]
         numbers = [step.losses.sum(), *torch._foreach_norm(gradients)]
-        if not torch.stack([number.float() for number in numbers]).isfinite().all():
+        wrong = ~torch.stack([number.float() for number in numbers]).isfinite().all()
+        if shares.total(wrong.int()):
             for buffer, value in buffers:
                 buffer.data.copy_(value)
             raise LeftOut("a loss or a gradient is not finite")

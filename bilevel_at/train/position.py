@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import shares
 from ..draws import generator_on, random_state
 
 __all__ = ["Position", "own_randomness"]
@@ -61,27 +62,32 @@ class Position:
         """Tensors and plain values; inside the epoch, torch's global generators are as the next update finds them."""
         return {
             **{name: getattr(self, name) for name in PLAIN},
-            "means": self.means.clone(),
-            "looks": self.looks.clone(),
+            "means": shares.summed(self.means.clone()),
+            "looks": shares.summed(self.looks.clone()),
             "seconds": self.seconds + time.perf_counter() - self.began,
             "device": self.means.device.type,
             "random": random_state(self.generator),
+            "others": shares.gathered(random_state(self.generator))[1:],
         }
 
     @classmethod
     def from_state(cls, state: dict[str, Any], seed: int, device: torch.device) -> Position:
         """Restore what :meth:`state_dict` returned.
 
-        Generators of another type of device have other states: there, the draws begin as those of the epoch did.
+        Generators of another type of device have other states: there, the draws begin as those of the epoch did. So do
+        those of torch's global generators on other processes than the first where there were not as many.
         """
         position = cls.start(state["epoch"], seed, device)
         for name in (*PLAIN, "seconds"):
             setattr(position, name, state[name])
-        position.means.copy_(state["means"])
-        position.looks.copy_(state["looks"])
+        if shares.rank() == 0:  # sums over processes
+            position.means.copy_(state["means"])
+            position.looks.copy_(state["looks"])
         if state["device"] == device.type:
-            own, *position.randomness = [part.cpu() for part in state["random"]]  # they may be loaded to a GPU
-            position.generator.set_state(own)
+            by_rank = [state["random"], *state.get("others", [])]
+            position.generator.set_state(state["random"][0].cpu())  # they may be loaded to a GPU
+            if shares.rank() == 0 or len(by_rank) == shares.count():
+                position.randomness = [part.cpu() for part in by_rank[shares.rank()][1:]]
         return position
 
 

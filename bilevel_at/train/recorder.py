@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed import ReduceOp
 
+from .. import shares
 from ..batch import Batch
 from ..solution import Solution
 
@@ -38,7 +40,7 @@ class Recorder:
         return len(self.labels) <= MOST_EXAMPLES
 
     def _empty(self) -> Tensor:
-        return torch.full((len(self.labels),), torch.nan, device=self.labels.device)
+        return torch.full((len(self.labels),), torch.nan, dtype=torch.float32, device=self.labels.device)
 
     def note(self, batch: Batch, solution: Solution) -> None:
         """Record the lower level's measurements of these examples, replacing earlier ones of the same epoch."""
@@ -55,7 +57,7 @@ class Recorder:
 
     def close_epoch(self, model: nn.Module) -> None:
         """Finish the epoch."""
-        self.epochs.append((self._norm.cpu(), self._step.cpu()))
+        self.epochs.append((of_all(self._norm).cpu(), of_all(self._step).cpu()))
         self.filters.append(_filters(model))
         self._norm, self._step = self._empty(), self._empty()
 
@@ -77,11 +79,12 @@ class Recorder:
             unsaved: how many of the last epochs are in no file.
         """
         closed = self.epochs[len(self.epochs) - unsaved :]
-        return {"norm": self._norm, "step": self._step, "closed": closed, "filters": self.filters}
+        return {"norm": of_all(self._norm), "step": of_all(self._step), "closed": closed, "filters": self.filters}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned; :meth:`restore` has the epochs that a file has."""
-        self._norm, self._step = (state[name].to(self.labels.device).clone() for name in ("norm", "step"))
+        if shares.rank() == 0:  # it has what all have recorded; the others' new values go before
+            self._norm, self._step = (state[name].to(self.labels.device).clone() for name in ("norm", "step"))
         self._unsaved = [(norm.cpu(), step.cpu()) for norm, step in state["closed"]]
         self.epochs, self.filters = list(self._unsaved), list(state["filters"])
 
@@ -95,6 +98,16 @@ class Recorder:
         if first is not None and epochs > 0 and len(self.filters) <= epochs:
             filters = _fitting(arrays, "filters", torch.full((epochs + 1, *first.shape), torch.nan))
             self.filters = list(filters)
+
+
+def of_all(values: Tensor) -> Tensor:
+    """The values of all processes, of the last one that has a number where several have."""
+    if shares.count() == 1:
+        return values
+    has = torch.where(values.isnan(), -1, shares.rank())
+    last = shares.summed(has, ReduceOp.MAX)
+    own = (last == shares.rank()) & (last >= 0)
+    return torch.where(last < 0, torch.nan, shares.summed(torch.where(own, values, 0)))
 
 
 def _fitting(arrays: Any, name: str, like: Tensor) -> Tensor:

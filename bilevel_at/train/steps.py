@@ -10,9 +10,13 @@ from torch import Tensor, nn
 from ..batch import Batch
 from ..errors import InputError
 from ..modes import attack_mode, autocast
+from ..shares import Share
 from ..solution import Hypergradient, Solution
 
-__all__ = ["check_coupling", "groups_of", "look", "measured"]
+__all__ = ["Dealt", "check_coupling", "groups_of", "look", "measured"]
+
+Dealt = tuple[Batch, Share | None]
+"""A batch, and what part of a whole one it is."""
 
 
 def measured(step: Hypergradient) -> Tensor:
@@ -50,9 +54,9 @@ def check_coupling(losses: Tensor, accumulate: int) -> None:
         )
 
 
-def groups_of(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
+def groups_of(batches: Iterable[Dealt], size: int) -> Iterator[list[Dealt]]:
     """``size`` batches at a time; what is left at the end makes a smaller group."""
-    group: list[Batch] = []
+    group: list[Dealt] = []
     for batch in batches:
         group.append(batch)
         if len(group) == size:

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import policy
-from ..batch import Batch
+from .. import policy, shares
 from ..data import Images, ImageSet, Loader
 from ..diagnose import gradient_alignment
 from ..errors import InputError
@@ -27,8 +26,9 @@ from .finite import LeftOut, NotFinite, Sentinel, first_not_finite, leaving_out
 from .memory_format import FORMATS, MemoryFormat
 from .position import Position, own_randomness
 from .recorder import Recorder
+from .replicas import Reducer, check_replicas, check_states, remembers_by_example
 from .schedules import momentum_at, rate_at
-from .steps import check_coupling, groups_of, look, measured
+from .steps import Dealt, check_coupling, groups_of, look, measured
 
 __all__ = ["Trainer"]
 
@@ -91,6 +91,8 @@ class Trainer:
         self.optimizer = torch.optim.SGD(
             model.parameters(), lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay
         )
+        self.reducer = Reducer(model)
+        self.by_index = remembers_by_example((problem, solver))
         self.recorder = Recorder(self.loader.labels, model)
         self.average = WeightAverage(model, recipe) if recipe.averages else None
         self.skip_nonfinite, self.between = skip_nonfinite, between
@@ -150,14 +152,15 @@ class Trainer:
             self._train(position)
             self.check()
             if self.average is not None:
-                self.average.after_epoch(self.model, epoch + 1, (batch.x for batch in self.loader.epoch(epoch)))
+                self.average.after_epoch(self.model, epoch + 1, self._images(epoch))
                 self._check_average()
+        check_replicas(self.model)
         self.recorder.close_epoch(self.evaluated)
         examples = len(self.loader.images) * self.recipe.replays - position.left_out
         if not examples:
             raise NotFinite(f"every update of epoch {epoch + 1} was left out; {self.sentinel.remedy}")
-        loss, ratio_mean, cosine_mean = (position.means / examples).tolist()
-        right, size, rows = position.looks.tolist()
+        loss, ratio_mean, cosine_mean = (shares.summed(position.means) / examples).tolist()
+        right, size, rows = shares.summed(position.looks).tolist()
         position.measured = {
             "loss": loss,
             "implicit_ratio": ratio_mean,
@@ -182,10 +185,18 @@ class Trainer:
         return position.means, position.looks
 
     def _global_seed(self, epoch: int) -> int:
-        return 1_000_003 * self.seed + epoch  # of torch's global generators: dropout and the like
+        """Of torch's global generators (dropout and the like), which each process has of its own."""
+        return 1_000_003 * self.seed + epoch + 500_009 * shares.rank()
+
+    def _images(self, epoch: int) -> Iterator[Tensor]:
+        """The epoch's images, each process's own."""
+        for batch, share in self.loader.dealt(epoch, 0, self.by_index):
+            with shares.sharing(share):
+                yield batch.x
 
     def _take_up(self, epoch: int) -> Position:
         """The position of a state that was loaded, or the beginning of the epoch."""
+        self.reducer.start_epoch()
         if self.position is None or not self._resumed or self.position.epoch != epoch:
             self.position = Position.start(epoch, self.seed, self.device)
             policy.set_epoch((self.problem, self.solver), epoch, self.recipe.epochs)
@@ -197,7 +208,7 @@ class Trainer:
         replays, accumulate = self.recipe.replays, self.recipe.accumulate
         parts = list(policy.policies((self.problem, self.solver)).values())  # once: it is 1 % of a step on the digits
         first = position.updates // replays
-        groups = groups_of(self.loader.epoch(position.epoch, first * accumulate), accumulate)
+        groups = groups_of(self.loader.dealt(position.epoch, first * accumulate, self.by_index), accumulate)
         with attack_mode(self.model, "train"), self._guard():
             for number, group in enumerate(groups, first):
                 while position.updates < (number + 1) * replays:
@@ -209,25 +220,27 @@ class Trainer:
     def _guard(self) -> AbstractContextManager[None]:
         return leaving_out(self.solver, self.model) if self.skip_nonfinite else nullcontext()
 
-    def _update(self, position: Position, group: list[Batch], place: int, parts: list[policy.Policy]) -> None:
+    def _update(self, position: Position, group: list[Dealt], place: int, parts: list[policy.Policy]) -> None:
         """One update of θ, on batches ``place``, ``place + 1``, … of the epoch."""
         step_number = position.epoch * self.steps_per_epoch + position.updates
         self._follow_schedules(step_number)
         for part in parts:
             part.set_step(step_number, self.recipe.epochs * self.steps_per_epoch)
         self.optimizer.zero_grad()
-        examples = sum(len(batch) for batch in group)
-        left = examples
+        sizes = [len(batch) if share is None else share.whole for batch, share in group]
+        examples = left = sum(sizes)
         try:
-            for number, batch in enumerate(group, place):
-                with autocast(self.precision, self.device):
+            for number, ((batch, share), size) in enumerate(zip(group, sizes, strict=True), place):
+                with shares.sharing(share), autocast(self.precision, self.device):
                     step = self.solver.backward(
-                        self.problem, self.model, batch, position.generator, weight=len(batch) / examples
+                        self.problem, self.model, batch, position.generator, weight=size / examples
                     )
                 check_coupling(step.losses, self.recipe.accumulate)
+                left -= size
+                if share is not None and share.idle:
+                    continue
                 self.sentinel.note(step_number, position.epoch, batch, step.losses)
                 position.means += len(batch) * measured(step)
-                left -= len(batch)
                 self.recorder.note(batch, step.solution)
                 if number % LOOK_EVERY == 0:
                     position.looks += look(self.model, step.solution, self.precision)
@@ -236,6 +249,7 @@ class Trainer:
             position.skipped += 1
             position.left_out += left
             return
+        self.reducer.add_up()
         self.optimizer.step()
         if self.average is not None:
             self.average.after_update(self.model)
@@ -282,6 +296,7 @@ class Trainer:
             "solver": policy.state_of(self.solver),
             "epochs": self.done,
         }
+        check_states(state)
         if self.average is not None:
             state |= self.average.state_dict()
         if self.position is not None and self.position.under_way:

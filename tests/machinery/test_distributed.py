@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from ranks import ONLY_LINUX, on_processes
 from torch import nn
 
 import bilevel_at as ba
-from bilevel_at import run as run_module
 from bilevel_at.problems import fastat
 from bilevel_at.solvers import ZeroIG
 
 LOOP = '''
-import os
-import sys
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -71,8 +64,8 @@ def train(name, mine):
 
 
 alone = {name: train(name, lambda rows: rows >= 0) for name in PROBLEMS}
-rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=rank, world_size=count)
+dist.init_process_group("gloo")
+rank, count = dist.get_rank(), dist.get_world_size()
 for name in PROBLEMS:
     # By what remains of dividing, and unevenly: the last process has no example in some steps.
     owner = (torch.arange(30) ** 2 % 11).clamp(max=count - 1) if count > 2 else torch.arange(30) % 3 // 2
@@ -85,30 +78,8 @@ dist.destroy_process_group()
 '''
 
 
-def on_processes(tmp_path, count, program):
-    """The outputs of ``count`` processes, as torchrun would start them; they find each other by a file."""
-    file, meeting = tmp_path / "loop.py", tmp_path / "meeting"
-    file.write_text(program)
-    shared = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(count), "GLOO_SOCKET_IFNAME": "lo"}
-    jobs = [
-        subprocess.Popen(
-            [sys.executable, str(file), str(meeting)],
-            env={**shared, "RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(count)
-    ]
-    try:
-        return [(*job.communicate(timeout=120), job.returncode) for job in jobs]
-    finally:
-        for job in jobs:
-            job.kill()
-
-
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="gloo is told the name of Linux's loopback interface")
+@ONLY_LINUX
 @pytest.mark.parametrize("count", [2, 4])
 def test_several_processes_are_one(tmp_path, count):
     results = on_processes(tmp_path, count, LOOP)
@@ -172,11 +143,3 @@ def test_buckets_are_of_one_type_and_bounded(monkeypatch):
     buckets = list(ba.distributed._buckets(sizes))
     assert [[p.numel() for p in bucket] for bucket in buckets] == [[10, 10], [40], [10]]
     assert all(len({p.dtype for p in bucket}) == 1 for bucket in buckets)
-
-
-def test_the_command_says_that_it_trains_in_one_process(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "1")
-    with pytest.raises(ba.InputError, match="torchrun has started 2 processes; this command trains in one"):
-        run_module.run(["problems/fastat.py", "--out", "here"])
-    assert not Path("here").exists()

@@ -1,0 +1,60 @@
+"""What the tests of several processes share: they are started as torchrun starts them, and always end."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+ONLY_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="gloo is told the name of Linux's loopback interface")
+LONGEST = 150  # seconds
+
+
+def free_port():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def start(count, *args, **more):
+    """``python ARGS`` in ``count`` processes of one job."""
+    shared = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "WORLD_SIZE": str(count),
+    }
+    return [
+        subprocess.Popen(
+            [sys.executable, *map(str, args)],
+            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            **more,
+        )
+        for rank in range(count)
+    ]
+
+
+def outcomes(jobs, longest=LONGEST):
+    """(what it printed, its errors, its exit status) of each process; those that do not end are killed."""
+    end = time.monotonic() + longest
+    try:
+        return [(*job.communicate(timeout=max(1, end - time.monotonic())), job.returncode) for job in jobs]
+    finally:
+        for job in jobs:
+            job.kill()
+
+
+def on_processes(tmp_path, count, program, *args):
+    """The outcomes of a program on several processes."""
+    file = tmp_path / f"program{count}.py"
+    file.write_text(program)
+    return outcomes(start(count, file, *args))
