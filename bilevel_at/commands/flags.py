@@ -248,6 +248,14 @@ def _warn_in_one_line(prog: str) -> None:
 
 
 def main(command: Callable[[Sequence[str]], int | None], prog: str) -> int:
+    """:func:`status_of`, after which the process of a job ends at once."""
+    status = status_of(command, prog)
+    if processes := sys.modules.get("bilevel_at.commands.processes"):  # which imports torch
+        processes.leave(status)
+    return status
+
+
+def status_of(command: Callable[[Sequence[str]], int | None], prog: str) -> int:
     """Run a command on ``sys.argv``, and return its exit status; an error is one line, and its traceback if asked for.
 
     Returns:
