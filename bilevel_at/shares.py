@@ -156,7 +156,7 @@ def deal(index: Tensor, by_index: bool) -> Share | None:
     if by_index:
         rows = (index % _count == _rank).nonzero().flatten()
     else:
-        rows = torch.arange(_rank, len(index), _count, device=index.device)
+        rows = torch.arange(len(index), device=index.device)[_rank::_count]
     idle = len(rows) == 0
     return Share(rows.new_zeros(1) if idle else rows, len(index), by_index, idle)
 
