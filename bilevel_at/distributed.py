@@ -11,7 +11,8 @@
 
 Hypergradients come from ``torch.autograd.grad``, which the hooks of DistributedDataParallel and FSDP do not see, so
 that solvers refuse a network that is wrapped in one. What is remembered by example stays with the process that has the
-example: give each example to one process. Batch statistics are each process's own.
+example: give each example to one process. Batch statistics are each process's own, and can be averaged
+(:func:`average_statistics`); in training by the run command they can be those of the whole batch (:func:`synchronise`).
 """
 
 from __future__ import annotations
@@ -23,11 +24,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .batch_statistics import SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d
 from .errors import InputError
 from .modes import check_unwrapped
 from .shares import together
 
-__all__ = ["average_statistics", "broadcast", "reduce_gradients", "together"]
+__all__ = ["SyncBatchNorm", "average_statistics", "broadcast", "reduce_gradients", "synchronise", "together"]
 
 BUCKET = 25 * 2**20  # bytes, as DistributedDataParallel has it
 
@@ -104,6 +106,57 @@ def sum_gradients(
                     p.grad.copy_(part.view_as(p))
 
 
+KINDS: dict[type[nn.Module], type[SyncBatchNorm]] = {
+    nn.BatchNorm1d: SyncBatchNorm1d,
+    nn.BatchNorm2d: SyncBatchNorm2d,
+    nn.BatchNorm3d: SyncBatchNorm3d,
+}
+
+
+def synchronise(model: nn.Module) -> None:
+    """Make every nn.BatchNorm of the network a :class:`SyncBatchNorm`, in place.
+
+    Modules stay the same objects, with their parameters, buffers, hooks and flags, and so does the ``state_dict``.
+
+    Raises:
+        InputError: for another class of batch normalisation (a subclass, torch's SyncBatchNorm), of which nobody knows
+            what its statistics are; nothing is changed then.
+    """
+    normalising = [(name, m) for name, m in model.named_modules() if isinstance(m, _BatchNorm)]
+    for name, module in normalising:
+        if type(module) not in KINDS and not isinstance(module, SyncBatchNorm):
+            raise InputError(
+                f"{name or 'the network'} is a {type(module).__name__}, which cannot be made a SyncBatchNorm; use "
+                "nn.BatchNorm1d, 2d or 3d"
+            )
+    for _, module in normalising:
+        module.__class__ = KINDS.get(type(module), type(module))
+
+
+def average_statistics(model: nn.Module, group: dist.ProcessGroup | None = None) -> None:
+    """Replace running means and variances of batch normalisation by their means over the processes.
+
+    Other buffers are left alone, and so are those of :class:`SyncBatchNorm`, which are the same
+    everywhere. Every process has to call this; on one process nothing happens.
+    """
+    if _processes(group) == 1:
+        return
+    running = [
+        buffer
+        for module in model.modules()
+        if isinstance(module, _BatchNorm) and not isinstance(module, SyncBatchNorm)
+        for buffer in (module.running_mean, module.running_var)
+        if buffer is not None
+    ]
+    if not running:
+        return
+    with torch.no_grad():
+        flat = torch.cat([buffer.flatten() for buffer in running]) / _processes(group)
+        dist.all_reduce(flat, group=group)
+        for buffer, mean in zip(running, flat.split([buffer.numel() for buffer in running]), strict=True):
+            buffer.copy_(mean.view_as(buffer))
+
+
 def _buckets(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
     """Parameters of one type and device, in their order, of at most :data:`BUCKET` bytes or one parameter."""
     kinds: dict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = {}
@@ -120,23 +173,3 @@ def _buckets(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
             bucket.append(p)
             size += length
         yield bucket
-
-
-def average_statistics(model: nn.Module, group: dist.ProcessGroup | None = None) -> None:
-    """Replace running means and variances of batch normalisation by their means over the processes.
-
-    Each process's own batch statistics go into them (``ba.distributed.synchronise`` makes them those of the whole
-    batch); afterwards all have the same.
-
-    Args:
-        model: the network, not wrapped.
-        group: the processes; all by default.
-    """
-    layers = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-    running = [t for layer in layers for t in (layer.running_mean, layer.running_var) if t is not None]
-    if running:
-        flat = torch.cat([t.flatten() for t in running])
-        dist.all_reduce(flat, group=group)
-        flat /= _processes(group)
-        for t, part in zip(running, flat.split([t.numel() for t in running]), strict=True):
-            t.copy_(part.view_as(t))

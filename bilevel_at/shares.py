@@ -37,6 +37,7 @@ __all__ = [
     "sharing",
     "size",
     "summed",
+    "summed_with_graph",
     "together",
     "total",
     "whole",
@@ -177,7 +178,7 @@ def deal(batches: Sequence[Tensor], by_index: bool) -> Sequence[Share | None]:
         owners = (torch.cat(list(batches)).cpu() % _count).split(lengths)
         rows = [(owner == _rank).nonzero().flatten() for owner in owners]
     else:
-        rows = [torch.arange(_rank, length, _count) for length in lengths]
+        rows = [torch.arange(length)[_rank::_count] for length in lengths]
     return [
         Share(mine if len(mine) else mine.new_zeros(1), length, by_index, len(mine) == 0)
         for mine, length in zip(rows, lengths, strict=True)
@@ -220,24 +221,41 @@ def whole(values: Tensor) -> Tensor:
     if share is None:
         return values
     placed = values.new_zeros(share.whole, *values.shape[1:])
-    return summed_with_graph(placed.index_add(0, share.rows, values * 0 if share.idle else values))
+    return summed_with_graph(placed.index_add(0, share.rows, values))
 
 
-def summed_with_graph(tensor: Tensor) -> Tensor:
-    """The sum of a tensor over all processes, and so is the gradient that comes back."""
-    return tensor if _count == 1 else _Sum.apply(tensor)
+def summed_with_graph(x: Tensor) -> Tensor:
+    """Σ x over the processes that share the batch, with its graph; every process has to call it as often.
+
+    As each process differentiates its part of one number, ``torch.autograd.grad`` on all of them together gives the
+    derivative of the sum of the parts: the whole of it in what belongs to this process (its rows), this process's
+    part in what all have (parameters). A process that is idle adds nothing to the sum and to no derivative of others.
+    """
+    share = _share
+    if share is None:
+        return x
+    total: Tensor = _Sum.apply(x, 0.0 if share.idle else 1.0)
+    return total
 
 
 class _Sum(torch.autograd.Function):
-    """Σ_r x_r on every process r, whose results y_r are differentiated together: ∂(Σ_r f_r)/∂x = Σ_r ∂f_r/∂y."""
+    """y_r = Σ_s c_s x_s on every process r, c_s = 0 of an idle process and 1 of the others.
+
+    Every process differentiates its own part of one sum over processes, so that x_s has the gradient Σ_r ∂/∂y_r. What
+    an idle process makes of y counts for nothing either: Σ_r c_r ∂/∂y_r, with c_s before it. The gradient is this
+    function again and can be differentiated as often as one likes.
+    """
 
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor) -> Tensor:
-        return summed(tensor)
+    def forward(ctx: Any, x: Tensor, counts: float) -> Tensor:
+        ctx.counts = counts
+        total = x.detach() * counts
+        dist.all_reduce(total, group=_group)
+        return total
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        return _Sum.apply(gradients[0])
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return _Sum.apply(gradient, ctx.counts) * ctx.counts, None
 
 
 def summed(tensor: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:

@@ -62,7 +62,7 @@ def generator_network(channels: int, seed: int = 0) -> nn.Sequential:
     """G before its ε·tanh: ``[B, 2C, H, W] -> [B, C, H, W]``. Torch's global generator is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return nn.Sequential(
+        network = nn.Sequential(
             nn.Conv2d(2 * channels, WIDTH, 3, padding=1, bias=False),
             nn.BatchNorm2d(WIDTH, eps=1e-3),
             nn.ReLU(),
@@ -70,6 +70,8 @@ def generator_network(channels: int, seed: int = 0) -> nn.Sequential:
             nn.BatchNorm2d(WIDTH, affine=False),
             nn.Conv2d(WIDTH, channels, 3, padding=1),
         )
+    ba.distributed.synchronise(network)  # several processes have one generator
+    return network
 
 
 class Generated(ba.Anchor):

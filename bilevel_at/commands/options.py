@@ -36,6 +36,8 @@ class RunOptions(Recipe):
     precision: float32, or bfloat16 for autocast; auto is float32.
     memory_format: of the network's weights; auto is contiguous on a CPU, and on a GPU the one in which a few
         hypergradients at the start of the run take less time.
+    sync_batch_norm: of several processes (torchrun), take batch statistics over the whole batch, instead of over each
+        process's rows; on one process it changes nothing.
     compile: compile each step as one graph (torch.compile), which takes a minute or more before the first.
     seed: of the weights, the order of the data, and every draw.
     out: run directory; runs/FILE-DATA-seedN if not given.
@@ -62,6 +64,7 @@ class RunOptions(Recipe):
     device: str = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
+    sync_batch_norm: bool = False
     compile: bool = False
     seed: int = 0
     out: str | None = None

@@ -13,6 +13,7 @@ from torch import nn
 from .. import policy
 from ..batch import Batch
 from ..data import Images, ImageSet, extra_from_npz, load_data
+from ..distributed import synchronise
 from ..errors import InputError
 from ..evaluate import Attack, Threat, attack_from_name, norm_of
 from ..evaluate.threat import check_set
@@ -83,6 +84,8 @@ def prepare(plan: Plan) -> Prepared:
     extra = extra_images(plan, train)
     check_threat(plan, train)
     model = network_for(plan, train)
+    if options.sync_batch_norm:
+        synchronise(model)
     try_a_step(plan, model, train)
     return Prepared(model, options.model, train, held_out, test, attacks, select, Threat.of(threat), extra)
 

@@ -1,4 +1,7 @@
-"""Every method on two and four processes is what it is on one: weights, what is remembered, records, in float64."""
+"""Every method on two and four processes is what it is on one: weights, what is remembered, records, in float64.
+
+Networks are without batch statistics, and with those of the whole batch.
+"""
 
 from __future__ import annotations
 
@@ -29,19 +32,22 @@ g = torch.Generator().manual_seed(0)
 images = Images(torch.rand(43, 1, 8, 8, generator=g), torch.randint(0, 4, (43,), generator=g), 4)
 
 
-def network():
+def network(normalised):
     torch.manual_seed(3)
-    layers = [nn.Conv2d(1, 6, 3, padding=1), nn.Softplus(), nn.Conv2d(6, 6, 3, stride=2), nn.Softplus()]
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(54, 4)).double()
+    first = [nn.Conv2d(1, 6, 3, padding=1), nn.BatchNorm2d(6) if normalised else nn.Identity(), nn.Softplus()]
+    second = [nn.Conv2d(6, 6, 3, stride=2), nn.BatchNorm2d(6) if normalised else nn.Identity(), nn.Softplus()]
+    model = nn.Sequential(*first, *second, nn.Flatten(), nn.Linear(54, 4)).double()
+    ba.distributed.synchronise(model)
+    return model
 
 
-def trained(name, **settings):
+def trained(name, normalised=False, **settings):
     file = ProblemFile(name)
     recipe = file.recipe("digits")
     recipe = dataclasses.replace(recipe, epochs=3, batch_size=8, lr=0.2, augment="crop-flip", **settings)
     solver = ZeroIG() if file.solver is None else file.solver()
     problem = file.problem(**recipe.problem)
-    return Trainer(problem, solver, network(), images, images[slice(0, 6)], recipe, Attack("clean"))
+    return Trainer(problem, solver, network(normalised), images, images[slice(0, 6)], recipe, Attack("clean"))
 
 
 def weights(trainer):
@@ -74,7 +80,8 @@ def apart(one, other):
 
 
 SETTINGS = [name.partition(":") for name in sys.argv[1:]]
-SETTINGS = [(name, dict(accumulate=2) if more == "accumulate" else {}) for name, _, more in SETTINGS]
+CHANGES = {"": {}, "accumulate": {"accumulate": 2}, "statistics": {"normalised": True}}
+SETTINGS = [(name, CHANGES[more]) for name, _, more in SETTINGS]
 alone = [end(trained(name, **more)) for name, more in SETTINGS]
 dist.init_process_group("gloo")
 with ba.distributed.together():
@@ -91,8 +98,9 @@ with ba.distributed.together():
 dist.destroy_process_group()
 """
 
-FEW = ["fastbat", "atas", "free", "nuat", "awp", "fastbat:accumulate"]
-REST = [name for name in PROBLEMS if name not in FEW + ["fgsm_sdi"]]  # whose generator has batch statistics
+FEW = ["fastbat", "atas", "free", "nuat", "awp", "fastbat:accumulate", "fastbat:statistics"]
+ALL = [f"{name}{more}" for name in PROBLEMS for more in ("", ":statistics")]
+REST = [name for name in ALL if name not in FEW]
 
 
 def check(tmp_path, count, names):

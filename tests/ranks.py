@@ -58,3 +58,31 @@ def on_processes(tmp_path, count, program, *args):
     file = tmp_path / f"program{count}.py"
     file.write_text(program)
     return outcomes(start(count, file, *args))
+
+
+HEAD = '''
+import copy
+import sys
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import bilevel_at as ba
+from bilevel_at import shares
+
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+rank, count = dist.get_rank(), dist.get_world_size()
+
+
+def everywhere(parts):
+    """The sums over processes of tensors that each has a part of."""
+    return [shares.summed(part) for part in parts]
+
+
+def close(name, one, other, tolerance):
+    gap = max((a - b).abs().max().item() / max(1.0, b.abs().max().item()) for a, b in zip(one, other, strict=True))
+    assert gap <= tolerance, (name, rank, gap)
+    return gap
+'''
+"""How a program begins that compares several processes with one."""
