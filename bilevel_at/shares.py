@@ -141,13 +141,13 @@ def together(group: dist.ProcessGroup | None = None) -> Iterator[None]:
 @contextmanager
 def alone() -> Iterator[None]:
     """What is inside runs on this process, as if there were no others."""
-    global _rank, _count, _group
-    before = _rank, _count, _group
-    _rank, _count, _group = 0, 1, None
+    global _rank, _count, _group, _share
+    before = _rank, _count, _group, _share
+    _rank, _count, _group, _share = 0, 1, None, None
     try:
         yield
     finally:
-        _rank, _count, _group = before
+        _rank, _count, _group, _share = before
 
 
 @contextmanager
@@ -283,7 +283,7 @@ def interleaved(rows: Tensor | None) -> Tensor | None:
 
 
 def first(function: Callable[[], T]) -> T:
-    """What ``function`` returns on the first process; it is not called on the others.
+    """What ``function`` returns on the first process, where it runs :func:`alone`; it is not called on the others.
 
     Where it raises, it does so on every process.
     """
@@ -292,7 +292,8 @@ def first(function: Callable[[], T]) -> T:
     outcome: list[Any] = [None, None]
     if _rank == 0:
         try:
-            outcome[0] = function()
+            with alone():
+                outcome[0] = function()
         except Exception as error:
             outcome[1] = error
             _send([None, f"{type(error).__name__}: {error}"])
@@ -326,18 +327,6 @@ def gathered(value: T) -> list[T]:
 
 class Elsewhere(RuntimeError):
     """Another process has failed, and says so itself."""
-
-
-@contextmanager
-def alone() -> Iterator[None]:
-    """What is inside runs on this process by itself, and waits for no other one."""
-    global _rank, _count, _group, _share
-    before = _rank, _count, _group, _share
-    _rank, _count, _group, _share = 0, 1, None, None
-    try:
-        yield
-    finally:
-        _rank, _count, _group, _share = before
 
 
 def divided(function: Callable[[Part], T], parts: Iterable[Part]) -> list[T]:
