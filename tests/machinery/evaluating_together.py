@@ -15,6 +15,8 @@ from evaluating import EPS, TEST, mlp
 
 import bilevel_at as ba
 from bilevel_at import shares
+from bilevel_at.commands import flags, target
+from bilevel_at.commands.evaluate import PROG, command
 from bilevel_at.diagnose import compare_solvers, gradient_alignment, loss_landscape, random_step_norm
 from bilevel_at.evaluate import Attack, attack_from_name, evaluate
 from bilevel_at.evaluate.active import active_test
@@ -26,14 +28,16 @@ from bilevel_at.runs.doubts import record_checks
 from bilevel_at.solvers import HessianFreeKKT, ZeroIG
 
 IMAGES = TEST[slice(0, 44)]  # six batches of 8, the last one of 4: no multiple of the processes
+FEW = IMAGES[slice(0, 20)]  # three batches
 BATCH = 8
+SECOND = BATCH + 3  # an image of the second batch
 BALL = ba.LinfBall(EPS)
 LONG = "pgd-4-4"
 
 
-def autoattack():
-    parts = [Component(part, "linf", EPS) for part in ("apgd-ce", "apgd-t", "fab-t")]
-    return Attack("autoattack", BALL, [*parts, Component("square", "linf", EPS, queries=50)])
+def autoattack(*parts):
+    square = Component("square", "linf", EPS, queries=50)
+    return Attack("autoattack", BALL, [*(Component(part, "linf", EPS) for part in parts), square])
 
 
 def network(weights):
@@ -48,15 +52,15 @@ def record(trace):
 
 def attacks(model):
     """Every kind of attack in Python, with checks on more than a batch of images."""
-    names = ["clean", "pgd-5-3", "beta-5-2", "nearest-5-2-1", autoattack()]
-    seen = []
-    result = evaluate(
-        model, IMAGES, names, EPS, seed=3, batch_size=BATCH, checks=20, progress=lambda *told: seen.append(told[:4])
-    )
-    assert all(torch.equal(result.traces[name].correct, result.correct(name)) for name in result)
-    plain = {name: {**score.asdict(), "seconds": None} for name, score in result.items()}
-    traces = {name: record(trace) for name, trace in result.traces.items()}
-    return traces, plain, result.measured, [str(warning) for warning in result.warnings], len(seen)
+    names, seen, found = ["clean", "pgd-5-3", "beta-5-2", "nearest-5-2-1"], [], []
+    for images, attacks, checks in ((IMAGES, names, 10), (FEW, [autoattack("apgd-ce", "apgd-t", "fab-t")], 0)):
+        result = evaluate(
+            model, images, attacks, EPS, seed=3, batch_size=BATCH, checks=checks, progress=lambda *_: seen.append(0)
+        )
+        plain = {name: {**score.asdict(), "seconds": None} for name, score in result.items()}
+        traces = {name: record(trace) for name, trace in result.traces.items()}
+        found += [traces, plain, result.measured, [str(warning) for warning in result.warnings]]
+    return *found, len(seen)
 
 
 def store(model, folder, which="best"):
@@ -67,7 +71,7 @@ def store(model, folder, which="best"):
 def stored(model, folder):
     """A run's directory: attacked, then read again, then read by a checkpoint of the same weights; and its checks."""
     ours, told = store(model, folder), []
-    for attack in (Attack("clean"), attack_from_name("pgd-5-2", EPS), autoattack()):
+    for attack in (Attack("clean"), attack_from_name("pgd-5-2", EPS), autoattack("apgd-ce")):
         name, score = ours.score(attack, lambda *_: told.append(0))
         assert score.accuracy == ours.traces[name].correct.float().mean().item()
     batches = len(told)
@@ -77,7 +81,7 @@ def stored(model, folder):
         name, score = twin.score(attack, lambda *_: told.append(0))
         assert twin.copied == {name: "best"} | twin.copied
     findings = record_checks(
-        RunDir(folder), ours, IMAGES, BALL, 12, active=5, attacks=[attack_from_name("pgd-5-2", EPS)]
+        RunDir(folder), ours, IMAGES, BALL, 9, active=5, attacks=[attack_from_name("pgd-5-2", EPS)]
     )
     assert len(told) == batches  # the rest was on record
     return str(ours.worst_case()), [str(finding) for finding in findings], score.seconds
@@ -113,11 +117,11 @@ def diagnostics(model):
 
 
 class Broken(torch.nn.Module):
-    """Logits that are not a number on one image, which is in the second batch."""
+    """Logits that are not a number on one image."""
 
-    def __init__(self, model):
+    def __init__(self, model, image):
         super().__init__()
-        self.model, self.x = model, IMAGES.pixels()[BATCH + 3]
+        self.model, self.x = model, image
 
     def forward(self, x):
         same = (x == self.x).flatten(1).all(1)
@@ -133,9 +137,9 @@ def mistakes(model):
         except Exception as caught:
             return f"{type(caught).__name__}: {caught}"
 
-    other = IMAGES[slice(0, 44 - shares.rank())]
+    broken, other = Broken(model, IMAGES.pixels()[SECOND]), IMAGES[slice(0, 44 - shares.rank())]
     return [
-        error(lambda: evaluate(Broken(model), IMAGES, ["clean", "fgsm"], EPS, batch_size=BATCH, checks=0)),
+        error(lambda: evaluate(broken, IMAGES, ["clean", "fgsm"], EPS, batch_size=BATCH, checks=0)),
         error(lambda: gradient_alignment(model, IMAGES, OwnSet(), batch_size=BATCH)),
         error(lambda: evaluate(model, other, ["clean"], batch_size=BATCH, checks=0)),
         error(lambda: evaluate(model, IMAGES, ["pgd-0"], EPS)),
@@ -192,13 +196,52 @@ def go_on(model, folder):
     return ours.traces[name]
 
 
-def on_processes(folder, count):
+SMALL = ["--batch-size", "8", "--examples", "44"]
+COMMANDS = {
+    "evaluated": [
+        "run",
+        "--attacks",
+        "clean",
+        "pgd-3-2",
+        "--which",
+        "last",
+        "best",
+        *SMALL,
+        "--checks",
+        "9",
+        "active:3",
+    ],
+    "unknown": ["run", "--attacks", "pgd-0"],
+    "nowhere": ["elsewhere"],
+    "not finite": ["run", "--attacks", "fgsm", "--which", "last", *SMALL, "--checks", "0"],
+}
+
+
+def commands(meeting, folder):
+    """The command, as ``python -m bilevel_at.evaluate`` is, with several sets of flags one after the other."""
+    os.chdir(folder)
+    honest = target.Target.model
+
+    def with_an_error(self, which):
+        return Broken(honest(self, which), TEST.sample(44).pixels()[SECOND])
+
+    rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    for name, words in COMMANDS.items():
+        place = f"file://{meeting}-{name}".replace(" ", "-")
+        dist.init_process_group("gloo", init_method=place, rank=rank, world_size=count)
+        target.Target.model = with_an_error if name == "not finite" else honest
+        sys.argv = ["evaluate", *words]
+        status = flags.main(command, PROG)
+        print(f"{name}: {status}", file=sys.stderr, flush=True)
+
+
+def on_processes(folder, count, what="main"):
     """(output, errors, exit status) of each process, as torchrun would start them; they find each other by a file."""
     shared = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(count), "GLOO_SOCKET_IFNAME": "lo"}
-    command = [sys.executable, __file__, str(folder / f"meeting-{count}"), str(folder)]
+    words = [sys.executable, __file__, what, str(folder / f"meeting-{count}"), str(folder)]
     jobs = [
         subprocess.Popen(
-            command,
+            words,
             env={**shared, "RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -214,4 +257,4 @@ def on_processes(folder, count):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    {"main": main, "commands": commands}[sys.argv[1]](*sys.argv[2:])
