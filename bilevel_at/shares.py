@@ -7,7 +7,7 @@ process, and outside :func:`together`, nothing here does anything.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -21,13 +21,11 @@ from .errors import InputError
 __all__ = [
     "Elsewhere",
     "Share",
-    "agree",
     "alike",
     "alone",
     "count",
     "current",
     "deal",
-    "divided",
     "first",
     "gathered",
     "group",
@@ -45,7 +43,6 @@ __all__ = [
 ]
 
 T = TypeVar("T")
-Part = TypeVar("Part")
 
 
 @dataclass(frozen=True, eq=False)
@@ -327,72 +324,3 @@ def gathered(value: T) -> list[T]:
 
 class Elsewhere(RuntimeError):
     """Another process has failed, and says so itself."""
-
-
-def divided(function: Callable[[Part], T], parts: Iterable[Part]) -> list[T]:
-    """``[function(part) for part in parts]`` on every process; each computes every N-th of them, by itself.
-
-    Every process goes through all of ``parts``, so that what is drawn for one part after the other is what one process
-    draws. Where ``function`` or ``parts`` raises on one process, this raises on every process.
-
-    Args:
-        function: what is computed. Its results are tensors and plain values, alone or in tuples.
-        parts: what is divided, the same on every process.
-
-    Returns:
-        The results in the order of the parts. Those of several processes have their tensors on the CPU.
-    """
-    if _count == 1:
-        return [function(part) for part in parts]
-    number, mine = 0, []
-    failure: Exception | None = None
-    of_parts = False
-    try:
-        rank, count = _rank, _count
-        with alone():
-            for part in parts:
-                if number % count == rank:
-                    try:
-                        mine.append(_on_cpu(function(part)))
-                    except Exception as error:
-                        failure = error
-                        break
-                number += 1
-    except Exception as error:
-        failure, of_parts = error, True
-    outcomes = gathered((None if failure is None else f"{type(failure).__name__}: {failure}", number, mine))
-    failed = next((rank for rank, (message, _, _) in enumerate(outcomes) if message is not None), None)
-    if failed is not None:
-        if failure is not None and (of_parts or failed == _rank):
-            raise failure  # all processes go through the parts, so that all have that error
-        raise Elsewhere(outcomes[failed][0])
-    _check_equal("the number of parts of some work", [count for _, count, _ in outcomes])
-    return [outcomes[place % _count][2][place // _count] for place in range(number)]
-
-
-def _on_cpu(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach().cpu()
-    if isinstance(value, tuple):
-        moved = [_on_cpu(part) for part in value]
-        return type(value)(*moved) if hasattr(value, "_fields") else tuple(moved)
-    return value
-
-
-def agree(what: str, value: Any) -> None:
-    """Raise where the processes do not all have the same value.
-
-    Args:
-        what: the value in words, for the message.
-        value: anything that can be compared and sent.
-
-    Raises:
-        InputError: on the first process, and :class:`Elsewhere` on the others.
-    """
-    _check_equal(what, gathered(value))
-
-
-def _check_equal(what: str, values: list[Any]) -> None:
-    if any(value != values[0] for value in values):
-        message = f"{what} is not the same on all {_count} processes; each needs the same network and the same data"
-        raise InputError(message) if _rank == 0 else Elsewhere(message)

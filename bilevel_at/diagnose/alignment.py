@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import shares
 from ..batch import Batch, per_sample
 from ..constraints import Constraint
 from ..data import ImageSet
+from ..division import divided
 from ..errors import whole_number
 from ..losses import cross_entropy, input_gradient
 from ..modes import attack_mode
@@ -56,7 +56,7 @@ def gradient_alignment(
         return torch.stack([_cosine(clean, gradient) for gradient in moved]).nanmean(0)
 
     with attack_mode(model, "eval"):
-        cosines = shares.divided(alignment, batches())
+        cosines = divided(alignment, batches())
     return torch.cat(cosines).to(images.device) if cosines else torch.empty(0, device=images.device)
 
 

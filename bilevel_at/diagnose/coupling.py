@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .. import shares
 from ..batch import Batch
+from ..division import divided
 from ..errors import InputError
 from ..modes import same_buffers
 from ..problem import BilevelProblem
@@ -108,5 +108,5 @@ def compare_solvers(
         norm = whole.norm()
         return norm.item(), (whole @ direct / (norm * direct.norm())).item(), ratio
 
-    found = shares.divided(coupling, solvers.values())
+    found = divided(coupling, solvers.values())
     return {name: Coupling(*numbers) for name, numbers in zip(solvers, found, strict=True)}

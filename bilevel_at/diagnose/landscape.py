@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import shares
 from ..batch import Batch
 from ..data.sets import check_images
+from ..division import divided
 from ..errors import InputError, positive, whole_number
 from ..losses import cross_entropy, input_gradient
 from ..modes import attack_mode
@@ -86,7 +86,7 @@ def loss_landscape(
             return F.cross_entropy(out, labels[i], reduction="none"), out.argmax(1), others.amax(1) - own
 
         # In batches: a grid of all images may not fit in memory.
-        found = shares.divided(values, torch.arange(len(x) * points**2, device=x.device).split(batch_size))
+        found = divided(values, torch.arange(len(x) * points**2, device=x.device).split(batch_size))
     grid = (len(x), points, points)
     loss, predicted, margin = (torch.cat(parts).to(x.device).reshape(grid) for parts in zip(*found, strict=True))
     return Landscape(offsets, offsets.clone(), loss, predicted, margin, x, labels)

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .. import shares
 from ..batch import Batch
 from ..constraints import LinfBall
 from ..data import ImageSet
+from ..division import divided
 from ..errors import InputError, positive, whole_number
 from ..losses import cross_entropy, input_gradient
 from ..modes import attack_mode
@@ -108,7 +108,7 @@ def random_step_norm(
 
     total = torch.zeros(len(images), len(sizes), 2, dtype=torch.float64, device=images.device)
     with attack_mode(model, "eval"):
-        for rows, squares in shares.divided(norms, starts()):
+        for rows, squares in divided(norms, starts()):
             total[rows.to(images.device)] += squares.to(images.device)
     each = (total / draws).cpu()
     lengths = each[..., 0]

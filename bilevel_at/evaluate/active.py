@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import shares
 from ..constraints import Constraint
 from ..data import Images, ImageSet
+from ..division import divided
 from ..errors import InputError
 from ..modes import attack_mode
 from .attacks import Attack
@@ -202,7 +202,7 @@ def active_test(
         return [by_chance, *by_attacks]
 
     with attack_mode(model, "eval"), torch.inference_mode(False):
-        hits = shares.divided(found, examples())
+        hits = divided(found, examples())
     names = ["random", *(attack.name for attack in attacks)]
     parts = {name: sum(row[k] for row in hits) / max(1, len(hits)) for k, name in enumerate(names)}
     return ActiveTest(len(images), len(hits), parts.pop("random"), parts)

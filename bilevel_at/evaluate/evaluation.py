@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from .. import shares
 from ..constraints import Constraint
 from ..data import Images, ImageSet
+from ..division import agree
 from ..errors import InputError
 from ..modes import attack_mode
 from .attacks import Attack, Surrogates, attack_from_name
@@ -152,7 +153,7 @@ def evaluate(
     images = as_images(data, model)
     fingerprint = images.sha256()[:16]
     if shares.count() > 1:
-        shares.agree("the fingerprint of network and images", (_weights_digest(model), fingerprint))
+        agree("the fingerprint of network and images", (_weights_digest(model), fingerprint))
     for space in spaces:
         if norm_of(space) is None:
             check_set(space, images[slice(0, SEEN)].pixels())

@@ -16,6 +16,7 @@ from .. import shares
 from ..batch import Batch
 from ..data import ImageSet
 from ..data.sets import check_images
+from ..division import divided
 from ..errors import BilevelError, InputError
 from ..modes import attack_mode
 from .attacks import Attack
@@ -180,7 +181,7 @@ def attack_examples(
         compute = partial(_attack_batch, model, images, attack, stage, trace.stage, seed)
         while trace.batch < len(parts):
             ahead = range(len(parts))[trace.batch : trace.batch + shares.count()]
-            outcomes = shares.divided(compute, [(number, parts[number]) for number in ahead])
+            outcomes = divided(compute, [(number, parts[number]) for number in ahead])
             for outcome in outcomes:
                 trace.take(outcome)
             trace.batch += len(outcomes)

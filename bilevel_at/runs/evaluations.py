@@ -19,6 +19,7 @@ from torch import nn
 
 from .. import shares
 from ..data import ImageSet
+from ..division import agree
 from ..errors import InputError
 from ..evaluate.attacks import Attack
 from ..evaluate.result import Score, result_name
@@ -113,7 +114,7 @@ class Store:
         self.seed, self.batch_size = seed, batch_size
         self.data = images.sha256()[:16] if data is None else data
         self.weights = fingerprint(model)
-        shares.agree("the fingerprint of network and images", (self.weights, self.data))
+        agree("the fingerprint of network and images", (self.weights, self.data))
         self.twins = tuple(twins)
         self.traces: dict[str, Trace] = {}
         self.attacks: dict[str, Attack] = {}
