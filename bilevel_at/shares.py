@@ -139,13 +139,13 @@ def together(group: dist.ProcessGroup | None = None) -> Iterator[None]:
 @contextmanager
 def alone() -> Iterator[None]:
     """What is inside runs on this process, as if there were no others."""
-    global _rank, _count, _group
-    before = _rank, _count, _group
-    _rank, _count, _group = 0, 1, None
+    global _rank, _count, _group, _share
+    before = _rank, _count, _group, _share
+    _rank, _count, _group, _share = 0, 1, None, None
     try:
         yield
     finally:
-        _rank, _count, _group = before
+        _rank, _count, _group, _share = before
 
 
 @contextmanager
@@ -298,7 +298,7 @@ def interleaved(rows: Tensor | None) -> Tensor | None:
 
 
 def first(function: Callable[[], T]) -> T:
-    """What ``function`` returns on the first process; it is not called on the others.
+    """What ``function`` returns on the first process, where it runs :func:`alone`; it is not called on the others.
 
     Where it raises, it does so on every process.
     """
@@ -307,7 +307,8 @@ def first(function: Callable[[], T]) -> T:
     outcome: list[Any] = [None, None]
     if _rank == 0:
         try:
-            outcome[0] = function()
+            with alone():
+                outcome[0] = function()
         except Exception as error:
             outcome[1] = error
             _send([None, f"{type(error).__name__}: {error}"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import signal
@@ -13,7 +14,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from torch import nn
 
+from .. import shares
 from ..constraints import Constraint
 from ..data import ImageSet
 from ..errors import InputError
@@ -34,6 +37,7 @@ from . import flags
 from .device import resolve_device
 from .headline import caption
 from .options import EvaluateOptions
+from .processes import agreed, joined
 from .signals import Signals, Stopped
 from .target import Target, find_target
 
@@ -53,7 +57,7 @@ def command(args: Sequence[str]) -> int:
     Raises:
         InputError: if the arguments are invalid.
     """
-    with Signals().heeded():
+    with Signals().heeded(), joined():
         return _command(args)
 
 
@@ -65,23 +69,36 @@ def _command(args: Sequence[str]) -> int:
         width = max(map(len, ATTACKS))
         print("\n".join(f"  {name:<{width}}  {about}" for name, about in ATTACKS.items()))
         return 0
+    options = agreed(lambda: _options(args))
+    device = agreed(lambda: resolve_device(options.device))
+    files = agreed(lambda: NamedFiles(options.problem_file))
+    target, images = find_target(Path(args[0]), options, files)
+    images = images.to(device)
+    spaces, attacks = agreed(lambda: _attacks(args[0], options, target, files, images))
+    shares.first(target.check)
+    with contextlib.ExitStack() as held:
+        shares.first(lambda: held.enter_context(locked(target.run.path, PROG)))
+        return _evaluate(args, target, images, attacks, options, spaces)
+
+
+def _options(args: Sequence[str]) -> EvaluateOptions:
     if args[0].startswith("-"):
         raise InputError(f"the run comes first: python -m {PROG} RUN {' '.join(args[:2])}")
     about = "Attack the networks of a run, or weights from elsewhere."
-    values = flags.parse(flags.flags_of(EvaluateOptions), args[1:], f"python -m {PROG} {args[0]}", about)
-    options = EvaluateOptions(**values)
-    device = resolve_device(options.device)
-    files = NamedFiles(options.problem_file)
-    target, images = find_target(Path(args[0]), options, files)
-    images = images.to(device)
-    spaces = _spaces(args[0], options, target)
+    return EvaluateOptions(
+        **flags.parse(flags.flags_of(EvaluateOptions), args[1:], f"python -m {PROG} {args[0]}", about)
+    )
+
+
+def _attacks(
+    name: str, options: EvaluateOptions, target: Target, files: NamedFiles, images: ImageSet
+) -> tuple[list[Constraint], list[Attack]]:
+    """The constraints, and every attack in each of them."""
+    spaces = _spaces(name, options, target)
     for space in spaces:
         if norm_of(space) is None:
             check_set(space, images[slice(0, SEEN)].pixels())
-    attacks = attacks_at(options.attacks, spaces, options.seed, files.load)
-    target.check()
-    with locked(target.run.path, PROG):
-        return _evaluate(args, target, images, attacks, options, spaces)
+    return spaces, attacks_at(options.attacks, spaces, options.seed, files.load)
 
 
 def _evaluate(
@@ -93,9 +110,7 @@ def _evaluate(
     spaces: Sequence[Constraint],
 ) -> int:
     """Evaluate in a directory that no other command writes into."""
-    if not target.run.exists:
-        target.run.write_config(target.about)
-
+    shares.first(lambda: None if target.run.exists else target.run.write_config(target.about))
     console = Console()
     about_images = f"{len(images)} test images on {images.device}"
     opening = f"{args[0]}: {', '.join(target.names)}; {about_images}; {_threats(spaces, target)}"
@@ -107,7 +122,7 @@ def _evaluate(
         number = stop.number if isinstance(stop, Stopped) else signal.SIGINT
         same_command = "the same command" + (" without --again" if options.again else "")
         raise Stopped(number, f"what is done is in {target.run}; {same_command} goes on") from None
-    remember_command(target.run, [PROG, *args])
+    shares.first(lambda: remember_command(target.run, [PROG, *args]))
     for table in job.tables(scores):
         console.print(table)
     for name in target.names:
@@ -166,10 +181,7 @@ class Job:
     def evaluate(self, name: str) -> dict[str, Score]:
         """Evaluate one network under every attack, with a progress bar of the robust accuracy so far; then check it."""
         model = self.target.model(name).to(self.images.device)
-        if (weight := first_not_finite(model)) is not None:
-            raise InputError(
-                f"{name} of {self.target.run} is not a finite network ({weight} is not), and has no accuracy"
-            )
+        agreed(lambda: self._check_finite(name, model))
         store = Store(
             self.target.run,
             name,
@@ -218,6 +230,12 @@ class Job:
         if worst is not None:
             self.worst[name] = worst
         return scores
+
+    def _check_finite(self, name: str, model: nn.Module) -> None:
+        if (weight := first_not_finite(model)) is not None:
+            raise InputError(
+                f"{name} of {self.target.run} is not a finite network ({weight} is not), and has no accuracy"
+            )
 
     def _checked(self) -> Constraint:
         """The constraint of the checks: the run's threat, or else the largest ball of the command."""

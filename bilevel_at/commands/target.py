@@ -9,15 +9,19 @@ from typing import Any
 
 from torch import nn
 
+from .. import shares
 from ..constraints import Constraint
 from ..data import ImageSet, load_data
+from ..distributed import broadcast
 from ..errors import InputError
 from ..evaluate.threat import Threat
 from ..models import MODELS
 from ..runs.directory import RunDir
 from ..runs.named_files import NamedFiles
+from ..runs.networks import described, load_weights, untrained
 from ..runs.provenance import today, versions
 from .options import EvaluateOptions
+from .processes import agreed
 from .weights import network_with_weights
 
 __all__ = ["Target", "find_target"]
@@ -30,6 +34,7 @@ class Target:
     run: the directory of the results.
     names: best, last, last_good, or model, that of weights from elsewhere.
     about: what config.json says, or will say.
+    source: the name of the data, their directory, and the usual number of test images.
     threat: the threat model; None if it is unknown.
     network: that of weights from elsewhere.
     files: the problem files that define networks, as far as the user has named them.
@@ -38,6 +43,7 @@ class Target:
     run: RunDir
     names: list[str]
     about: Mapping[str, Any]
+    source: tuple[str, str, int | None]
     threat: Threat | None = None
     network: nn.Module | None = None
     files: NamedFiles = field(default_factory=NamedFiles)
@@ -60,29 +66,42 @@ class Target:
         return self.files.threat(self.run.path, self.about)
 
     def model(self, name: str) -> nn.Module:
-        """The network, in eval mode.
+        """The network, in eval mode. Of several processes the first reads its weights, and the others get them.
 
         Raises:
             InputError: if the checkpoint cannot be loaded.
         """
         if self.network is not None:
             return self.network
-        which: Any = name
-        return self.files.load(self.run.path, which)
+        model = agreed(self._untrained)
+        shares.first(lambda: load_weights(model, self.run, name, described(self.run.path, self.about)[0]))
+        if shares.count() > 1:
+            broadcast(model, shares.group())
+        return model.eval()
+
+    def _untrained(self) -> nn.Module:
+        own = self.files.network(self.run.path, self.about)
+        return untrained(self.run.path, self.about) if own is None else own
 
 
 def find_target(path: Path, options: EvaluateOptions, files: NamedFiles) -> tuple[Target, ImageSet]:
-    """What is evaluated, and on which images.
+    """What is evaluated, and on which images. Of several processes only the first looks at the directory or weights.
 
     path: what the user has named.
     options: the flags.
     files: the problem files that the user has named.
     """
-    if path.is_dir():
-        return _run(path, options, files)
-    if not path.exists():
-        raise InputError(f"{path} does not exist; give a run directory, or a file of weights with --model")
-    return _weights(path, options)
+    found: list[ImageSet] = []
+
+    def find() -> Target:
+        if not path.exists():
+            raise InputError(f"{path} does not exist; give a run directory, or a file of weights with --model")
+        target, images = _run(path, options, files) if path.is_dir() else _weights(path, options)
+        found.append(images)
+        return target
+
+    target = shares.first(find)
+    return target, agreed(lambda: found[0] if found else _images(options, *target.source))
 
 
 def _transfers(options: EvaluateOptions) -> bool:
@@ -114,14 +133,15 @@ def _run(path: Path, options: EvaluateOptions, files: NamedFiles) -> tuple[Targe
         raise InputError(
             f"--problem-file is for runs whose problem file defines the network or the threat; {path} is no such run"
         )
-    images = _images(options, options.data or data, options.data_dir or data_dir, test_examples)
+    source = (options.data or data, options.data_dir or data_dir, test_examples)
+    images = _images(options, *source)
     expected = config.get("shape"), config.get("classes")
     if expected != (list(images.shape), images.classes):
         raise InputError(
             f"{path} was trained on images of {expected[0]} in {expected[1]} classes; {options.data or data} has "
             f"{list(images.shape)} in {images.classes}"
         )
-    return Target(run, list(options.which or run.checkpoints), config, threat, files=files), images
+    return Target(run, list(options.which or run.checkpoints), config, source, threat, files=files), images
 
 
 def _recorded(path: Path, config: Any) -> tuple[str, str, int | None, Threat | None]:
@@ -151,7 +171,8 @@ def _weights(path: Path, options: EvaluateOptions) -> tuple[Target, ImageSet]:
     if not options.epsilon and set(options.attacks) != {"clean"}:
         raise InputError("--epsilon is missing: weights from elsewhere do not say which radius they were trained for")
     data = options.data or "digits"
-    images = _images(options, data, options.data_dir or "data", None)
+    source = (data, options.data_dir or "data", None)
+    images = _images(options, *source)
     run = RunDir(options.out or path.with_name(f"{path.stem}-evaluation"))
     if run.path.exists() and not run.path.is_dir():
         raise InputError(f"--out {run} is a file; it must be a directory, or not exist")
@@ -173,4 +194,4 @@ def _weights(path: Path, options: EvaluateOptions) -> tuple[Target, ImageSet]:
         raise InputError(f"{run} holds something else; choose another --out")
     before = Threat.read(known.get("constraint")) or Threat("linf")
     threat = replace(before, epsilon=epsilon) if before.epsilon is None else before
-    return Target(run, ["model"], about, threat, network), images
+    return Target(run, ["model"], about, source, threat, network), images

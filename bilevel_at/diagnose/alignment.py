@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -9,6 +11,7 @@ from torch.nn import functional as F
 from ..batch import Batch, per_sample
 from ..constraints import Constraint
 from ..data import ImageSet
+from ..division import divided
 from ..errors import whole_number
 from ..losses import cross_entropy, input_gradient
 from ..modes import attack_mode
@@ -31,7 +34,7 @@ def gradient_alignment(
     are averaged; a draw at which a gradient is exactly zero has no angle and is left out, and an example with none left
     is NaN, so take ``nanmean``. Near 1 where one gradient step sees the whole ball, near 0 after catastrophic
     overfitting. The same draws for the same ``seed`` and ``batch_size``; the model is seen in eval mode and left as it
-    was. Costs ``samples`` + 1 gradients an example.
+    was. Costs ``samples`` + 1 gradients an example. Several processes share the batches.
 
     Raises :class:`InputError` where ``samples`` or ``batch_size`` is not at least 1.
     Source: Andriushchenko and Flammarion (2020), equations 5 and 7.
@@ -40,16 +43,21 @@ def gradient_alignment(
     whole_number("batch_size", batch_size, 1)
     generator = torch.Generator(images.device).manual_seed(seed)
     ball = constraint.unbounded()
-    cosines_by_batch = []
-    with attack_mode(model, "eval"):
+
+    def batches() -> Iterator[tuple[Batch, list[Tensor]]]:
         for rows in torch.arange(len(images), device=images.device).split(batch_size):
             batch = Batch(images[rows].pixels(), images.y[rows])
-            clean, _ = input_gradient(cross_entropy, model, batch, torch.zeros_like(batch.x))
-            draws = [ball.sample(batch.x, generator) for _ in range(samples)]
-            moved = [input_gradient(cross_entropy, model, batch, eta)[0] for eta in draws]
-            cosines = [_cosine(clean, gradient) for gradient in moved]
-            cosines_by_batch.append(torch.stack(cosines).nanmean(0))
-    return torch.cat(cosines_by_batch) if cosines_by_batch else torch.empty(0, device=images.device)
+            yield batch, [ball.sample(batch.x, generator) for _ in range(samples)]
+
+    def alignment(part: tuple[Batch, list[Tensor]]) -> Tensor:
+        batch, draws = part
+        clean, _ = input_gradient(cross_entropy, model, batch, torch.zeros_like(batch.x))
+        moved = [input_gradient(cross_entropy, model, batch, eta)[0] for eta in draws]
+        return torch.stack([_cosine(clean, gradient) for gradient in moved]).nanmean(0)
+
+    with attack_mode(model, "eval"):
+        cosines = divided(alignment, batches())
+    return torch.cat(cosines).to(images.device) if cosines else torch.empty(0, device=images.device)
 
 
 def _cosine(a: Tensor, b: Tensor) -> Tensor:

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..batch import Batch
+from ..division import divided
 from ..errors import InputError
+from ..modes import same_buffers
 from ..problem import BilevelProblem
 from ..solver import Solver
 
@@ -74,7 +76,8 @@ def compare_solvers(
     """Each solver's hypergradient beside ZeroIG's, by the names in ``solvers``, all at the same θ, z and draws.
 
     The anchor is drawn once, by the problem's policy; what the upper loss draws is the same for every solver. The upper
-    pass sees the model in the mode it is in. Works on copies: weights and batch statistics stay as they are.
+    pass sees the model in the mode it is in. Works on copies: weights and batch statistics stay as they are. Several
+    processes share the solvers.
 
     Raises what the solvers raise (:class:`CurvatureError`, :class:`ConvergenceError`).
     Source: Fast-BAT (Zhang et al., 2022), Proposition 1; the comparison is this library's.
@@ -88,7 +91,7 @@ def compare_solvers(
 
     def at(solver: Solver) -> tuple[Tensor, float]:
         """(the gradient of every parameter in one row, float64, zero where one does not matter; the ratio)."""
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), same_buffers(model):  # no solver sees what passes of another one have moved
             torch.manual_seed(seed)  # dropout
             step = solver.hypergradient(problem, model, batch, anchor=anchor, generator=draws())
         rows = []
@@ -99,9 +102,11 @@ def compare_solvers(
         return torch.cat([row.detach().double().flatten() for row in rows]), ratio.item()
 
     direct, _ = at(_Direct())
-    couplings = {}
-    for name, solver in solvers.items():
+
+    def coupling(solver: Solver) -> tuple[float, float, float]:
         whole, ratio = at(solver)
         norm = whole.norm()
-        couplings[name] = Coupling(norm.item(), (whole @ direct / (norm * direct.norm())).item(), ratio)
-    return couplings
+        return norm.item(), (whole @ direct / (norm * direct.norm())).item(), ratio
+
+    found = divided(coupling, solvers.values())
+    return {name: Coupling(*numbers) for name, numbers in zip(solvers, found, strict=True)}

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from ..batch import Batch
 from ..data.sets import check_images
+from ..division import divided
 from ..errors import InputError, positive, whole_number
 from ..losses import cross_entropy, input_gradient
 from ..modes import attack_mode
@@ -55,6 +56,7 @@ def loss_landscape(
     A point (a, b) is |a| + |b| from x in ℓ∞ (where signs agree in one coordinate and differ in another), so that an ℓ∞
     ball is a diamond here. Points are not clipped to [0, 1], which would bend the plane. Every image has an r of its
     own, from ``seed``. The model is seen in eval mode, without gradients but for the one at x, and left as it was.
+    Several processes share the batches of points.
 
     Raises :class:`InputError` where x, y, radius or points is not of this kind.
     Source: Fast-BAT (Zhang et al., 2022, preprint), figure 1; ATAS (Huang et al., 2023), figures 2 and 9, is similar.
@@ -71,19 +73,20 @@ def loss_landscape(
     random = 2.0 * torch.randint(0, 2, x.shape, generator=torch.Generator().manual_seed(seed)).to(x) - 1
     middle = points // 2
     offsets = torch.arange(-middle, middle + 1, dtype=x.dtype, device=x.device) * (radius / middle)
-    losses, answers, distances = [], [], []
     with attack_mode(model, "eval"):
         sign = input_gradient(cross_entropy, model, batch, torch.zeros_like(x))[0].sign()
-        # Point k of image i is (a, b) = (offsets[k // P], offsets[k % P]); a grid of all images may not fit in memory.
-        for rows in torch.arange(len(x) * points**2, device=x.device).split(batch_size):
+
+        def values(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            # Point k of image i is (a, b) = (offsets[k // P], offsets[k % P]).
             i, k = rows // points**2, rows % points**2
             a, b = (offsets[place].reshape(-1, 1, 1, 1) for place in (k // points, k % points))
             with torch.no_grad():
                 out, label = model(x[i] + a * sign[i] + b * random[i]), labels[i, None]
             own, others = out.gather(1, label).squeeze(1), out.scatter(1, label, -torch.inf)
-            distances.append(others.amax(1) - own)
-            losses.append(F.cross_entropy(out, labels[i], reduction="none"))
-            answers.append(out.argmax(1))
+            return F.cross_entropy(out, labels[i], reduction="none"), out.argmax(1), others.amax(1) - own
+
+        # In batches: a grid of all images may not fit in memory.
+        found = divided(values, torch.arange(len(x) * points**2, device=x.device).split(batch_size))
     grid = (len(x), points, points)
-    loss, predicted, margin = (torch.cat(parts).reshape(grid) for parts in (losses, answers, distances))
+    loss, predicted, margin = (torch.cat(parts).to(x.device).reshape(grid) for parts in zip(*found, strict=True))
     return Landscape(offsets, offsets.clone(), loss, predicted, margin, x, labels)

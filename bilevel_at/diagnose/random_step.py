@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..batch import Batch
 from ..constraints import LinfBall
 from ..data import ImageSet
+from ..division import divided
 from ..errors import InputError, positive, whole_number
 from ..losses import cross_entropy, input_gradient
 from ..modes import attack_mode
@@ -78,7 +79,7 @@ def random_step_norm(
 
     steps: the α's, in 0 … 2ε; nine from 0 to 2ε, 1.25 ε among them, if not given. draws: starts η for each example, the
     same ones for every α. bounds: the input range, None for none, as in Lemma 1; with (0, 1) η and δ stay inside it.
-    The model is seen in eval mode and left as it was.
+    The model is seen in eval mode and left as it was. Several processes share the draws of the batches.
 
     Raises :class:`InputError` for an ε that is not positive, a step outside 0 … 2ε, no images, or too few draws.
     Source: Andriushchenko and Flammarion (2020), Lemma 1 and figure 2.
@@ -91,16 +92,24 @@ def random_step_norm(
     for size in sizes:
         lemma_1(epsilon, size, dimension)  # says what is out of range
     ball, generator = LinfBall(epsilon, bounds), torch.Generator(images.device).manual_seed(seed)
-    total = torch.zeros(len(images), len(sizes), 2, dtype=torch.float64, device=images.device)
-    with attack_mode(model, "eval"):
+
+    def starts() -> Iterator[tuple[Tensor, Batch, Tensor]]:
         for rows in torch.arange(len(images), device=images.device).split(batch_size):
             batch = Batch(images[rows].pixels(), images.y[rows])
             for _ in range(draws):
-                start = ball.sample(batch.x, generator)
-                sign = input_gradient(cross_entropy, model, batch, start)[0].sign()
-                for place, size in enumerate(sizes):
-                    square = ball.project(start + size * sign, batch.x).double().flatten(1).square().sum(1)
-                    total[rows, place] += torch.stack([square.sqrt(), square], 1)
+                yield rows, batch, ball.sample(batch.x, generator)
+
+    def norms(part: tuple[Tensor, Batch, Tensor]) -> tuple[Tensor, Tensor]:
+        rows, batch, start = part
+        sign = input_gradient(cross_entropy, model, batch, start)[0].sign()
+        deltas = (ball.project(start + size * sign, batch.x) for size in sizes)
+        squares = torch.stack([delta.double().flatten(1).square().sum(1) for delta in deltas], 1)
+        return rows, torch.stack([squares.sqrt(), squares], 2)
+
+    total = torch.zeros(len(images), len(sizes), 2, dtype=torch.float64, device=images.device)
+    with attack_mode(model, "eval"):
+        for rows, squares in divided(norms, starts()):
+            total[rows.to(images.device)] += squares.to(images.device)
     each = (total / draws).cpu()
     lengths = each[..., 0]
     spread = lengths.std(0) if len(images) > 1 else torch.full((len(sizes),), torch.nan)

@@ -8,7 +8,7 @@ Brendel, Tramèr and Carlini, "Increasing Confidence in Adversarial Robustness E
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..constraints import Constraint
 from ..data import Images, ImageSet
+from ..division import divided
 from ..errors import InputError
 from ..modes import attack_mode
 from .attacks import Attack
@@ -172,7 +173,7 @@ def active_test(
 ) -> ActiveTest:
     """Plant an adversarial example beside each image, and let every attack look for it.
 
-    Every image has a network of its own, so attacks see one image at a time.
+    Every image has a network of its own, so attacks see one image at a time. Several processes share the images.
 
     Args:
         model: the network.
@@ -183,21 +184,28 @@ def active_test(
         progress: called with the name of each attack before each image.
     """
     generator = torch.Generator(images.device).manual_seed(seed)
-    planted, hits = 0, dict.fromkeys(["random", *(attack.name for attack in attacks)], 0)
-    with attack_mode(model, "eval"), torch.inference_mode(False):
+
+    def examples() -> Iterator[tuple[int, Planted, int]]:
         layer = _last_linear(model, images[slice(0, 1)].pixels())
         for place in range(len(images)):
             example = plant(model, images[slice(place, place + 1)].pixels(), space, generator, layer)
-            if example is None:
-                continue
-            planted += 1
-            hits["random"] += _random_search(example, space, generator)
-            alone = Images(example.x, torch.zeros(1, dtype=torch.int64, device=images.device), images.classes)
-            for attack in attacks:
-                progress(f"active test, {attack.name}, image {place + 1}")
-                hits[attack.name] += int(not attacked(example.network, alone, attack, seed=seed).correct.item())
-    shares = {name: count / planted if planted else 0.0 for name, count in hits.items()}
-    return ActiveTest(len(images), planted, shares.pop("random"), shares)
+            if example is not None:
+                yield place, example, _random_search(example, space, generator)
+
+    def found(part: tuple[int, Planted, int]) -> list[int]:
+        place, example, by_chance = part
+        single = Images(example.x, torch.zeros(1, dtype=torch.int64, device=images.device), images.classes)
+        by_attacks = []
+        for attack in attacks:
+            progress(f"active test, {attack.name}, image {place + 1}")
+            by_attacks.append(int(not attacked(example.network, single, attack, seed=seed).correct.item()))
+        return [by_chance, *by_attacks]
+
+    with attack_mode(model, "eval"), torch.inference_mode(False):
+        hits = divided(found, examples())
+    names = ["random", *(attack.name for attack in attacks)]
+    parts = {name: sum(row[k] for row in hits) / max(1, len(hits)) for k, name in enumerate(names)}
+    return ActiveTest(len(images), len(hits), parts.pop("random"), parts)
 
 
 @torch.no_grad()

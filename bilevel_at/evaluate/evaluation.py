@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -11,8 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from .. import shares
 from ..constraints import Constraint
 from ..data import Images, ImageSet
+from ..division import agree
 from ..errors import InputError
 from ..modes import attack_mode
 from .attacks import Attack, Surrogates, attack_from_name
@@ -113,6 +116,9 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate the accuracy of any network under each attack, and check whether the results can be trusted.
 
+    Several processes (:func:`bilevel_at.shares.together`) share the work and get the same result. Each needs the whole
+    data and the same network. Warnings are issued by the first.
+
     Args:
         model: maps inputs in [0, 1] to logits. It is evaluated in eval mode; its mode is restored.
         data: an :class:`~bilevel_at.data.ImageSet`, ``(x, y)`` with ``x [N, ...]`` and ``y [N]`` int64, or a DataLoader
@@ -128,7 +134,8 @@ def evaluate(
             issued as :class:`EvaluationWarning`.
         surrogates: the networks of ``transfer:NAME`` attacks by name, or a function from a name to its network, such as
             ``ba.load`` for paths of runs.
-        progress: called after each batch with the result's name, the stage, batches done, batches to do, the trace.
+        progress: called with the result's name, the stage, batches done, batches to do, the trace. After each batch; on
+            several processes, on each after each round of batches.
 
     Returns:
         The scores by name, with traces, warnings and measurements.
@@ -145,6 +152,8 @@ def evaluate(
     in_train_mode = any(module.training for module in model.modules())
     images = as_images(data, model)
     fingerprint = images.sha256()[:16]
+    if shares.count() > 1:
+        agree("the fingerprint of network and images", (_weights_digest(model), fingerprint))
     for space in spaces:
         if norm_of(space) is None:
             check_set(space, images[slice(0, SEEN)].pixels())
@@ -172,9 +181,16 @@ def evaluate(
             at = result_name(Attack("", one), usual) if one is not None and len(spaces) > 1 else ""
             result.measured |= {f"{key}{at}": value for key, value in compared.items()}
             result.warnings += findings(compared)
-        for finding in result.warnings:
+        for finding in result.warnings if shares.rank() == 0 else ():
             warnings.warn(str(finding), EvaluationWarning, stacklevel=2)
     return result
+
+
+def _weights_digest(model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for tensor in (*model.parameters(), *model.buffers()):
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _radii(epsilon: Any) -> list[Any]:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .. import shares
 from ..batch import Batch
 from ..data import ImageSet
 from ..data.sets import check_images
+from ..division import divided
 from ..errors import BilevelError, InputError
 from ..modes import attack_mode
 from .attacks import Attack
@@ -61,6 +64,19 @@ class Trace:
         """The indices of the examples of the current stage, including those that it has broken."""
         return ((self.broken == STANDING) | (self.broken >= self.stage)).nonzero().flatten()
 
+    def to(self, device: torch.device | str) -> Trace:
+        """The trace on another device."""
+        return replace(self, broken=self.broken.to(device), said=self.said.to(device))
+
+    def take(self, outcome: Outcome) -> None:
+        """Enter what the current stage has done to a batch."""
+        fell, said, rows, answer = (part.to(self.broken.device) for part in outcome[:4])
+        self.outside += outcome.outside
+        # In one statement, so that an interruption leaves a consistent trace.
+        self.broken[fell], self.said[fell] = self.stage, said
+        if self.stage == 0:
+            self.said[rows] = answer
+
     def arrays(self) -> dict[str, Any]:
         """The trace as plain arrays for a file, the inverse of :meth:`from_arrays`."""
         return {
@@ -87,6 +103,23 @@ class Trace:
         if broken.shape != answers.shape or broken.dtype != torch.int16 or answers.dtype != torch.int64:
             raise ValueError("arrays of other shapes or types")
         return cls(broken, answers, stage, batch, float(arrays["seconds"]), outside)
+
+
+class Outcome(NamedTuple):
+    """What a stage has done to a batch.
+
+    fell: the indices of the examples that it has broken. said: their predicted classes.
+    rows, answer: the indices of all examples of the batch, and the predicted classes of the attacked images.
+    outside: the number of misclassified images outside C(x).
+    seconds: the time it took.
+    """
+
+    fell: Tensor
+    said: Tensor
+    rows: Tensor
+    answer: Tensor
+    outside: int
+    seconds: float
 
 
 @dataclass
@@ -116,6 +149,9 @@ def attack_examples(
     Random draws depend on ``(seed, stage, batch)`` only: an attack resumed from a saved ``trace`` gives the same result
     as an uninterrupted one. The model is evaluated in eval mode; its mode is restored.
 
+    Several processes (:func:`bilevel_at.shares.together`) take the batches of a stage in rounds, one each, and give the
+    same result as one process. After each round all have the same trace.
+
     Args:
         model: the network.
         images: the examples.
@@ -125,12 +161,14 @@ def attack_examples(
         trace: the state to resume from; it is updated in place.
 
     Yields:
-        After each batch: the trace, the stage's name, the batches done in the stage, the batches of the stage.
+        After each batch, or round: the trace, the stage's name, the batches done in the stage, the batches of the
+        stage.
 
     Raises:
         InputError: if values of ``images`` are not in [0, 1], ``batch_size`` is not positive, or the network does not
             give a row of logits per image.
         BilevelError: if logits of clean images are not finite.
+        Elsewhere: if another process has raised an error; that one raises the error itself.
     """
     if batch_size < 1:
         raise InputError(f"batch_size is {batch_size}; it must be at least 1")
@@ -140,39 +178,53 @@ def attack_examples(
         stage = stages[trace.stage]
         todo = trace.rows()
         parts = todo.split(max(1, batch_size // stage.rows(images.classes))) if len(todo) else ()
+        compute = partial(_attack_batch, model, images, attack, stage, trace.stage, seed)
         while trace.batch < len(parts):
-            start = time.perf_counter()
-            rows = parts[trace.batch]
-            generator = torch.Generator(images.device)
-            generator.manual_seed(((1_000_003 * seed + trace.stage) * 1_000_003 + trace.batch) % 2**63)
-            # Set for each batch, because callers may change the modes between batches.
-            with attack_mode(model, "eval"), torch.inference_mode(False):
-                batch = Batch(images[rows].pixels(), images.y[rows])
-                moved = stage(model, batch, generator)
-                with torch.no_grad():
-                    out = model(moved)
-            if trace.stage == 0:
-                _look(batch, out)
-                for later in attack.stages if trace.batch == 0 else ():
-                    if isinstance(later, (Component, OnSurrogate)):
-                        later.check(batch, out.shape[1])
-            answer = out.argmax(1)
-            wrong = answer != batch.y
-            if attack.constraint is not None and trace.stage > 0:
-                delta = moved - batch.x
-                distance = (delta - attack.constraint.project(delta, batch.x)).flatten(1).abs().amax(1)
-                inside = distance <= CLOSE_ENOUGH  # False for NaN
-                trace.outside += int((wrong & ~inside).sum())
-                wrong &= inside
-            fell = rows[wrong]
-            # In one statement, so that an interruption leaves a consistent trace.
-            trace.broken[fell], trace.said[fell] = trace.stage, answer[wrong]
-            if trace.stage == 0:
-                trace.said[rows] = answer
-            trace.batch += 1
-            trace.seconds += time.perf_counter() - start
+            ahead = range(len(parts))[trace.batch : trace.batch + shares.count()]
+            outcomes = divided(compute, [(number, parts[number]) for number in ahead])
+            for outcome in outcomes:
+                trace.take(outcome)
+            trace.batch += len(outcomes)
+            trace.seconds += max(outcome.seconds for outcome in outcomes)  # a round takes as long as its slowest batch
             yield trace, stage.name, trace.batch, len(parts)
         trace.stage, trace.batch = trace.stage + 1, 0
+
+
+def _attack_batch(
+    model: nn.Module,
+    images: ImageSet,
+    attack: Attack,
+    stage: Stage,
+    place: int,
+    seed: int,
+    part: tuple[int, Tensor],
+) -> Outcome:
+    """The outcome of stage ``place`` on a batch, which is given by its number and the indices of its examples."""
+    start = time.perf_counter()
+    number, rows = part
+    generator = torch.Generator(images.device)
+    generator.manual_seed(((1_000_003 * seed + place) * 1_000_003 + number) % 2**63)
+    # Set for each batch, because callers may change the modes between batches.
+    with attack_mode(model, "eval"), torch.inference_mode(False):
+        batch = Batch(images[rows].pixels(), images.y[rows])
+        moved = stage(model, batch, generator)
+        with torch.no_grad():
+            out = model(moved)
+    if place == 0:
+        _look(batch, out)
+        for later in attack.stages if number == 0 else ():
+            if isinstance(later, (Component, OnSurrogate)):
+                later.check(batch, out.shape[1])
+    answer = out.argmax(1)
+    wrong, outside = answer != batch.y, 0
+    if attack.constraint is not None and place > 0:
+        delta = moved - batch.x
+        distance = (delta - attack.constraint.project(delta, batch.x)).flatten(1).abs().amax(1)
+        inside = distance <= CLOSE_ENOUGH  # False for NaN
+        outside = int((wrong & ~inside).sum())
+        wrong &= inside
+    fell, said = rows[wrong], answer[wrong]  # waits for the device
+    return Outcome(fell, said, rows, answer, outside, time.perf_counter() - start)
 
 
 def _look(batch: Batch, out: Any) -> None:

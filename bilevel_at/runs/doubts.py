@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from .. import shares
 from ..constraints import Constraint
 from ..data import ImageSet
 from ..evaluate.active import active_findings, active_test, testable
@@ -53,7 +54,7 @@ def record_checks(
         The warnings.
     """
     key = store.which if key is None else key
-    known = _object(run)
+    known = shares.first(lambda: _object(run))
     entry = _part(known, key)
     images_and_draws = {"data": store.data, "seed": store.seed}
     of = {"weights": store.weights, **images_and_draws, "examples": examples}
@@ -81,7 +82,7 @@ def record_checks(
         **({"active": tested} if tested else {}),
         "of": of,
     }
-    run.write_json(CHECKS, known)
+    shares.first(lambda: run.write_json(CHECKS, known))
     return reasons
 
 

@@ -10,15 +10,16 @@ import hashlib
 import json
 import math
 import re
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import nn
 
+from .. import shares
 from ..data import ImageSet
+from ..division import agree
 from ..errors import InputError
 from ..evaluate.attacks import Attack
 from ..evaluate.result import Score, result_name
@@ -54,6 +55,21 @@ def file_name(name: str) -> str:
     return plain + ".npz"
 
 
+class _Found(NamedTuple):
+    """What is on record of an attack.
+
+    name: the name of the result.
+    trace: the outcome of each example so far.
+    score: None if the attack is not finished, or its result is not current.
+    twin: the checkpoint of the same weights that the score is of, if it is of another one.
+    """
+
+    name: str
+    trace: Trace
+    score: Score | None = None
+    twin: str | None = None
+
+
 class Store:
     """The results of one network (``which``: best, last, last_good, or model) on one image set.
 
@@ -62,6 +78,9 @@ class Store:
             score = store.score(attack)
 
     A result on fewer images than an existing one is stored beside it, as ``pgd-50-10[n=100]``.
+
+    Several processes (:func:`bilevel_at.shares.together`) call the same methods and get the same results. Only the
+    first of them reads and writes the directory, and warns of damage.
 
     Args:
         run: the directory.
@@ -95,9 +114,11 @@ class Store:
         self.seed, self.batch_size = seed, batch_size
         self.data = images.sha256()[:16] if data is None else data
         self.weights = fingerprint(model)
+        agree("the fingerprint of network and images", (self.weights, self.data))
         self.twins = tuple(twins)
         self.traces: dict[str, Trace] = {}
         self.attacks: dict[str, Attack] = {}
+        self._identities: dict[Attack, str] = {}
         self.copied: dict[str, str] = {}  # the checkpoint of the same weights that a result is of
 
     def results(self) -> dict[str, Any]:
@@ -126,36 +147,52 @@ class Store:
         Returns:
             The name of the result and the score.
         """
+        found = shares.first(lambda: self._find(attack, again))
+        trace, score = found.trace.to(self.images.device), found.score
+        if score is None:
+            self._attack(found.name, attack, trace, progress)
+            score = shares.first(lambda: self._score(found.name, attack, trace))
+        if found.twin is not None:
+            self.copied[found.name] = found.twin
+        self.traces[found.name], self.attacks[found.name] = trace, attack
+        return found.name, score
+
+    def _find(self, attack: Attack, again: bool) -> _Found:
+        """What is on record; the result of a checkpoint with the same weights is stored as this one's, too."""
         name, entry = self._place(attack)
-        identity = self._identity(attack)
-        path = self._file(name)
-        trace = None if again else self._read(path, identity, attack)
+        trace = None if again else self._read(self._file(name), attack)
         finished = trace is not None and trace.stage > len(attack.stages)
-        if entry is not None and finished and self._same(entry, attack):
-            assert trace is not None
-            self.traces[name], self.attacks[name] = trace, attack
-            return name, entry
-        score = None if finished else self._of_a_twin(name, identity, attack, again)
-        if score is not None:
-            self._keep(name, score)
-            return name, score
-        trace = Trace.start(len(self.images), self.images.device) if trace is None else trace
-        saved = time.monotonic()
+        if trace is not None and finished and entry is not None and self._same(entry, attack):
+            return _Found(name, trace, entry)
+        of_a_twin = None if finished else self._of_a_twin(name, attack, again)
+        return of_a_twin or _Found(name, Trace.start(len(self.images)) if trace is None else trace)
+
+    def _attack(
+        self, name: str, attack: Attack, trace: Trace, progress: Callable[[str, str, int, int, Trace], None]
+    ) -> None:
+        """Attack from the trace on to the end, and save it now and then, and where that is interrupted."""
+        path = self._file(name)
+        saved = trace.seconds
         try:
             for _, stage, done, of in attack_examples(
                 self.model, self.images, attack, seed=self.seed, batch_size=self.batch_size, trace=trace
             ):
                 progress(name, stage, done, of, trace)
-                if time.monotonic() - saved > SAVE_EVERY:
-                    self._write(path, identity, attack, trace)
-                    saved = time.monotonic()
+                if trace.seconds - saved > SAVE_EVERY:  # which is the same on every process
+                    shares.first(lambda: self._write(path, attack, trace))
+                    saved = trace.seconds
         except InputError:  # raised before the first batch
             raise
-        except BaseException:  # save the finished batches
-            self._write(path, identity, attack, trace)
+        except BaseException as error:  # save the finished batches; other processes may have ended
+            before = isinstance(error, shares.Elsewhere) and trace.stage == 0  # perhaps an InputError there
+            if shares.rank() == 0 and not before:
+                self._write(path, attack, trace)
             raise
-        self._write(path, identity, attack, trace)
-        self.traces[name], self.attacks[name] = trace, attack
+
+    def _score(self, name: str, attack: Attack, trace: Trace) -> Score:
+        """The score of a finished trace; both are stored."""
+        path = self._file(name)
+        self._write(path, attack, trace)
         score = Score.of(
             trace,
             attack,
@@ -169,13 +206,16 @@ class Store:
             versions=versions("pyautoattack", "numpy"),
         )
         self._keep(name, score)
-        return name, score
+        return score
 
     def worst_case(self) -> WorstCase | None:
         """The worst case of all attacks that were made on these images in the run's threat, by any command.
 
         None if there is none yet.
         """
+        return shares.first(self._worst_case)
+
+    def _worst_case(self) -> WorstCase | None:
         entries = self.results()[self.which]
         current = {k: v for k, v in entries.items() if score_from(v) is not None and self._current(v)}
         try:
@@ -192,21 +232,23 @@ class Store:
         results[self.which] = current
         self.run.write_json(RESULTS, results)
 
-    def _of_a_twin(self, name: str, identity: str, attack: Attack, again: bool) -> Score | None:
+    def _of_a_twin(self, name: str, attack: Attack, again: bool) -> _Found | None:
         """The score of another checkpoint with the same weights, if it is on record; its outcomes are copied."""
         results = self.results()
         for twin in self.twins if again else dict.fromkeys([*self.twins, *results]):
             if twin == self.which or not isinstance(results.get(twin), dict):
                 continue
             entry = score_from(results[twin].get(name))
-            trace = self._read(self.run.path / FOLDER / twin / file_name(name), identity, attack)
+            trace = self._read(self.run.path / FOLDER / twin / file_name(name), attack)
             if entry is None or trace is None or trace.stage <= len(attack.stages) or not self._same(entry, attack):
                 continue
             path = self._file(name)
-            self._write(path, identity, attack, trace)
-            self.traces[name], self.attacks[name], self.copied[name] = trace, attack, twin
+            self._write(path, attack, trace)
             epsilon = math.nan if entry.epsilon is None else entry.epsilon  # as JSON has it
-            return dataclasses.replace(entry, epsilon=epsilon, file=str(path.relative_to(self.run.path).as_posix()))
+            file = str(path.relative_to(self.run.path).as_posix())
+            score = dataclasses.replace(entry, epsilon=epsilon, file=file)
+            self._keep(name, score)
+            return _Found(name, trace, score, twin)
         return None
 
     def _place(self, attack: Attack) -> tuple[str, Score | None]:
@@ -237,6 +279,8 @@ class Store:
         return settings == of
 
     def _identity(self, attack: Attack) -> str:
+        if attack in self._identities:  # the surrogates' weights are not read again for each save
+            return self._identities[attack]
         surrogates = [fingerprint(stage.surrogate) for stage in attack.stages[:1] if isinstance(stage, OnSurrogate)]
         # The stages' settings, without the memory addresses in default reprs.
         description = re.sub(r" at 0x[0-9a-f]+", "", repr(list(attack.stages)))
@@ -254,20 +298,20 @@ class Store:
             "seed": self.seed,
             "batch_size": self.batch_size,
         }
-        return json.dumps(stated, sort_keys=True)
+        return self._identities.setdefault(attack, json.dumps(stated, sort_keys=True))
 
     def _file(self, name: str) -> Path:
         return self.run.path / FOLDER / self.which / file_name(name)
 
-    def _read(self, path: Path, identity: str, attack: Attack) -> Trace | None:
-        """The trace in the file; None if the file is missing, damaged, or from another evaluation."""
+    def _read(self, path: Path, attack: Attack) -> Trace | None:
+        """The trace in the file, on the CPU; None if the file is missing, damaged, or from another evaluation."""
         name = path.relative_to(self.run.path).as_posix()
         if not self.run.has(name):
             return None
         try:
             arrays = self.run.read_arrays(name)
-            trace = Trace.from_arrays(arrays, self.images.device)
-            expected = self._arrays(identity, attack, trace)
+            trace = Trace.from_arrays(arrays)
+            expected = self._arrays(attack, trace)
             if arrays.keys() != expected.keys() or not all(np.array_equal(arrays[k], v) for k, v in expected.items()):
                 return None
         except InputError as error:
@@ -278,15 +322,15 @@ class Store:
         whole = len(trace.broken) == len(self.images) and 0 <= trace.stage <= len(attack.stages) + 1
         return trace if whole else None
 
-    def _write(self, path: Path, identity: str, attack: Attack, trace: Trace) -> None:
-        self.run.save_arrays(path.relative_to(self.run.path).as_posix(), self._arrays(identity, attack, trace))
+    def _write(self, path: Path, attack: Attack, trace: Trace) -> None:
+        self.run.save_arrays(path.relative_to(self.run.path).as_posix(), self._arrays(attack, trace))
 
-    def _arrays(self, identity: str, attack: Attack, trace: Trace) -> dict[str, Any]:
+    def _arrays(self, attack: Attack, trace: Trace) -> dict[str, Any]:
         return {
             "label": self.images.y.cpu().numpy(),
             "correct": trace.correct.cpu().numpy(),
             "stages": np.array(["clean", *(stage.name for stage in attack.stages)]),
-            "identity": np.array(identity),
+            "identity": np.array(self._identity(attack)),
             "finished": np.array(trace.stage > len(attack.stages)),
             **trace.arrays(),
         }

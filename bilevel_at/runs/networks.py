@@ -13,7 +13,7 @@ from ..models import build_model
 from .checkpoints import weights
 from .directory import RunDir
 
-__all__ = ["Which", "described", "load", "load_weights"]
+__all__ = ["Which", "described", "load", "load_weights", "untrained"]
 
 Which = Literal["best", "last", "last_good"]
 
@@ -59,18 +59,29 @@ def load(run_dir: str | Path, which: Which = "best", model: nn.Module | None = N
         raise InputError(f"which is {which!r}; choose 'best', 'last' or 'last_good'")
     run = RunDir(run_dir)
     config = run.config()
-    name, shape, classes = described(run_dir, config)
-    if model is None:
-        if name == "file":
-            raise InputError(
-                f"{run_dir} trained the model defined in {str(config.get('file'))[:100]!r}; pass one as "
-                "load(..., model=...)"
-            )
-        activation: Any = str(config.get("activation", "relu"))
-        with torch.random.fork_rng(devices=[]):  # first weights are drawn, and replaced below
-            model = build_model(name, shape, classes, activation=activation)
-    load_weights(model, run, which, name)
+    model = untrained(run_dir, config) if model is None else model
+    load_weights(model, run, which, described(run_dir, config)[0])
     return model.eval()
+
+
+def untrained(run: str | Path, config: Any) -> nn.Module:
+    """The network that a ``config.json`` names, with new weights.
+
+    Args:
+        run: the directory, for messages.
+        config: the content of ``config.json``.
+
+    Raises:
+        InputError: if the configuration describes no network, or the run's problem file defines it.
+    """
+    name, shape, classes = described(run, config)
+    if name == "file":
+        raise InputError(
+            f"{run} trained the model defined in {str(config.get('file'))[:100]!r}; pass one as load(..., model=...)"
+        )
+    activation: Any = str(config.get("activation", "relu"))
+    with torch.random.fork_rng(devices=[]):  # weights are drawn
+        return build_model(name, shape, classes, activation=activation)
 
 
 def load_weights(model: nn.Module, run: RunDir, which: str, name: str, device: torch.device | str = "cpu") -> None:
