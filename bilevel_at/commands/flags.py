@@ -286,13 +286,10 @@ def status_of(command: Callable[[Sequence[str]], int | None], prog: str) -> int:
     except Exception as error:
         if asked:
             traceback.print_exc()
-        from .mistakes import one_line  # here: it imports torch, which --help does without
-        from .processes import ended_elsewhere
+        from .processes import line_of  # here: it imports torch, which --help does without
 
-        if not ended_elsewhere(error):
-            print(f"{_which(prog)}: {_printable(one_line(error))}", file=sys.stderr)
-        elif os.environ.get("RANK") == "0":
-            print(f"{prog}: another process of this job has ended", file=sys.stderr)
+        if (line := line_of(error)) is not None:
+            print(f"{_which(prog)}: {_printable(line)}", file=sys.stderr)
         return 1
 
 

@@ -15,7 +15,7 @@ from .. import shares
 from ..errors import BilevelError, InputError
 from .mistakes import one_line
 
-__all__ = ["agreed", "ended_elsewhere", "joined", "leave", "on_device", "one_after_the_other"]
+__all__ = ["agreed", "joined", "leave", "line_of", "on_device", "one_after_the_other"]
 
 T = TypeVar("T")
 _of_a_job: list[bool] = []
@@ -108,8 +108,11 @@ def leave(status: int) -> None:
         os._exit(status)
 
 
-def ended_elsewhere(error: BaseException) -> bool:
-    """Whether an error only says that another process of the job has ended."""
+def line_of(error: BaseException) -> str | None:
+    """An error in one line; None where it is for another process of the job to say."""
     if isinstance(error, shares.Elsewhere):
-        return True
-    return bool(_of_a_job) and isinstance(error, RuntimeError) and any(part in str(error) for part in CLOSED)
+        return None
+    if _of_a_job and isinstance(error, RuntimeError) and any(part in str(error) for part in CLOSED):
+        # Of those that were waiting for a process that has ended, the first speaks.
+        return "another process of this job has ended" if os.environ.get("RANK") == "0" else None
+    return one_line(error)

@@ -86,10 +86,10 @@ def _in_directory(plan: Plan, prepared: Prepared, run_dir: RunDir, signals: Sign
     try:
         with signals.waiting():
             _train(trainer, run_dir, saver, console)
+        scores, worst = _evaluate(trainer, run_dir, prepared, console)
         if shares.rank() > 0:
             return 0
         with shares.alone():
-            scores, worst = _evaluate(trainer, run_dir, prepared, console)
             _draw(plan, prepared, run_dir)
     except KeyboardInterrupt as stop:
         number = stop.number if isinstance(stop, Stopped) else signal.SIGINT
@@ -179,7 +179,7 @@ def _evaluate(
         for which in CHECKPOINTS:
             if not shares.first(partial(_load, which, trainer, run, prepared)):
                 continue
-            if shares.count() > 1:
+            if shares.count() > 1:  # the first process has read it
                 broadcast(trainer.model, shares.group())
             store = Store(run, which, trainer.model, test, usual=prepared.threat, data=data)
             scores[which] = {}
