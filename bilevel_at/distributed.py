@@ -23,11 +23,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .batch_statistics import SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d
 from .errors import InputError
 from .modes import check_unwrapped
 from .shares import together
 
-__all__ = ["average_statistics", "broadcast", "reduce_gradients", "together"]
+__all__ = ["SyncBatchNorm", "average_statistics", "broadcast", "reduce_gradients", "synchronise", "together"]
 
 BUCKET = 25 * 2**20  # bytes, as DistributedDataParallel has it
 
@@ -122,6 +123,33 @@ def _buckets(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
         yield bucket
 
 
+KINDS: dict[type[nn.Module], type[SyncBatchNorm]] = {
+    nn.BatchNorm1d: SyncBatchNorm1d,
+    nn.BatchNorm2d: SyncBatchNorm2d,
+    nn.BatchNorm3d: SyncBatchNorm3d,
+}
+
+
+def synchronise(model: nn.Module) -> None:
+    """Make every nn.BatchNorm of the network a :class:`SyncBatchNorm`, in place.
+
+    Modules stay the same objects, with their parameters, buffers, hooks and flags, and so does the ``state_dict``.
+
+    Raises:
+        InputError: for another class of batch normalisation (a subclass, torch's SyncBatchNorm), of which nobody knows
+            what its statistics are; nothing is changed then.
+    """
+    normalising = [(name, m) for name, m in model.named_modules() if isinstance(m, _BatchNorm)]
+    for name, module in normalising:
+        if type(module) not in KINDS and not isinstance(module, SyncBatchNorm):
+            raise InputError(
+                f"{name or 'the network'} is a {type(module).__name__}, which cannot be made a SyncBatchNorm; use "
+                "nn.BatchNorm1d, 2d or 3d"
+            )
+    for _, module in normalising:
+        module.__class__ = KINDS.get(type(module), type(module))
+
+
 def average_statistics(model: nn.Module, group: dist.ProcessGroup | None = None) -> None:
     """Replace running means and variances of batch normalisation by their means over the processes.
 
@@ -134,7 +162,7 @@ def average_statistics(model: nn.Module, group: dist.ProcessGroup | None = None)
     """
     layers = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     running = [t for layer in layers for t in (layer.running_mean, layer.running_var) if t is not None]
-    if running:
+    if running and _processes(group) > 1:
         flat = torch.cat([t.flatten() for t in running])
         dist.all_reduce(flat, group=group)
         flat /= _processes(group)

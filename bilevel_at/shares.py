@@ -177,7 +177,7 @@ def deal(batches: Sequence[Tensor], by_index: bool) -> Sequence[Share | None]:
         owners = (torch.cat(list(batches)).cpu() % _count).split(lengths)
         rows = [(owner == _rank).nonzero().flatten() for owner in owners]
     else:
-        rows = [torch.arange(_rank, length, _count) for length in lengths]
+        rows = [torch.arange(length)[_rank::_count] for length in lengths]
     return [
         Share(mine if len(mine) else mine.new_zeros(1), length, by_index, len(mine) == 0)
         for mine, length in zip(rows, lengths, strict=True)
