@@ -11,10 +11,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from . import lockstep, shares
 from .batch import per_sample
 from .errors import ConvergenceError, name_samples
 
 __all__ = ["projected_gradient"]
+
+DONE, GOING, LOST = 0, 1, 2
+"""What a step leaves: every sample within tolerance; some not; some not a number."""
 
 
 def projected_gradient(
@@ -29,7 +33,8 @@ def projected_gradient(
 
     Returns (δ*, residual ``[B]``), where the residual bounds max |δ − P(δ − scale·∇g)|: at 0, δ is a KKT point, and for
     a g of strong convexity λ = 1/scale and smoothness L the distance to the minimiser is at most (1 + L/λ) times it in
-    ‖·‖₂. ``tol=None`` is eps^¾ of the dtype.
+    ‖·‖₂. ``tol=None`` is eps^¾ of the dtype. Processes that share a batch stop at the same step, when all are done:
+    samples that have statistics in common wait for each other, and N processes make the steps that one makes.
 
     Raises :class:`ConvergenceError`, naming the samples, where a residual is above ``tol`` after ``max_iter`` steps.
     """
@@ -50,13 +55,19 @@ def projected_gradient(
     step = torch.full((len(x),), 1e-3, dtype=x.dtype, device=x.device)
     ratio = torch.full_like(step, torch.inf)  # the first steps may grow as fast as the curvature allows
     residual = torch.full_like(step, torch.inf)
+    share = shares.current()
+    counts = share is None or not share.idle
     for _ in range(max_iter):
         moved = project(x - per_sample(step, x) * g).detach()
         # |δ − P(δ − s∇g)| grows with s, but no faster than s: this bounds its value at s = scale.
         residual = (moved - x).abs().flatten(1).amax(1) * (scale / step).clamp(min=1)
-        if bool((residual <= tol).all()):
+        level = DONE
+        if counts and not bool((residual <= tol).all()):
+            level = LOST if bool(residual.isnan().any()) else GOING
+        level = lockstep.worst(level)
+        if level == DONE:
             return moved, residual
-        if bool(residual.isnan().any()):
+        if level == LOST:
             break
         g_moved = gradient(moved)
         distance = length(moved - x)
@@ -69,14 +80,15 @@ def projected_gradient(
         new = torch.where(torch.isfinite(new) & (distance > 0), new, step)
         ratio = new / step
         step, x, g = new, moved, g_moved
-    lost = torch.nonzero(residual.isnan()).flatten().tolist()
+    lost = lockstep.everyones(torch.nonzero(residual.isnan()).flatten().tolist(), len(x))
     if lost:
         raise ConvergenceError(
             f"the lower level's objective or its gradient is not a number on {name_samples(lost)}", lost
         )
-    late = torch.nonzero(residual > tol).flatten().tolist()
+    late = lockstep.everyones(torch.nonzero(residual > tol).flatten().tolist(), len(x))
+    most = lockstep.largest(residual.max() if counts else residual.new_zeros(())).item()
     raise ConvergenceError(
         f"the lower level did not reach tol={tol:g} in max_iter={max_iter} steps on {name_samples(late)} "
-        f"(largest residual {residual.max().item():.2g}); raise lam, tol or max_iter",
+        f"(largest residual {most:.2g}); raise lam, tol or max_iter",
         late,
     )

@@ -13,6 +13,7 @@ from .constraints import ActiveSet
 from .directions import direction_of, taylor
 from .draws import Draws
 from .errors import CurvatureError, InputError, at_least, name_samples, one_of
+from .lockstep import places, raised_alike, rows_of_all
 from .losses import AnyLoss, CrossEntropy, as_loss, minus
 from .lower import Linearized, Proximal
 from .modes import attack_mode, same_buffers
@@ -80,9 +81,10 @@ class KKTSolver(Solver):
         losses = attacked.losses(delta, attacked.generator)
         (v,) = torch.autograd.grad(attacked.total(losses), delta)
         value = None if gradient is None else gradient.detach()
-        w = self.adjoint(attacked.problem, attacked.model, replace(solution, gradient=value), v)
-        # g is the sum over losses, f their mean; a coupled loss is one number.
-        near = solution.delta + (self.ig_weight * losses.numel() / attacked.scale) * w
+        at = replace(solution, gradient=value)
+        w = raised_alike(lambda: self.adjoint(attacked.problem, attacked.model, at, v))
+        # g is the sum over losses, f their mean over the whole batch; a coupled loss is one number.
+        near = solution.delta + (self.ig_weight * rows_of_all(losses.numel()) / attacked.scale) * w
         with draws.again() as generator, same_buffers(attacked.model):
             total = attacked.total(attacked.losses(near, generator))
             both = torch.autograd.grad(total, list(named.values()), allow_unused=True)
@@ -109,7 +111,7 @@ class KKTSolver(Solver):
         leave = not on_host(lam) if isinstance(lam, Tensor) else lam + self.damping > 0
         if leave:
             return
-        flat = (diagonal <= 0).nonzero().flatten().tolist()
+        flat = places((diagonal <= 0).nonzero().flatten().tolist(), len(diagonal))
         if flat:
             raise CurvatureError(
                 f"{type(lower).__name__} has no proximal term (λ = 0) on {name_samples(flat)}, so λI has no inverse; "

@@ -16,16 +16,21 @@ from torch import Tensor
 from . import shares
 from .errors import BilevelError, ConvergenceError, CurvatureError
 
-__all__ = ["anywhere", "everyones", "largest", "places", "raised_alike", "rows_of_all", "smallest"]
+__all__ = ["anywhere", "everyones", "largest", "places", "raised_alike", "rows_of_all", "smallest", "worst"]
 
 T = TypeVar("T")
 
 
 def anywhere(flag: bool) -> bool:
-    """Whether ``flag`` is true on any process that shares the batch; it travels through the CPU."""
+    """Whether ``flag`` is true on any process that shares the batch."""
+    return worst(int(flag)) > 0
+
+
+def worst(level: int) -> int:
+    """The largest ``level`` of the processes that share the batch; it travels through the CPU."""
     if shares.current() is None:
-        return flag
-    return bool(shares.total(torch.tensor(float(flag), device="cpu")))
+        return level
+    return int(largest(torch.tensor(level, device="cpu")))
 
 
 def largest(values: Tensor) -> Tensor:
@@ -45,12 +50,10 @@ def rows_of_all(rows: int) -> int:
 
 
 def places(samples: list[int], rows: int) -> list[int]:
-    """The places in the whole batch of some of this process's ``rows`` rows; of a process that is idle none."""
+    """The places in the whole batch of some of this process's ``rows`` rows."""
     share = shares.current()
     if share is None or not samples:
         return samples
-    if share.idle:
-        return []
     times = max(rows // len(share.rows), 1)  # several rows for each example stand side by side
     own = share.rows.tolist()
     return [own[i // times] * times + i % times for i in samples]
@@ -64,7 +67,7 @@ def everyones(samples: list[int], rows: int) -> list[int]:
 
 
 def raised_alike(function: Callable[[], T]) -> T:
-    """What ``function`` returns; a :class:`BilevelError` of one process is raised on every process that shares the batch.
+    """What ``function`` returns; a :class:`BilevelError` of one process is raised on all that share the batch.
 
     Sums over processes within ``function`` must not follow a line that raises on some processes alone.
     """

@@ -23,6 +23,7 @@ from . import policy, shares
 from .batch import Batch
 from .compiled import one_graph
 from .errors import InputError
+from .lockstep import raised_alike
 from .losses import check_prepared, check_values
 from .modes import check_unwrapped, full_precision
 from .policy import Policy
@@ -217,7 +218,8 @@ class Solver(Policy):
         named, gradient = attacked.parameters, attacked.gradient
         assert gradient is not None  # where δ* moves with θ there is one
         with full_precision(gradient.device):
-            w = self.adjoint(attacked.problem, attacked.model, replace(attacked.solution, gradient=gradient), v)
+            solution = replace(attacked.solution, gradient=gradient)
+            w = raised_alike(lambda: self.adjoint(attacked.problem, attacked.model, solution, v))
             cross = torch.autograd.grad(gradient, list(named.values()), -self.ig_weight * w, allow_unused=True)
         return dict(zip(named, cross, strict=True))
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from bilevel_at.constraints import ActiveSet
 from bilevel_at.errors import BilevelError, CurvatureError, InputError, name_samples, one_of, positive, whole_number
 from bilevel_at.kkt import CrossAt, Curvature, KKTSolver, curved_part, scalar_adjoint, with_multiplier
+from bilevel_at.lockstep import places
 from bilevel_at.modes import attack_mode, full_precision
 from bilevel_at.problem import BilevelProblem, attack_mode_of
 from bilevel_at.solution import Solution
@@ -76,7 +77,7 @@ class FullKKT(KKTSolver):
             self._refuse(diagonal <= 0)
             return scalar_adjoint(diagonal, active, v)
         with attack_mode(model, attack_mode_of(lower)):
-            operator = CurvatureOperator(part, solution, diagonal, active)
+            operator = CurvatureOperator(part, solution, diagonal, active, model)
             if self.method == "dense":
                 if operator.coupled:
                     raise InputError(
@@ -112,7 +113,7 @@ class FullKKT(KKTSolver):
 
     @staticmethod
     def _refuse(bad: Tensor) -> None:
-        samples = bad.nonzero().flatten().tolist()
+        samples = places(bad.nonzero().flatten().tolist(), len(bad))
         if samples:
             raise CurvatureError(
                 f"the Hessian is not positive definite on the free directions of {name_samples(samples)}; "

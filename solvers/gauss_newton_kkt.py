@@ -8,9 +8,11 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from bilevel_at.batch_statistics import couples
 from bilevel_at.constraints import ActiveSet
 from bilevel_at.errors import ConvergenceError, CurvatureError, InputError, at_least, name_samples, one_of
 from bilevel_at.kkt import CrossAt, KKTSolver, with_multiplier
+from bilevel_at.lockstep import anywhere, places
 from bilevel_at.losses import CrossEntropy, Loss, as_loss, minus
 from bilevel_at.modes import attack_mode, full_precision
 from bilevel_at.problem import BilevelProblem, LowerProblem, attack_mode_of
@@ -135,15 +137,17 @@ class GaussNewtonKKT(KKTSolver):
         with torch.enable_grad(), attack_mode(model, attack_mode_of(lower)):
             logits = loss.forward(model, solution.batch, delta)
             values = loss.value(logits, solution.batch)
-            lost = values.isnan().nonzero().flatten().tolist()
-            if lost:
-                raise ConvergenceError(f"the attack loss is not a number on {name_samples(lost)}", lost)
-            if len(delta) != len(logits) or coupled_samples(values, delta):
+            lost = values.isnan().nonzero().flatten().tolist()  # whose derivatives are no numbers either, so not 0
+            coupled = couples(model) or anywhere(not lost and coupled_samples(values, delta))
+            if len(delta) != len(logits) or coupled:
                 raise InputError(
                     "GaussNewtonKKT needs samples that share nothing; here one sample's loss depends on another's "
                     "perturbation (batch normalisation in train mode, a mean over the batch, one δ for all); use "
                     'FullKKT(method="cg", curvature="attack"), or mode="eval" in the lower problem'
                 )
+            if lost:
+                lost = places(lost, len(values))
+                raise ConvergenceError(f"the attack loss is not a number on {name_samples(lost)}", lost)
             rows = [
                 active.tangent(torch.autograd.grad(logits[:, k].sum(), delta, retain_graph=True)[0]).flatten(1)
                 for k in range(logits.shape[1])
@@ -166,7 +170,7 @@ class GaussNewtonKKT(KKTSolver):
 
     @staticmethod
     def _refuse(least: Tensor, damping: Tensor) -> None:
-        samples = (least + damping <= 0).nonzero().flatten().tolist()
+        samples = places((least + damping <= 0).nonzero().flatten().tolist(), len(least))
         if samples:
             raise CurvatureError(
                 f"the Hessian is not positive definite on the free directions of {name_samples(samples)} (its least "

@@ -6,11 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from bilevel_at import shares
 from bilevel_at.batch import Batch, CropFlip, per_sample
+from bilevel_at.batch_statistics import couples
 from bilevel_at.constraints import ActiveSet
 from bilevel_at.errors import ConvergenceError, CurvatureError, InputError, name_samples
+from bilevel_at.lockstep import anywhere, largest, places, rows_of_all
 from bilevel_at.problem import CurvedPart
 from bilevel_at.solution import Solution
 
@@ -74,15 +77,18 @@ def coupled_samples(values: Tensor, delta: Tensor) -> bool:
 class CurvatureOperator:
     """p ↦ T(∇²part + diagonal)T p, one backward pass over a graph that is built once.
 
-    coupled: as :func:`coupled_samples` has it.
+    coupled: as :func:`coupled_samples` has it, alike on all processes that share the batch. Statistics over them couple
+        it without asking, whose passes are as many as a process has digits of rows: others would wait.
     """
 
-    def __init__(self, part: CurvedPart, solution: Solution, diagonal: Tensor, active: ActiveSet) -> None:
+    def __init__(
+        self, part: CurvedPart, solution: Solution, diagonal: Tensor, active: ActiveSet, model: nn.Module
+    ) -> None:
         self.diagonal, self.active = diagonal, active
         with torch.enable_grad():
             self.delta = solution.delta.detach().requires_grad_()
             values = part(solution.batch, self.delta, solution.anchor)
-            self.coupled = coupled_samples(values, self.delta)
+            self.coupled = couples(model) or anywhere(coupled_samples(values, self.delta))
             (self.gradient,) = torch.autograd.grad(values.sum(), self.delta, create_graph=True)
 
     def __call__(self, p: Tensor) -> Tensor:
@@ -106,21 +112,25 @@ def conjugate_gradients(
     Samples are separate systems that converge each on their own; ``coupled`` makes the batch one system, for models
     whose samples share statistics. Done where ‖A w − right‖ ≤ tol · ‖scale‖ (``tol=None``: eps^¾); ``scale`` is v
     before it was projected to ``right`` = T v, so that a T v of rounding errors is a zero. The residual is that of the
-    recurrence, from which rounding parts the true one where A is ill-conditioned. ``max_iter=None`` is 10 d.
+    recurrence, from which rounding parts the true one where A is ill-conditioned. ``max_iter=None`` is 10 d. A coupled
+    batch that processes share is one system of all of them, which they solve in the same steps.
 
     Raises :class:`CurvatureError` where pᵀAp ≤ 0 was met, :class:`ConvergenceError` where ``tol`` was not reached.
     """
     if tol is None:
         tol = torch.finfo(right.dtype).eps ** 0.75
-    size = right.numel() if coupled else right[0].numel()
+    size = right[0].numel() * (rows_of_all(len(right)) if coupled else 1)
     max_iter = 10 * size if max_iter is None else max_iter
 
     def dot(a: Tensor, b: Tensor) -> Tensor:
-        return (a * b).sum().expand(len(a)) if coupled else (a * b).flatten(1).sum(1)
+        return shares.total((a * b).sum()).expand(len(a)) if coupled else (a * b).flatten(1).sum(1)
+
+    def named(bad: list[int]) -> list[int]:
+        return list(range(rows_of_all(len(right)))) if coupled else places(bad, len(right))
 
     # In units of ‖scale‖, so that the squares of tiny gradients do not underflow.
-    largest = scale.abs().amax() if coupled else scale.abs().flatten(1).amax(1)
-    unit = largest.expand(len(right)).clone()
+    highest = largest(scale.abs().amax()) if coupled else scale.abs().flatten(1).amax(1)
+    unit = highest.expand(len(right)).clone()
     unit[unit == 0] = 1
     right, scale = right / per_sample(unit, right), scale / per_sample(unit, scale)
 
@@ -137,11 +147,11 @@ def conjugate_gradients(
         pAp = dot(p, Ap)
         bad = (running & ~(pAp > 0)).nonzero().flatten().tolist()
         if bad:
-            where = "the batch as a whole" if coupled else name_samples(bad)
+            where = "the batch as a whole" if coupled else name_samples(named(bad))
             raise CurvatureError(
                 f"conjugate gradients met non-positive curvature on {where}: the Hessian is not positive definite on "
                 "the free directions; raise λ or damping, or use HessianFreeKKT",
-                bad,
+                named(bad),
             )
         alpha = torch.where(running, rr / torch.where(running, pAp, 1), 0)
         w = w + per_sample(alpha, w) * p
@@ -153,8 +163,8 @@ def conjugate_gradients(
     late = (rr > goal).nonzero().flatten().tolist()
     if late:
         raise ConvergenceError(
-            f"conjugate gradients did not reach tol={tol:g} in max_iter={max_iter} steps on {name_samples(late)}; "
-            "raise max_iter, tol or damping",
-            late,
+            f"conjugate gradients did not reach tol={tol:g} in max_iter={max_iter} steps on "
+            f"{name_samples(named(late))}; raise max_iter, tol or damping",
+            named(late),
         )
     return w * per_sample(unit, w)

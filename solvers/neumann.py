@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from bilevel_at import shares
 from bilevel_at.batch import per_sample
 from bilevel_at.constraints import ActiveSet
 from bilevel_at.errors import one_of, positive, whole_number
@@ -78,7 +79,7 @@ class Neumann(KKTSolver):
             alpha = 1 / diagonal if self.alpha == "auto" else torch.full_like(diagonal, self.alpha)
             return self._series(lambda p: active.tangent(per_sample(diagonal, p) * p), alpha, active, v)
         with attack_mode(model, attack_mode_of(lower)):
-            operator = CurvatureOperator(part, solution, diagonal, active)
+            operator = CurvatureOperator(part, solution, diagonal, active, model)
             if self.alpha == "auto":
                 alpha = 1 / _norm(operator, active.tangent(v), operator.coupled)
             else:
@@ -100,7 +101,10 @@ def _norm(operator: Callable[[Tensor], Tensor], start: Tensor, coupled: bool) ->
     """‖H‖ on the directions that the series goes through, ``[B]``; of the whole batch where it is one system."""
 
     def length(p: Tensor) -> Tensor:
-        return p.norm().expand(len(p)) if coupled else p.flatten(1).norm(dim=1)
+        if not coupled:
+            return p.flatten(1).norm(dim=1)
+        own = p.norm()  # of a batch that processes share, the root of all their squares
+        return (own if shares.current() is None else shares.total(own.square()).sqrt()).expand(len(p))
 
     def to_unit(p: Tensor) -> Tensor:
         size = length(p)

@@ -9,10 +9,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from bilevel_at import descent
+from bilevel_at import descent, shares
 from bilevel_at.batch import per_sample
 from bilevel_at.draws import Draws
 from bilevel_at.errors import ConvergenceError, InputError, at_least, name_samples, positive, whole_number
+from bilevel_at.lockstep import largest, smallest
 from bilevel_at.modes import attack_mode, full_precision, same_buffers
 from bilevel_at.problem import LowerProblem, attack_mode_of
 from bilevel_at.solution import Gradients, Solution
@@ -94,11 +95,12 @@ class ValueFunction(Solver):
             base = lower.base(model, solution.batch).detach()
         lower_part = self._lower_part(attacked)
         examples, s = len(attacked.batch), self._weight(solution)
+        share = shares.current()
 
         def perturbed(weight: float) -> Callable[[Tensor], Tensor]:
             def objective(delta: Tensor) -> Tensor:
                 with draws.again() as generator:
-                    # Σ_i f_i, whether f is per sample or one number for the batch
+                    # Σ_i f_i of the rows here, whether f is per sample or one number for the batch
                     upper = attacked.losses(delta, generator).mean() * examples
                 return lower_part(delta).sum() + weight * upper
 
@@ -124,7 +126,9 @@ class ValueFunction(Solver):
         with attack_mode(model, attack_mode_of(lower)):
             change = lower.change(model, solution, below, above)
         named = attacked.parameters
-        factor = self.ig_weight * attacked.scale / (2 * s * examples)
+        factor = self.ig_weight * attacked.scale / (2 * s * shares.size(attacked.batch))
+        if share is not None and share.idle:
+            factor = 0.0
         cross = torch.autograd.grad(factor * change, list(named.values()), allow_unused=True)
         return dict(zip(named, cross, strict=True))
 
@@ -155,7 +159,7 @@ class ValueFunction(Solver):
 
 def _scale(solution: Solution) -> float:
     """1/λ, the largest where samples differ; 1 where g has no proximal term."""
-    least = solution.lam.min().item() if isinstance(solution.lam, Tensor) else solution.lam
+    least = smallest(solution.lam.min()).item() if isinstance(solution.lam, Tensor) else solution.lam
     return 1 / least if least > 0 else 1.0
 
 
@@ -168,7 +172,8 @@ def _check_minimiser(lower: LowerProblem, model: nn.Module, solution: Solution, 
     step = torch.where(step > 0, 1 / step, 1)
     with torch.no_grad():
         base = lower.base(model, solution.batch)
-        gap = (lower.constraint.project(delta - per_sample(step, delta) * slope, base) - delta).abs().max().item()
+        moved = lower.constraint.project(delta - per_sample(step, delta) * slope, base)
+        gap = largest((moved - delta).abs().max()).item()
     if not gap <= torch.finfo(delta.dtype).eps ** 0.5:
         raise InputError(
             f"{type(lower).__name__}'s δ* is not a minimiser of its objective (off by {gap:.2g}), which ValueFunction "

@@ -72,7 +72,7 @@ with shares.together():
         # 13 examples are dealt unevenly, and 2 leave processes idle where there are more.
         for examples, by_index, times in ((13, False, 1), (13, True, 3), (2, False, 1)):
             plain, shape = network(kind, **settings)
-            # Of 2 examples outputs are all but ±1, whatever the input: derivatives are differences of nearly equal numbers.
+            # Of 2 examples outputs are all but ±1: derivatives are differences of nearly equal numbers.
             exact = 1e-12 if examples > 2 else 1e-10
             model = copy.deepcopy(plain)
             ba.distributed.synchronise(model)
