@@ -25,10 +25,10 @@ import torch
 from pages import at_least_one, show
 from scipy.signal import fftconvolve
 from scipy.stats import poisson
-from torch import nn
+from torch import Tensor, nn
 
 import bilevel_at as ba
-from bilevel_at import batch_statistics, distributed, shares
+from bilevel_at import distributed, shares
 from bilevel_at.commands import flags
 from bilevel_at.diagnose.cost import StepCost, estimate
 from bilevel_at.errors import positive
@@ -75,9 +75,14 @@ def collectives(name: str) -> tuple[int, int]:
     sent: list[int] = []
     index = torch.arange(2)
     batch = ba.Batch(torch.rand(2, 3, 64, 64), index, index, examples=2)
-    alone = mock.patch.object(batch_statistics.dist, "all_reduce", lambda t, group=None: sent.append(t.nbytes))
-    errors = mock.patch("bilevel_at.lockstep.anywhere", lambda flag: flag)  # of one process there are no others'
-    with shares.sharing(shares.Share(index, 2, False)), alone, errors:
+
+    def summed(tensor: Tensor) -> Tensor:
+        sent.append(tensor.nbytes)
+        return tensor.detach().clone()
+
+    of_two = mock.patch.multiple(shares, _count=2, summed=summed)  # the other of which is not there
+    errors = mock.patch("bilevel_at.solver.raised_alike", lambda function: function())
+    with shares.sharing(shares.Share(index, 2, False)), of_two, errors:
         solver.backward(problem, model, batch, torch.Generator().manual_seed(0))
     return len(sent), sum(sent)
 

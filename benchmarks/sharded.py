@@ -80,7 +80,7 @@ def trained(name: str, steps: int, mesh: DeviceMesh) -> tuple[float, int, int]:
             optimizer.zero_grad()
         solver.backward(problems[0], one, batch)
         with shares.together():
-            share = shares.deal(torch.arange(len(batch)), by_index=False)
+            (share,) = shares.deal([torch.arange(len(batch))], by_index=False)
             with shares.sharing(share), parametrize.cached():  # gathered once a step
                 solver.backward(problems[1], several, batch if share is None else batch[share.rows])
         for optimizer in optimizers:

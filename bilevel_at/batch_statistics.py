@@ -6,10 +6,7 @@ are. Here both can be done, on any device and any number of times.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -17,26 +14,6 @@ from . import shares
 from .errors import InputError
 
 __all__ = ["SyncBatchNorm", "SyncBatchNorm1d", "SyncBatchNorm2d", "SyncBatchNorm3d", "couples", "sum_over_processes"]
-
-
-class _Sum(torch.autograd.Function):
-    """y_r = Σ_s c_s x_s on every process r, c_s = 0 of an idle process and 1 of the others.
-
-    Every process differentiates its own part of one sum over processes, so that x_s has the gradient Σ_r ∂/∂y_r. What
-    an idle process makes of y counts for nothing either: Σ_r c_r ∂/∂y_r, with c_s before it. The gradient is this
-    function again and can be differentiated as often as one likes.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, counts: float) -> Tensor:
-        ctx.counts = counts
-        total = x.detach() * counts
-        dist.all_reduce(total, group=shares.group())
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return _Sum.apply(gradient, ctx.counts) * ctx.counts, None
 
 
 def sum_over_processes(x: Tensor) -> Tensor:
@@ -49,8 +26,10 @@ def sum_over_processes(x: Tensor) -> Tensor:
     share = shares.current()
     if share is None:
         return x
-    total: Tensor = _Sum.apply(x, 0.0 if share.idle else 1.0)
-    return total
+    if not share.idle:
+        return shares.summed_with_graph(x)
+    total = shares.summed_with_graph(x * 0)
+    return total.detach() + total * 0  # it goes through the sums of derivatives too, as others do
 
 
 class SyncBatchNorm(_BatchNorm):

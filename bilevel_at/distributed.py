@@ -11,7 +11,8 @@
 
 Hypergradients come from ``torch.autograd.grad``, which the hooks of DistributedDataParallel and FSDP do not see, so
 that solvers refuse a network that is wrapped in one. What is remembered by example stays with the process that has the
-example: give each example to one process. Batch statistics are each process's own.
+example: give each example to one process. Batch statistics are each process's own (:func:`average_statistics` before a
+checkpoint); in training by ``bilevel_at.run``, :func:`synchronise` makes them those of the whole batch.
 """
 
 from __future__ import annotations

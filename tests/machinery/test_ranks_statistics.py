@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-import sys
 
 import pytest
 import torch
-from test_distributed import on_processes
+from ranks import ONLY_LINUX, on_processes
 from torch import nn
 
 import bilevel_at as ba
@@ -16,7 +15,6 @@ from bilevel_at.batch_statistics import SyncBatchNorm, couples, sum_over_process
 HEAD = '''
 import copy
 import os
-import sys
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -26,7 +24,7 @@ from bilevel_at import shares
 
 torch.set_num_threads(1)
 rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=rank, world_size=count)
+dist.init_process_group("gloo")
 
 
 def everywhere(parts):
@@ -83,7 +81,7 @@ with shares.together():
                 y, index = torch.randint(0, 4, (examples,)), torch.randperm(40)[:examples] ** 2
                 w = torch.randn(examples, *shape, dtype=torch.float64)
                 expected = passes(plain, x, y, w, times)
-                share = shares.deal(index, by_index)
+                share = shares.deal([index], by_index)[0]
                 with shares.sharing(share):
                     own = passes(model, x[share.rows], y[share.rows], w[share.rows] * (not share.idle), times)
                 if not share.idle:
@@ -108,7 +106,7 @@ with shares.together():
         bn = nn.BatchNorm2d(3)
         alone = (bn(x) - exact).abs().max().item()
         ba.distributed.synchronise(bn)
-        with shares.sharing(shares.deal(torch.arange(64), False)):
+        with shares.sharing(shares.deal([torch.arange(64)], False)[0]):
             rows = shares.current().rows
             apart = (bn(x[rows]) - exact[rows]).abs().max().item()
         assert apart <= 2 * alone + 1e-6, (offset, apart, alone)
@@ -139,7 +137,7 @@ dist.destroy_process_group()
 )
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="gloo is told the name of Linux's loopback interface")
+@ONLY_LINUX
 @pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])
 def test_statistics_of_several_processes_are_those_of_one(tmp_path, count):
     results = on_processes(tmp_path, count, STATISTICS)
