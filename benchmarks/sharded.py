@@ -10,11 +10,13 @@ Processes of gloo on this CPU, float64, beside one process. Half a minute.
 from __future__ import annotations
 
 import datetime
-import multiprocessing
+import json
 import platform
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +33,7 @@ from bilevel_at import shares
 from bilevel_at.commands import flags
 from bilevel_at.solvers import FullKKT, HessianFreeKKT, ZeroIG
 
+LONGEST = 200  # seconds for each process
 ATTACK, BALL = ba.minus(ba.cross_entropy), ba.LinfBall(0.3)
 PROBLEMS: dict[str, tuple[Callable[[], ba.LowerProblem], ba.Solver]] = {
     "Fast-AT, eval": (lambda: ba.Linearized(ATTACK, BALL, "zero", "sign", 0.3), ZeroIG()),
@@ -172,17 +175,35 @@ def under_fsdp(mesh: DeviceMesh) -> dict[str, str]:
     }
 
 
-def work(rank: int, processes: int, meeting: str, steps: int, answers: Any) -> None:
-    """What each process does; the first puts (FSDP's outcomes, rows of the route) into ``answers``."""
+def work(rank: int, processes: int, folder: str, steps: int) -> None:
+    """What each process does; the first writes [FSDP's outcomes, rows of the route] into ``folder``."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=processes)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=processes)
     mesh = init_device_mesh("cpu", (processes,))
     outcomes = under_fsdp(mesh)
     rows = {name: trained(name, steps, mesh) for name in PROBLEMS}
     if rank == 0:
-        answers.put((outcomes, rows))
+        Path(folder, "answers.json").write_text(json.dumps([outcomes, rows]))
     dist.barrier()
     dist.destroy_process_group()
+
+
+def answers(processes: int, steps: int) -> Any:
+    """What :func:`work` writes, on as many processes."""
+    here = str(Path(__file__).resolve().parent)
+    with tempfile.TemporaryDirectory() as folder:
+        jobs = []
+        for rank in range(processes):
+            code = f"import sys; sys.path.insert(0, {here!r}); import sharded; "
+            code += f"sharded.work({rank}, {processes}, {folder!r}, {steps})"
+            jobs.append(subprocess.Popen([sys.executable, "-c", code]))
+        try:
+            for job in jobs:
+                job.wait(LONGEST)
+        finally:
+            for job in jobs:
+                job.kill()
+        return json.loads(Path(folder, "answers.json").read_text())
 
 
 def benchmark(processes: int = 2, steps: int = 10, write: str | None = None) -> None:
@@ -194,16 +215,7 @@ def benchmark(processes: int = 2, steps: int = 10, write: str | None = None) -> 
         write: a markdown file to write it to.
     """
     at_least_one(processes=processes, steps=steps)
-    spawn = multiprocessing.get_context("spawn")
-    answers = spawn.Queue()
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = (processes, f"{folder}/meeting", steps, answers)
-        jobs = [spawn.Process(target=work, args=(rank, *arguments), daemon=True) for rank in range(processes)]
-        for job in jobs:
-            job.start()
-        outcomes, rows = answers.get(timeout=300)
-        for job in jobs:
-            job.join(60)
+    outcomes, rows = answers(processes, steps)
     lines = [
         "# Hypergradients through parameters that no process has whole",
         "",

@@ -293,7 +293,6 @@ def test_several_gpus_on_paper():
 
 def test_sharded_parameters_train_as_whole_ones(monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    monkeypatch.syspath_prepend(str(FOLDER))
     script("sharded").command(["--steps", "2", "--write", "results/sharded.md"])
     page = Path("results/sharded.md").read_text()
     assert "| `loss.backward()` | right, reduced and sharded" in page
