@@ -11,7 +11,7 @@ import time
 import pytest
 
 ONLY_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="gloo is told the name of Linux's loopback interface")
-LONGEST = 150  # seconds
+LONGEST = 400  # seconds
 
 
 def free_port():

@@ -270,3 +270,32 @@ def test_a_run_of_the_main_job_is_timed(tmp_path, monkeypatch):
     assert seconds > 0.5 and accuracies.keys() == {"best", "last"}
     with pytest.raises(ba.BilevelError, match="seed -1"):
         module.main_job(module.HERE, "fastat", -1, tmp_path / "other")
+
+
+def test_several_gpus_on_paper():
+    """The expected largest part, against draws; and what the page adds up."""
+    processes = script("processes")
+    for batch, count in ((64, 8), (256, 64), (3, 4)):
+        draws = torch.randint(0, count, (20_000, batch), generator=torch.Generator().manual_seed(0))
+        parts = torch.zeros(20_000, count).scatter_add_(1, draws, torch.ones(draws.shape)).amax(1)
+        expected = processes.expected_largest(batch, count)
+        assert abs(expected - parts.mean().item()) < 5 * parts.std().item() / len(parts) ** 0.5
+    assert processes.expected_largest(1, 3) == pytest.approx(1) and processes.expected_largest(5, 1) == pytest.approx(5)
+    processes.command(["--gpus", "2", "--per-gpu", "16", "--write", "results/processes.md"])
+    page = Path("results/processes.md").read_text()
+    kept = 1_281_167 * (3 * 32 * 32 * 4 + 1 + 4 + 1) / 1e9  # a perturbation and v, and whether each is known
+    assert f"| ATAS, kept at 32×32 | {kept:,.2f} | {kept / 2:,.2f} |" in page
+    # 53 layers: a sum forward and one backward, in the attack and in the update.
+    assert f"| Fast-AT | {53 * 4} |" in page and "Gradients: 102,228,128 bytes" in page
+    with pytest.raises(ba.InputError, match="--gpus is 0; it must be at least 1"):
+        processes.command(["--gpus", "0"])
+
+
+def test_sharded_parameters_train_as_whole_ones(monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    script("sharded").command(["--steps", "2", "--write", "results/sharded.md"])
+    page = Path("results/sharded.md").read_text()
+    assert "| `loss.backward()` | right, reduced and sharded" in page
+    rows = re.findall(r"^\| ([^|`]+) \| (\de-\d+|0e\+00) \| ([\d,]+) \| ([\d,]+) \|$", page, re.M)
+    assert len(rows) == 3 and all(float(gap) < 1e-12 for _, gap, *_ in rows), page
+    assert all(int(here.replace(",", "")) * 2 == int(whole.replace(",", "")) for *_, here, whole in rows)
