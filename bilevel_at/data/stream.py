@@ -12,6 +12,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -22,13 +23,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ..errors import InputError
+from ..errors import InputError, printable
+from .decoding import decoded
 from .sets import ImageSet
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["Files", "Streamed", "default_workers", "evaluation_view", "names_of"]
+__all__ = ["Files", "Streamed", "default_workers", "evaluation_view"]
 
 SIZE = 224
 
@@ -86,16 +88,17 @@ class Files(Dataset[Any]):
     def path(self, position: int) -> str:
         return os.path.join(self.root, os.fsdecode(self.names[position]))
 
-    def image(self, position: int) -> np.ndarray:
-        """uint8 ``[3, H, W]``. Raises :class:`InputError`, naming the file, where there is no image."""
-        from torchvision.datasets.folder import pil_loader
+    def image(self, position: int, large: AbstractContextManager[Any] | None = None) -> np.ndarray:
+        """uint8 ``[3, H, W]``, decoded in the context ``large`` where it is.
 
+        Raises :class:`InputError`, naming the file, where there is no image.
+        """
         path = self.path(position)
         try:
-            return self.view(pil_loader(path), position).numpy()
-        except (OSError, ValueError, SyntaxError) as error:  # Pillow's, for what is not an image or not a whole one
-            message = getattr(error, "strerror", None) or " ".join(str(error).split())
-            raise InputError(f"{path} cannot be read as an image: {message[:200]}") from None
+            return decoded(path, lambda image: self.view(image, position), large or nullcontext()).numpy()
+        except Exception as error:  # Pillow has many, for what is not an image or not a whole one
+            message = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+            raise InputError(f"{printable(path)} cannot be read as an image: {printable(message[:200])}") from None
 
     def __getitem__(self, positions: Sequence[int]) -> Tensor | InputError:
         """uint8 ``[B, 3, H, W]``; a mistake is returned, as one raised in a worker would come with its traceback."""
@@ -207,8 +210,9 @@ class Streamed(ImageSet):
     def pixels(self) -> Tensor:
         files, x = self.files(), np.empty((len(self), *self.shape), dtype=np.uint8)
         # Pillow lets other threads run as it decodes. Arrays: torch would copy each image with threads of its own.
+        one_at_a_time = threading.Lock()  # of the large ones, which take up to 700 MB
         with ThreadPoolExecutor(max(1, self.workers)) as pool:
-            for i, image in enumerate(pool.map(files.image, range(len(self)))):
+            for i, image in enumerate(pool.map(lambda i: files.image(i, one_at_a_time), range(len(self)))):
                 x[i] = image
         return torch.from_numpy(x).to(self.device).float() / 255
 
@@ -221,9 +225,3 @@ class Streamed(ImageSet):
         for i, (name, label) in enumerate(zip(self.names.tolist(), self.y.tolist(), strict=True)):
             digest.update(b"%s\0%d\0%d\n" % (name, os.stat(files.path(i)).st_size, label))
         return digest.hexdigest()
-
-
-def names_of(root: Path, paths: Sequence[str]) -> np.ndarray:
-    """Paths under ``root`` as :class:`Files` has them."""
-    start = len(os.path.join(root, ""))
-    return np.array([os.fsencode(path[start:].replace(os.sep, "/")) for path in paths])

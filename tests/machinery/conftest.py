@@ -15,7 +15,7 @@ from running import unchecked
 
 import bilevel_at as ba
 from bilevel_at import run as run_module
-from bilevel_at.data import named
+from bilevel_at.data import downloads
 
 PIXEL = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNoAAAAggCBd81ytgAAAABJRU5ErkJggg==")
 
@@ -43,10 +43,10 @@ def elsewhere(tmp_path, monkeypatch):
 def without_network(elsewhere, monkeypatch):
     """A download is a failure of the test."""
 
-    def forbidden(name, folder):
-        raise AssertionError(f"{name} would have been downloaded")
+    def forbidden(url, path):
+        raise AssertionError(f"{url} would have been downloaded")
 
-    monkeypatch.setattr(named, "fetch", forbidden)
+    monkeypatch.setattr(downloads, "fetch", forbidden)
 
 
 @pytest.fixture
