@@ -37,6 +37,7 @@ FASHION_MNIST = "https://github.com/zalandoresearch/fashion-mnist/raw/master/dat
 TINY_IMAGENET = ("https://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de")
 PINS = "SHA256SUMS"
 TIMEOUT = 30  # seconds without a byte
+MOST = 2**30  # bytes of an archive; the largest has 248 MB
 
 
 class NotObtained(Exception):
@@ -150,8 +151,9 @@ def fetch(url: str, path: Path) -> None:
         length = response.headers.get("Content-Length", "")
         with bar(path.name, int(length) if length.isdigit() else None, to_stderr=True) as advance:
             while part := response.read(2**20):
-                file.write(part)
-                advance(len(part))
+                advance(file.write(part))
+                if file.tell() > MOST:
+                    raise NotObtained(f"{url} has more than {MOST:,} bytes")
 
 
 def _unpack(path: Path) -> None:
@@ -162,6 +164,8 @@ def _unpack(path: Path) -> None:
 
 
 def _digest(path: Path, kind: str) -> str:
+    if path.stat().st_size > MOST:
+        raise InputError(f"{path} has more than {MOST:,} bytes, and no archive that is known has; remove it")
     digest = hashlib.new(kind, usedforsecurity=kind != "md5")
     with path.open("rb") as file:
         while part := file.read(2**20):

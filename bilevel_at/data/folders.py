@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def tiny_imagenet(folder: Path, workers: int) -> dict[str, np.ndarray]:
         if name not in label_of:
             raise InputError(f"{annotations} names the class {shown(name)}, for which {folder / 'train'} has no folder")
         path = folder / "val" / "images" / file
-        if path.name != file or not path.is_file():  # a name alone, so that no other folder and no pipe is read
+        if path.name != file or not os.path.isfile(path):  # a name alone, so that no other folder and no pipe is read
             raise NotWhole(f"{annotations} names {shown(file)}, which is no file in {folder / 'val' / 'images'}")
         if str(path) in test:
             raise InputError(f"{annotations} names {shown(file)} twice")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import hashlib
@@ -10,7 +11,8 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -112,6 +114,11 @@ class Files(Dataset[Any]):
 
         Raises :class:`InputError` as :meth:`image` does.
         """
+        batches = self._batches(positions, workers, pin)
+        _unfinished.add(batches)
+        return batches
+
+    def _batches(self, positions: Sequence[list[int]], workers: int, pin: bool) -> Generator[Tensor, None, None]:
         loader = DataLoader(
             self,
             batch_size=None,  # a sample is a whole batch
@@ -123,14 +130,29 @@ class Files(Dataset[Any]):
         )
         with _interrupts_wait():
             batches = iter(loader)
-        while True:
-            with _interrupts_wait():
-                x = next(batches, None)
-            if x is None:
-                return
-            if isinstance(x, InputError):
-                raise x
-            yield x
+        try:
+            while True:
+                with _interrupts_wait():
+                    x = next(batches, None)
+                if x is None:
+                    return
+                if isinstance(x, InputError):
+                    raise x
+                yield x
+        finally:
+            # Ends the workers. A mistake refers to this frame and this frame to the mistake: without this, they would
+            # be left over until the end of the process, which would then wait for them for ever.
+            del batches
+
+
+_unfinished: weakref.WeakSet[Generator[Tensor, None, None]] = weakref.WeakSet()
+
+
+@atexit.register
+def _end_workers() -> None:
+    """Before Python's own end of processes, which asks workers once, and then waits for them: they heed the second."""
+    for batches in list(_unfinished):
+        batches.close()
 
 
 @contextlib.contextmanager

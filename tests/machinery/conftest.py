@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from attempting import alarmed
 from benchmarking import FOLDER, small_data
 from evaluating import cnn, mlp, trained
 from matplotlib.figure import Figure
@@ -88,3 +89,10 @@ def run_here(elsewhere, trained_run):
     shutil.copytree(trained_run, "run")
     unchecked("run")  # the tests that use it change its files; test_damage.py has the manifest
     torch.save(ba.load("run", "last").state_dict(), "weights.pt")
+
+
+@pytest.fixture
+def bounded():
+    """A case of a fuzz test that takes too long fails."""
+    with alarmed():
+        yield
