@@ -23,6 +23,7 @@ from .stages import OnSurrogate, Stage
 __all__ = ["Trace", "attack_examples", "attacked", "robust_correct"]
 
 STANDING = -1
+PICTURED = 8  # examples whose attacked images a trace keeps
 CLOSE_ENOUGH = 1e-5  # tolerance for rounding of a perturbation, on images in [0, 1]
 
 
@@ -38,6 +39,8 @@ class Trace:
         batch: the next batch of the stage.
         seconds: the time so far.
         outside: the number of misclassified images outside C(x), which do not count as broken.
+        pictured: the first examples as the last stage that attacked them left them, for a figure; None in a trace that
+            was read from a file.
     """
 
     broken: Tensor
@@ -46,6 +49,7 @@ class Trace:
     batch: int = 0
     seconds: float = 0.0
     outside: int = 0
+    pictured: Tensor | None = None
 
     @classmethod
     def start(cls, n: int, device: torch.device | str = "cpu") -> Trace:
@@ -60,6 +64,15 @@ class Trace:
     def rows(self) -> Tensor:
         """The indices of the examples of the current stage, including those that it has broken."""
         return ((self.broken == STANDING) | (self.broken >= self.stage)).nonzero().flatten()
+
+    def picture(self, rows: Tensor, attacked: Tensor) -> None:
+        """Keep the attacked images of ``rows``, which are sorted, as far as they are among the first examples."""
+        if self.stage == self.batch == 0:
+            self.pictured = attacked.new_zeros(min(PICTURED, len(self.broken)), *attacked.shape[1:])
+        if self.pictured is not None:
+            rows = rows[:PICTURED]
+            rows = rows[rows < PICTURED]
+            self.pictured[rows] = attacked[: len(rows)].detach()
 
     def arrays(self) -> dict[str, Any]:
         """The trace as plain arrays for a file, the inverse of :meth:`from_arrays`."""
@@ -169,6 +182,7 @@ def attack_examples(
             trace.broken[fell], trace.said[fell] = trace.stage, answer[wrong]
             if trace.stage == 0:
                 trace.said[rows] = answer
+            trace.picture(rows, moved)
             trace.batch += 1
             trace.seconds += time.perf_counter() - start
             yield trace, stage.name, trace.batch, len(parts)
