@@ -133,9 +133,10 @@ def _obtained(name: str, data_dir: Path, download: bool, workers: int, mistake: 
         raise InputError(f"the data folder {data_dir} is a file; name a folder with --data-dir")
     try:
         obtain(name, data_dir, download)
-        return _arrays(name, data_dir, workers)
     except NotObtained as error:
         raise _not_there(name, data_dir, mistake, str(error)) from None
+    try:
+        return _arrays(name, data_dir, workers)
     except NotWhole as error:
         raise _not_there(name, data_dir, error, "that is what was downloaded") from None
 

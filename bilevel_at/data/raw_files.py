@@ -61,8 +61,8 @@ def _cifar(name: str, folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]
 
     of = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
     labels = "labels" if name == "cifar10" else "fine_labels"
-    contents = [_checked(folder / of.base_folder / file, md5) for file, md5 in getattr(of, f"{split}_list")]
-    parts = [pickle.loads(content, encoding="latin1") for content in contents]
+    files = [(folder / of.base_folder / file, md5) for file, md5 in getattr(of, f"{split}_list")]
+    parts = [pickle.loads(_checked(path, md5), encoding="latin1") for path, md5 in files]
     x = np.concatenate([part["data"] for part in parts]).reshape(-1, 3, 32, 32)
     return x, np.concatenate([part[labels] for part in parts])
 
