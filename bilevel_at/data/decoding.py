@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor
@@ -23,12 +22,12 @@ FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
 """What is decoded, whatever a file's name says. Pillow hands other formats to programs: EPS to Ghostscript."""
 ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's ImageFolder's
 MOST_PIXELS = 89_478_485  # Pillow's own bound; 358 MB as Pillow has them, and as much again as they become RGB
-LARGE = 16_000_000
+LARGE = 8_000_000  # pixels; what threads have freed stays theirs, so eight threads would keep eight such images
 MOST_ASPECT = 200  # the shorter side becomes 256, so a line of pixels would become a picture of any size
 
 
-def decoded(path: str, view: Callable[[Image], Tensor], large: AbstractContextManager[Any]) -> Tensor:
-    """What ``view`` makes of the image, as RGB; in the context ``large`` where it has more than 16 million pixels.
+def decoded(path: str, view: Callable[[Image], Tensor], large: bool = True) -> Tensor | None:
+    """What ``view`` makes of the image, as RGB; without ``large``, None where it has more than 8 million pixels.
 
     Raises ValueError, or one of Pillow's many errors, where it is no image, or too large.
     """
@@ -41,8 +40,7 @@ def decoded(path: str, view: Callable[[Image], Tensor], large: AbstractContextMa
             raise ValueError(
                 f"it is {width}×{height}; at most {MOST_PIXELS:,} pixels, and sides of at most {MOST_ASPECT} to 1"
             )
-        with large if width * height > LARGE else nullcontext():
-            return view(image.convert("RGB"))
+        return view(image.convert("RGB")) if large or width * height <= LARGE else None
 
 
 def class_files(folder: Path) -> tuple[list[str], list[str], list[int]]:

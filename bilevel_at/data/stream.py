@@ -14,8 +14,8 @@ import warnings
 import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -90,14 +90,18 @@ class Files(Dataset[Any]):
     def path(self, position: int) -> str:
         return os.path.join(self.root, os.fsdecode(self.names[position]))
 
-    def image(self, position: int, large: AbstractContextManager[Any] | None = None) -> np.ndarray:
-        """uint8 ``[3, H, W]``, decoded in the context ``large`` where it is.
+    def image(self, position: int) -> np.ndarray:
+        """uint8 ``[3, H, W]``. Raises :class:`InputError`, naming the file, where there is no image."""
+        x = self.image_of_size(position)
+        assert x is not None
+        return x
 
-        Raises :class:`InputError`, naming the file, where there is no image.
-        """
+    def image_of_size(self, position: int, large: bool = True) -> np.ndarray | None:
+        """The same; without ``large``, None where the file has a large image."""
         path = self.path(position)
         try:
-            return decoded(path, lambda image: self.view(image, position), large or nullcontext()).numpy()
+            x = decoded(path, lambda image: self.view(image, position), large)
+            return None if x is None else x.numpy()
         except Exception as error:  # Pillow has many, for what is not an image or not a whole one
             message = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
             raise InputError(f"{printable(path)} cannot be read as an image: {printable(message[:200])}") from None
@@ -232,10 +236,9 @@ class Streamed(ImageSet):
     def pixels(self) -> Tensor:
         files, x = self.files(), np.empty((len(self), *self.shape), dtype=np.uint8)
         # Pillow lets other threads run as it decodes. Arrays: torch would copy each image with threads of its own.
-        one_at_a_time = threading.Lock()  # of the large ones, which take up to 700 MB
         with ThreadPoolExecutor(max(1, self.workers)) as pool:
-            for i, image in enumerate(pool.map(lambda i: files.image(i, one_at_a_time), range(len(self)))):
-                x[i] = image
+            for i, image in enumerate(pool.map(partial(files.image_of_size, large=False), range(len(self)))):
+                x[i] = files.image(i) if image is None else image  # a large one, of up to 700 MB, by this thread
         return torch.from_numpy(x).to(self.device).float() / 255
 
     def to(self, device: torch.device | str) -> Streamed:
