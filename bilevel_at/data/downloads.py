@@ -74,7 +74,7 @@ def archives_of(name: str) -> list[Archive]:
     if name == "tiny_imagenet":
         url, md5 = TINY_IMAGENET
         return [Archive(url, Path(url).name, md5)]
-    if name == "svhn":  # http is all that there is
+    if name == "svhn":  # over http, with a published SHA-256
         return [Archive(*datasets.SVHN.split_list[split]) for split in ("train", "test")]
     if name == "fashion_mnist":
         files = datasets.FashionMNIST.resources
