@@ -17,6 +17,7 @@ __all__ = [
     "name_samples",
     "one_of",
     "positive",
+    "printable",
     "reason",
     "shown",
     "whole_number",
@@ -52,10 +53,14 @@ def shown(value: Any, most: int = 80) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
+def printable(text: str) -> str:
+    """The text with ``?`` for what a terminal would not show as a character: a file's name may have line ends."""
+    return "".join(character if character.isprintable() else "?" for character in text)
+
+
 def reason(error: BaseException, most: int = 160) -> str:
     """What an error says, on one printable line, cut where it is long; the name of its type where it says nothing."""
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    line = "".join(character if character.isprintable() else "?" for character in line)
+    line = printable((str(error).strip().splitlines() or [type(error).__name__])[0])
     return line if len(line) <= most else line[: most - 1] + "…"
 
 

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from torch import Tensor
 
 from .. import shares
 from ..data import ImageSet
@@ -86,11 +87,11 @@ def _in_directory(plan: Plan, prepared: Prepared, run_dir: RunDir, signals: Sign
     try:
         with signals.waiting():
             _train(trainer, run_dir, saver, console)
-        scores, worst = _evaluate(trainer, run_dir, prepared, console)
+        scores, worst, attacked = _evaluate(trainer, run_dir, prepared, console)
         if shares.rank() > 0:
             return 0
         with shares.alone():
-            _draw(plan, prepared, run_dir)
+            _draw(plan, prepared, run_dir, attacked)
     except KeyboardInterrupt as stop:
         number = stop.number if isinstance(stop, Stopped) else signal.SIGINT
         raise Stopped(number, _how_to_go_on(plan, run_dir, saver)) from None
@@ -163,18 +164,20 @@ def _measured(epoch: Epoch) -> str:
 
 def _evaluate(
     trainer: Trainer, run: RunDir, prepared: Prepared, console: Console
-) -> tuple[dict[str, dict[str, Score]], dict[str, WorstCase]]:
+) -> tuple[dict[str, dict[str, Score]], dict[str, WorstCase], Tensor | None]:
     """Best and last epoch (and the last good one) on the test set, into ``results.json``, which grows with each attack.
 
     Stored results of the same attack on the same images are reused. Epochs of the same weights are attacked once.
 
     Returns:
-        The scores, and the worst case of all attacks, by epoch.
+        The scores, and the worst case of all attacks, by epoch; and the first images as the strongest attack has left
+        them on the best epoch, or None where its result was stored before.
     """
     test = prepared.test
     data = test.sha256()[:16]
     scores: dict[str, dict[str, Score]] = {}
     worst: dict[str, WorstCase] = {}
+    attacked = None
     with console.status("evaluating") as status:
         for which in CHECKPOINTS:
             if not shares.first(partial(_load, which, trainer, run, prepared)):
@@ -185,10 +188,12 @@ def _evaluate(
             scores[which] = {}
             for attack in prepared.attacks:
                 status.update(f"{which} epoch: {attack.name}")
-                scores[which][attack.name] = store.score(attack)[1]
+                name, scores[which][attack.name] = store.score(attack)
+                if which == "best" and attack is prepared.strongest:
+                    attacked = store.traces[name].pictured
             if (headline := shares.first(store.worst_case)) is not None:
                 worst[which] = headline
-    return scores, worst
+    return scores, worst, attacked
 
 
 def _load(which: str, trainer: Trainer, run: RunDir, prepared: Prepared) -> bool:
@@ -209,14 +214,17 @@ def _how_to_go_on(plan: Plan, run: RunDir, saver: Saver) -> str:
     return f"{trainer.done} of {options.epochs} epochs{more} are in {run}; {same} goes on"
 
 
-def _draw(plan: Plan, prepared: Prepared, run: RunDir) -> None:
-    """Draw the run's figures: training curves, and images perturbed by the strongest attack of the table."""
+def _draw(plan: Plan, prepared: Prepared, run: RunDir, attacked: Tensor | None) -> None:
+    """Draw the run's figures: training curves, and images perturbed by the strongest attack of the table.
+
+    attacked: those images, where the table's attack has just been made.
+    """
     from .. import figures  # here: matplotlib takes a quarter as long to import as torch
 
     title = f"{plan.file.path.stem}, {type(plan.solver).__name__}, {plan.options.data}, seed {plan.options.seed}"
     figures.curves(run.metrics(), run.figures / "curves.png", title)
     load_weights(prepared.model, run, "best", prepared.name, prepared.test.device)
-    figures.examples(prepared.model, prepared.test, prepared.strongest, run.examples)
+    figures.examples(prepared.model, prepared.test, prepared.strongest, run.examples, attacked)
 
 
 def _close(

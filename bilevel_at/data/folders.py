@@ -2,58 +2,62 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..errors import InputError
+from ..errors import InputError, printable, reason, shown
+from .bars import bar
+from .decoding import class_files, names_of
+from .raw_files import NotWhole, content_of
 from .staging import staged
-from .stream import Files, Streamed, names_of
+from .stream import Files, Streamed
 
 __all__ = ["imagenet", "tiny_imagenet"]
+
+MOST_ANNOTATIONS = 2**24  # bytes; the file of 10,000 lines has 2**18
 
 
 def tiny_imagenet(folder: Path, workers: int) -> dict[str, np.ndarray]:
     """``x_train``, ``y_train``, ``x_test``, ``y_test`` of tiny-imagenet-200; the test set is its ``val``.
 
-    x: uint8 ``[N, 3, 64, 64]``. y: the position of the class among the sorted WordNet names. Raises OSError where files
-    are missing, and :class:`InputError` where they are not what they should be.
+    x: uint8 ``[N, 3, 64, 64]``. y: the position of the class among the sorted WordNet names. Raises
+    :class:`NotWhole` where files are missing, and :class:`InputError` where they are not what they should be.
     """
-    from torchvision.datasets import ImageFolder
-
-    train = ImageFolder(str(folder / "train"))
-    label_of = {name: i for i, name in enumerate(train.classes)}
+    classes, paths, labels = class_files(folder / "train")
+    label_of = {name: i for i, name in enumerate(classes)}
     annotations = folder / "val" / "val_annotations.txt"
-    test = []
-    for line in annotations.read_text(errors="replace").splitlines():
+    test: dict[str, int] = {}
+    for line in content_of(annotations, MOST_ANNOTATIONS).decode(errors="replace").splitlines():
         file, name, *_ = [*line.split("\t"), ""]
         if name not in label_of:
-            raise InputError(f"{annotations} names the class {name!r}, for which {folder / 'train'} has no folder")
-        test.append((str(folder / "val" / "images" / file), label_of[name]))
-    arrays = {}
-    for split, samples in (("train", train.samples), ("test", test)):
-        arrays[f"x_{split}"] = _decoded(folder, [path for path, _ in samples], workers)
-        arrays[f"y_{split}"] = np.array([label for _, label in samples], dtype=np.int64)
-    return arrays
+            raise InputError(f"{annotations} names the class {shown(name)}, for which {folder / 'train'} has no folder")
+        path = folder / "val" / "images" / file
+        if path.name != file or not os.path.isfile(path):  # a name alone, so that no other folder and no pipe is read
+            raise NotWhole(f"{annotations} names {shown(file)}, which is no file in {folder / 'val' / 'images'}")
+        if str(path) in test:
+            raise InputError(f"{annotations} names {shown(file)} twice")
+        test[str(path)] = label_of[name]
+    return {
+        "x_train": _decoded(folder, paths, workers),
+        "y_train": np.array(labels, dtype=np.int64),
+        "x_test": _decoded(folder, list(test), workers),
+        "y_test": np.array(list(test.values()), dtype=np.int64),
+    }
 
 
 def _decoded(root: Path, paths: list[str], workers: int, batch_size: int = 250) -> np.ndarray:
     """uint8 ``[N, 3, 64, 64]``, with a bar on a terminal."""
-    from rich.console import Console  # here, because recipes import this package and must stay light
-    from rich.progress import Progress
-
     x = np.empty((len(paths), 3, 64, 64), dtype=np.uint8)
     rows = [list(range(len(paths)))[i : i + batch_size] for i in range(0, len(paths), batch_size)]
     batches = Files(root, names_of(root, paths), _as_it_is).batches(rows, workers)
-    console = Console()
-    # No thread refreshes the bar: processes are about to be forked.
-    with Progress(console=console, disable=not console.is_terminal, auto_refresh=False) as progress:
-        task = progress.add_task(f"reading {root.name}", total=len(paths))
+    with bar(f"reading {root.name}", len(paths)) as advance:
         for at, batch in zip(rows, batches, strict=True):
             x[at] = batch.numpy()
-            progress.update(task, advance=len(at), refresh=True)
+            advance(len(at))
     return x
 
 
@@ -81,7 +85,7 @@ def imagenet(data_dir: Path, workers: int) -> tuple[Streamed, Streamed]:
         _unpack(root)
     (train, classes), (val, val_classes) = (_class_folders(root, split, workers) for split in ("train", "val"))
     if classes != val_classes:
-        one = sorted({*classes} ^ {*val_classes})[0]
+        one = printable(sorted({*classes} ^ {*val_classes})[0])[:80]
         raise InputError(f"{root}: train and val must have the same classes, and {one} is in one of them only")
     return train, val
 
@@ -105,17 +109,10 @@ def _unpack(root: Path) -> None:
             for split in _missing(root):
                 ImageNet(str(stage), split)
     except (OSError, RuntimeError, EOFError, LookupError, ValueError) as error:
-        raise InputError(f"ImageNet's archives in {root} cannot be unpacked: {error}") from None
+        raise InputError(f"ImageNet's archives in {root} cannot be unpacked: {reason(error)}") from None
 
 
 def _class_folders(root: Path, split: str, workers: int) -> tuple[Streamed, list[str]]:
     """The images of ``root/split``, and the classes' names."""
-    from torchvision.datasets import ImageFolder
-
-    try:
-        folder = ImageFolder(str(root / split))
-    except OSError as error:
-        raise InputError(f"{root / split} must have a folder of images for each class: {error}") from None
-    names = names_of(root, [path for path, _ in folder.samples])
-    y = torch.tensor([label for _, label in folder.samples])
-    return Streamed(root, names, y, len(folder.classes), workers), folder.classes
+    classes, paths, labels = class_files(root / split)
+    return Streamed(root, names_of(root, paths), torch.tensor(labels), len(classes), workers), classes

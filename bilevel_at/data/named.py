@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import socket
-import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from ..errors import InputError
+from .downloads import NotObtained, obtain
 from .folders import imagenet, tiny_imagenet
 from .npz import ARRAYS, checked, from_npz
+from .raw_files import NotWhole, arrays_of
 from .sets import Images, ImageSet
-from .staging import staged
 from .stream import default_workers
 
 __all__ = ["DATA_NAMES", "NotThere", "load_data", "stand_in"]
@@ -49,9 +47,6 @@ TRAINING_SETS = {
 }
 """Images, their shape, and classes."""
 
-TINY_IMAGENET = ("http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de")
-TIMEOUT = 30  # seconds without a byte
-
 
 class NotThere(InputError):
     """A named data set is not in the data directory, and has not been downloaded."""
@@ -75,8 +70,9 @@ def load_data(
     An ``.npz`` holds ``x_train``, ``y_train``, ``x_test``, ``y_test``: images NHWC or NCHW (or NHW), uint8, or floating
     point in [0, 1]; a second axis of 1 or 3 is read as the channels. Pickled arrays are refused.
 
-    A known name is ``data_dir/NAME.npz``, or else what torchvision's class of that name finds in ``data_dir``, or else,
-    with ``download``, is downloaded to there. Everything that torchvision unpickles it first compares with a checksum.
+    A known name is ``data_dir/NAME.npz``, or else the files that torchvision's class of that name keeps in
+    ``data_dir``, or else, with ``download``, is downloaded to there. What is unpickled is first compared with its
+    checksum.
     The digits need no file; ImageNet cannot be downloaded, and is the only one that is :class:`Streamed`.
 
     workers: processes that decode image files (0: this one); as many as there are CPUs, at most 8, if not given.
@@ -101,13 +97,12 @@ def load_data(
         try:
             return imagenet(data_dir, workers)
         except FileNotFoundError:
-            raise _not_there(name, data_dir, "it cannot be downloaded") from None
-    arrays = _arrays(name, data_dir, workers)
-    if arrays is None:
-        _obtain(name, data_dir, download)
+            mistake = NotWhole("there are no folders train and val")
+            raise _not_there(name, data_dir, mistake, "it cannot be downloaded") from None
+    try:
         arrays = _arrays(name, data_dir, workers)
-    if arrays is None:
-        raise _not_there(name, data_dir, "what was downloaded cannot be read")
+    except NotWhole as mistake:
+        arrays = _obtained(name, data_dir, download, workers, mistake)
     return checked(f"{name} in {data_dir}", arrays)
 
 
@@ -125,91 +120,29 @@ def _digits() -> tuple[Images, Images]:
     return images(x_train, y_train), images(x_test, y_test)
 
 
-def _arrays(name: str, folder: Path, workers: int) -> dict[str, np.ndarray] | None:
-    """What is in ``folder``; None where it is not there, or not whole."""
-    try:
-        if name == "tiny_imagenet":
-            return tiny_imagenet(folder / "tiny-imagenet-200", workers)
-        splits = _torchvision(name, folder)
-    except InputError:
-        raise
-    except (AssertionError, LookupError, OSError, RuntimeError, TypeError, ValueError):  # of damaged files, too
-        return None
-    arrays = {}
-    for split, images in zip(("train", "test"), splits, strict=True):
-        arrays[f"x_{split}"] = np.asarray(images.data)
-        arrays[f"y_{split}"] = np.asarray(images.labels if name == "svhn" else images.targets)
-    return arrays
-
-
-def _torchvision(name: str, folder: Path, download: bool = False) -> list[Any]:
-    """torchvision's training and test set. It raises RuntimeError where a file is missing, or has another checksum."""
-    from torchvision import datasets
-
-    if name == "svhn":
-        return [datasets.SVHN(str(folder), split, download=download) for split in ("train", "test")]
-    of = {"fashion_mnist": datasets.FashionMNIST, "cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
-    return [of(str(folder), train, download=download) for train in (True, False)]
-
-
-def _archives(name: str) -> dict[str, str]:
-    """What a download brings, with its MD5."""
-    from torchvision import datasets
-
+def _arrays(name: str, folder: Path, workers: int) -> dict[str, np.ndarray]:
+    """What is in ``folder``. Raises :class:`NotWhole` where it is not there, or not whole."""
     if name == "tiny_imagenet":
-        url, md5 = TINY_IMAGENET
-        return {Path(url).name: md5}
-    if name == "svhn":
-        return {file: md5 for _, file, md5 in (datasets.SVHN.split_list[split] for split in ("train", "test"))}
-    if name == "fashion_mnist":
-        return {f"FashionMNIST/raw/{file}": md5 for file, md5 in datasets.FashionMNIST.resources}
-    of = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
-    return {of.filename: of.tgz_md5}
+        return tiny_imagenet(folder / "tiny-imagenet-200", workers)
+    return arrays_of(name, folder)
 
 
-def _obtain(name: str, data_dir: Path, download: bool) -> None:
-    """Put a set's files into ``data_dir``: from the archives that are there, and for the rest, from the network."""
-    from torchvision.datasets.utils import check_integrity
-
+def _obtained(name: str, data_dir: Path, download: bool, workers: int, mistake: NotWhole) -> dict[str, np.ndarray]:
+    """The same after a download, or after unpacking an archive that is there; ``mistake`` is why that is needed."""
     if data_dir.exists() and not data_dir.is_dir():
         raise InputError(f"the data folder {data_dir} is a file; name a folder with --data-dir")
-    archives = _archives(name)
-    here = [file for file, md5 in archives.items() if check_integrity(data_dir / file, md5)]
-    if not download and len(here) < len(archives):
-        raise _not_there(name, data_dir, "downloads are off")
-    what = "the download" if len(here) < len(archives) else "unpacking"
-    if what == "the download":
-        print(f"downloading {name} into {data_dir}/", file=sys.stderr)
     try:
-        with staged(data_dir, links=here) as stage:
-            fetch(name, stage)
-    except Exception as error:  # networks, archives and disks fail in many ways: the data are not there
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        reason = lines[-1].removeprefix("<urlopen error ").removesuffix(">")
-        raise _not_there(name, data_dir, f"{what} failed ({reason[:90]})") from None
-
-
-def fetch(name: str, folder: Path) -> None:
-    """Download a set into ``folder`` and unpack it; archives that are there already are not downloaded again.
-
-    Nothing else uses the network: a test that must not replaces this function.
-    """
-    from torchvision.datasets.utils import download_and_extract_archive
-
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(TIMEOUT)  # torchvision would wait for ever
+        obtain(name, data_dir, download)
+    except NotObtained as error:
+        raise _not_there(name, data_dir, mistake, str(error)) from None
     try:
-        if name == "tiny_imagenet":
-            url, md5 = TINY_IMAGENET
-            download_and_extract_archive(url, str(folder), md5=md5)
-        else:
-            _torchvision(name, folder, download=True)
-    finally:
-        socket.setdefaulttimeout(before)
+        return _arrays(name, data_dir, workers)
+    except NotWhole as error:
+        raise _not_there(name, data_dir, error, "that is what was downloaded") from None
 
 
-def _not_there(name: str, data_dir: Path, why: str) -> NotThere:
+def _not_there(name: str, data_dir: Path, mistake: NotWhole, why: str) -> NotThere:
     return NotThere(
-        f"data set {name} is not in {data_dir}/, or not whole, and {why}; put {name}.npz (arrays {', '.join(ARRAYS)}) "
-        f"into {data_dir}/, or {FILES[name]}, or name another folder with --data-dir"
+        f"data set {name} is not in {data_dir}/, or not whole: {mistake}, and {why}; put {name}.npz "
+        f"(arrays {', '.join(ARRAYS)}) into {data_dir}/, or {FILES[name]}, or name another folder with --data-dir"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import hashlib
@@ -10,9 +11,11 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -22,13 +25,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ..errors import InputError
+from ..errors import InputError, printable
+from .decoding import decoded
 from .sets import ImageSet
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["Files", "Streamed", "default_workers", "evaluation_view", "names_of"]
+__all__ = ["Files", "Streamed", "default_workers", "evaluation_view"]
 
 SIZE = 224
 
@@ -88,14 +92,19 @@ class Files(Dataset[Any]):
 
     def image(self, position: int) -> np.ndarray:
         """uint8 ``[3, H, W]``. Raises :class:`InputError`, naming the file, where there is no image."""
-        from torchvision.datasets.folder import pil_loader
+        x = self.image_of_size(position)
+        assert x is not None
+        return x
 
+    def image_of_size(self, position: int, large: bool = True) -> np.ndarray | None:
+        """The same; without ``large``, None where the file has a large image."""
         path = self.path(position)
         try:
-            return self.view(pil_loader(path), position).numpy()
-        except (OSError, ValueError, SyntaxError) as error:  # Pillow's, for what is not an image or not a whole one
-            message = getattr(error, "strerror", None) or " ".join(str(error).split())
-            raise InputError(f"{path} cannot be read as an image: {message[:200]}") from None
+            x = decoded(path, lambda image: self.view(image, position), large)
+            return None if x is None else x.numpy()
+        except Exception as error:  # Pillow has many, for what is not an image or not a whole one
+            message = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+            raise InputError(f"{printable(path)} cannot be read as an image: {printable(message[:200])}") from None
 
     def __getitem__(self, positions: Sequence[int]) -> Tensor | InputError:
         """uint8 ``[B, 3, H, W]``; a mistake is returned, as one raised in a worker would come with its traceback."""
@@ -109,6 +118,11 @@ class Files(Dataset[Any]):
 
         Raises :class:`InputError` as :meth:`image` does.
         """
+        batches = self._batches(positions, workers, pin)
+        _unfinished.add(batches)
+        return batches
+
+    def _batches(self, positions: Sequence[list[int]], workers: int, pin: bool) -> Generator[Tensor, None, None]:
         loader = DataLoader(
             self,
             batch_size=None,  # a sample is a whole batch
@@ -120,14 +134,29 @@ class Files(Dataset[Any]):
         )
         with _interrupts_wait():
             batches = iter(loader)
-        while True:
-            with _interrupts_wait():
-                x = next(batches, None)
-            if x is None:
-                return
-            if isinstance(x, InputError):
-                raise x
-            yield x
+        try:
+            while True:
+                with _interrupts_wait():
+                    x = next(batches, None)
+                if x is None:
+                    return
+                if isinstance(x, InputError):
+                    raise x
+                yield x
+        finally:
+            # Ends the workers. A mistake refers to this frame and this frame to the mistake: without this, they would
+            # be left over until the end of the process, which would then wait for them for ever.
+            del batches
+
+
+_unfinished: weakref.WeakSet[Generator[Tensor, None, None]] = weakref.WeakSet()
+
+
+@atexit.register
+def _end_workers() -> None:
+    """Before Python's own end of processes, which asks workers once, and then waits for them: they heed the second."""
+    for batches in list(_unfinished):
+        batches.close()
 
 
 @contextlib.contextmanager
@@ -208,8 +237,8 @@ class Streamed(ImageSet):
         files, x = self.files(), np.empty((len(self), *self.shape), dtype=np.uint8)
         # Pillow lets other threads run as it decodes. Arrays: torch would copy each image with threads of its own.
         with ThreadPoolExecutor(max(1, self.workers)) as pool:
-            for i, image in enumerate(pool.map(files.image, range(len(self)))):
-                x[i] = image
+            for i, image in enumerate(pool.map(partial(files.image_of_size, large=False), range(len(self)))):
+                x[i] = files.image(i) if image is None else image  # a large one, of up to 700 MB, by this thread
         return torch.from_numpy(x).to(self.device).float() / 255
 
     def to(self, device: torch.device | str) -> Streamed:
@@ -221,9 +250,3 @@ class Streamed(ImageSet):
         for i, (name, label) in enumerate(zip(self.names.tolist(), self.y.tolist(), strict=True)):
             digest.update(b"%s\0%d\0%d\n" % (name, os.stat(files.path(i)).st_size, label))
         return digest.hexdigest()
-
-
-def names_of(root: Path, paths: Sequence[str]) -> np.ndarray:
-    """Paths under ``root`` as :class:`Files` has them."""
-    start = len(os.path.join(root, ""))
-    return np.array([os.fsencode(path[start:].replace(os.sep, "/")) for path in paths])

@@ -26,6 +26,7 @@ from .stages import OnSurrogate, Stage
 __all__ = ["Trace", "attack_examples", "attacked", "robust_correct"]
 
 STANDING = -1
+PICTURED = 8  # examples whose attacked images a trace keeps
 CLOSE_ENOUGH = 1e-5  # tolerance for rounding of a perturbation, on images in [0, 1]
 
 
@@ -41,6 +42,8 @@ class Trace:
         batch: the next batch of the stage.
         seconds: the time so far.
         outside: the number of misclassified images outside C(x), which do not count as broken.
+        pictured: the first examples as the last stage that attacked them left them, for a figure; None in a trace that
+            was read from a file.
     """
 
     broken: Tensor
@@ -49,6 +52,7 @@ class Trace:
     batch: int = 0
     seconds: float = 0.0
     outside: int = 0
+    pictured: Tensor | None = None
 
     @classmethod
     def start(cls, n: int, device: torch.device | str = "cpu") -> Trace:
@@ -66,16 +70,21 @@ class Trace:
 
     def to(self, device: torch.device | str) -> Trace:
         """The trace on another device."""
-        return replace(self, broken=self.broken.to(device), said=self.said.to(device))
+        pictured = None if self.pictured is None else self.pictured.to(device)
+        return replace(self, broken=self.broken.to(device), said=self.said.to(device), pictured=pictured)
 
     def take(self, outcome: Outcome) -> None:
         """Enter what the current stage has done to a batch."""
-        fell, said, rows, answer = (part.to(self.broken.device) for part in outcome[:4])
+        fell, said, rows, answer, pictured = (part.to(self.broken.device) for part in outcome[:5])
         self.outside += outcome.outside
         # In one statement, so that an interruption leaves a consistent trace.
         self.broken[fell], self.said[fell] = self.stage, said
         if self.stage == 0:
             self.said[rows] = answer
+        if self.pictured is None and self.stage == self.batch == 0:
+            self.pictured = pictured.new_zeros(min(PICTURED, len(self.broken)), *pictured.shape[1:])
+        if self.pictured is not None:
+            self.pictured[rows[: len(pictured)]] = pictured
 
     def arrays(self) -> dict[str, Any]:
         """The trace as plain arrays for a file, the inverse of :meth:`from_arrays`."""
@@ -110,6 +119,7 @@ class Outcome(NamedTuple):
 
     fell: the indices of the examples that it has broken. said: their predicted classes.
     rows, answer: the indices of all examples of the batch, and the predicted classes of the attacked images.
+    pictured: the attacked images of those examples that a trace keeps, which are the first of the batch.
     outside: the number of misclassified images outside C(x).
     seconds: the time it took.
     """
@@ -118,6 +128,7 @@ class Outcome(NamedTuple):
     said: Tensor
     rows: Tensor
     answer: Tensor
+    pictured: Tensor
     outside: int
     seconds: float
 
@@ -224,7 +235,8 @@ def _attack_batch(
         outside = int((wrong & ~inside).sum())
         wrong &= inside
     fell, said = rows[wrong], answer[wrong]  # waits for the device
-    return Outcome(fell, said, rows, answer, outside, time.perf_counter() - start)
+    pictured = moved[: int((rows[:PICTURED] < PICTURED).sum())].detach()  # rows are sorted
+    return Outcome(fell, said, rows, answer, pictured, outside, time.perf_counter() - start)
 
 
 def _look(batch: Batch, out: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..batch import Batch
 from ..data import ImageSet
@@ -17,16 +17,21 @@ from .style import ORANGE, plt, save
 __all__ = ["examples"]
 
 
-def examples(model: nn.Module, images: ImageSet, attack: Attack, path: Path, count: int = 8) -> None:
-    """Test images, their perturbations and the sums, with the model's predictions."""
+def examples(
+    model: nn.Module, images: ImageSet, attack: Attack, path: Path, attacked: Tensor | None = None, count: int = 8
+) -> None:
+    """Test images, their perturbations and the sums, with the model's predictions.
+
+    attacked: the first images as the attack left them in an evaluation; without it, ``count`` are attacked now.
+    """
     if not attack.stages:
         return
-    count = min(count, len(images))
+    count = min(count, len(images)) if attacked is None else len(attacked)
     labels = images.y[:count]
     batch = Batch(images[slice(0, count)].pixels(), labels)
     generator = torch.Generator(images.device).manual_seed(0)
     with attack_mode(model, "eval"):
-        delta = attack.perturb(model, batch, generator) - batch.x
+        delta = (attack.perturb(model, batch, generator) if attacked is None else attacked) - batch.x
         with torch.no_grad():
             predictions = [model(batch.x + d).argmax(1).tolist() for d in (torch.zeros_like(delta), delta)]
     limit = max(delta.abs().max().item(), 1e-12)

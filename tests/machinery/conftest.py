@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from attempting import alarmed
 from benchmarking import FOLDER, small_data
 from evaluating import cnn, mlp, trained
 from matplotlib.figure import Figure
@@ -15,7 +16,7 @@ from running import unchecked
 
 import bilevel_at as ba
 from bilevel_at import run as run_module
-from bilevel_at.data import named
+from bilevel_at.data import downloads
 
 PIXEL = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNoAAAAggCBd81ytgAAAABJRU5ErkJggg==")
 
@@ -43,10 +44,10 @@ def elsewhere(tmp_path, monkeypatch):
 def without_network(elsewhere, monkeypatch):
     """A download is a failure of the test."""
 
-    def forbidden(name, folder):
-        raise AssertionError(f"{name} would have been downloaded")
+    def forbidden(url, path):
+        raise AssertionError(f"{url} would have been downloaded")
 
-    monkeypatch.setattr(named, "fetch", forbidden)
+    monkeypatch.setattr(downloads, "fetch", forbidden)
 
 
 @pytest.fixture
@@ -88,3 +89,10 @@ def run_here(elsewhere, trained_run):
     shutil.copytree(trained_run, "run")
     unchecked("run")  # the tests that use it change its files; test_damage.py has the manifest
     torch.save(ba.load("run", "last").state_dict(), "weights.pt")
+
+
+@pytest.fixture
+def bounded():
+    """A case of a fuzz test that takes too long fails."""
+    with alarmed():
+        yield

@@ -12,12 +12,12 @@ import torch
 from PIL import Image
 from torchvision import datasets
 
-from bilevel_at.data import named
+from bilevel_at.data import downloads
 
 RNG = np.random.default_rng
 
 
-FETCH = named.fetch
+FETCH = downloads.fetch
 
 
 def everything(folder="."):

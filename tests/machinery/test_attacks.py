@@ -160,6 +160,28 @@ def test_beta_is_no_weaker_than_pgd_and_close_to_autoattack(whole):
     assert whole["autoattack"].accuracy <= whole["pgd-50-10"].accuracy < whole["clean"].accuracy
 
 
+@pytest.mark.parametrize(
+    ("name", "batch_size"), [("pgd-5-3", 250), ("pgd-5-3", 3), ("pgd-5-3-any", 250), ("fgsm", 250)]
+)
+def test_a_trace_keeps_the_first_images_as_they_were_attacked(name, batch_size, robust):
+    """Of the stage that broke an example, or of the last."""
+    with torch.no_grad():
+        wrong = robust(TEST.x).argmax(1) != TEST.y
+    images = TEST[torch.cat([wrong.nonzero()[:2, 0], (~wrong).nonzero()[:30, 0]])]
+    trace = attacked(robust, images, attack_from_name(name, EPS), batch_size=batch_size)
+    x, y = images[slice(0, 8)].pixels(), images.y[:8]
+    assert {0, 1, -1} <= {*trace.broken[:8].tolist()}  # there are examples of each kind
+    delta = trace.pictured - x
+    assert delta.abs().max() <= EPS + 1e-6 and trace.pictured.min() >= 0 and trace.pictured.max() <= 1
+    assert torch.equal(delta.flatten(1).any(1), trace.broken[:8] != 0)
+    with torch.no_grad():
+        answer = robust(trace.pictured).argmax(1)
+    assert torch.equal(answer == y, trace.correct[:8])
+    assert torch.equal(answer[~trace.correct[:8]], trace.said[:8][~trace.correct[:8]])
+    few = attacked(robust, images[slice(0, 3)], attack_from_name(name, EPS), batch_size=batch_size)
+    assert few.pictured.shape == (3, *x.shape[1:])
+
+
 def test_restarts_steps_and_unions(robust):
     one, three, any_step = (
         attacked(robust, TEST, attack_from_name(name, EPS)) for name in ("pgd-5-1", "pgd-5-3", "pgd-5-1-any")

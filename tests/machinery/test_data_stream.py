@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import textwrap
 import time
@@ -154,6 +155,27 @@ def test_a_file_that_is_no_image_is_named(content, workers, photographs, tmp_pat
         with pytest.raises(ba.InputError, match=r"data/train/n02/n02_2.JPEG cannot be read as an image: \w") as error:
             use()
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("end", ["a file that is no image", "batches that are left"])
+def test_no_process_waits_for_its_workers(end, photographs, tmp_path):
+    """They heed the second SIGTERM only, and Python sends one as a process ends."""
+    shutil.copytree(photographs / "imagenet", tmp_path / "data")
+    if end == "a file that is no image":
+        (tmp_path / "data/train/n01/n01_0.JPEG").write_text("no image")
+    program = """
+        from bilevel_at.data import Loader, load_data
+        batches = iter(Loader(load_data("imagenet", "data", workers=2)[0], 2).epoch(0))
+        try:
+            for _ in range(2 if "left" in "END" else 12):
+                next(batches)
+        except ValueError as error:
+            print(error)
+    """
+    program = textwrap.dedent(program).replace("END", end)
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert ("n01_0.JPEG cannot be read" in done.stdout) == (end == "a file that is no image")
 
 
 def epoch(images, number, workers=0, seed=0, augment="resized-crop-flip", batch_size=5):

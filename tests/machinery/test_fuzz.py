@@ -7,18 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 import random
-import resource
 import shutil
-import signal
-import warnings
 from collections import Counter
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from attempting import CASES, attempt, conclude
 from fuzzing import damaged, damaged_checkpoint, damaged_npz
 
 import bilevel_at as ba
@@ -32,8 +29,7 @@ from bilevel_at.runs.checkpoints import load_tensors
 from bilevel_at.runs.directory import RunDir
 from bilevel_at.runs.record import read
 
-CASES = int(os.environ.get("BILEVEL_FUZZ", "600"))
-MOST_MEMORY, MOST_SECONDS = 2**30, 30
+pytestmark = pytest.mark.usefixtures("bounded")
 
 
 @pytest.fixture(scope="module")
@@ -58,44 +54,6 @@ def files(tmp_path_factory):
         evaluate([str(folder), "--attacks", "pgd-2-1", "--examples", "8", "--checks", "4", "--problem-file"][:-1])
     names = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.suffix in (".json", ".jsonl", ".npz", ".pt")]
     return folder, {str(p.relative_to(folder)): p.read_bytes() for p in names}
-
-
-@pytest.fixture(autouse=True)
-def quietly():
-    def too_long(*_):
-        raise TimeoutError(f"no answer within {MOST_SECONDS} s")
-
-    before = signal.signal(signal.SIGALRM, too_long)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-    signal.signal(signal.SIGALRM, before)
-
-
-def attempt(seed, what, action, tally):
-    """Run the action; anything but an answer or a line of this library's is a failure that names the seed."""
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    signal.alarm(MOST_SECONDS)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            action()
-        tally["read"] += 1
-    except (ba.InputError, ba.BilevelError) as error:
-        tally["refused"] += 1
-        text = str(error)
-        if not text.isprintable() or len(text) > 2000:
-            return f"seed {seed}, {what}: not one line to print: {text[:200]!r}"
-    except BaseException as error:
-        return f"seed {seed}, {what}: {type(error).__name__}: {str(error)[:200]}"
-    finally:
-        signal.alarm(0)
-    grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - most)
-    return f"seed {seed}, {what}: {grown / 2**20:.0f} MiB" if grown > MOST_MEMORY else None
-
-
-def conclude(failures, tally):
-    print(dict(tally))
-    assert not failures, f"{len(failures)} of {sum(tally.values()) + len(failures)} cases:\n" + "\n".join(failures[:40])
 
 
 def readers(folder):

@@ -14,6 +14,9 @@ from marks import fast
 from running import SHORT, complaint, npz, run, same, unchecked, weights
 
 import bilevel_at as ba
+from bilevel_at import figures
+from bilevel_at.data import load_data
+from bilevel_at.evaluate import Attack
 from bilevel_at.train import Trainer
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
@@ -48,6 +51,30 @@ def test_a_run_leaves_what_the_contract_says(drawn):
         model = ba.load("out", which)
         assert not model.training
         assert model(torch.rand(3, 1, 8, 8)).shape == (3, 10)
+
+
+def test_the_pictures_are_of_the_attack_that_was_made(monkeypatch):
+    """No image is attacked again to be drawn, unless the result was stored by a command before."""
+    made, drawn = [], []
+    perturb, examples = Attack.perturb, figures.examples
+
+    def counted(attack, *args):
+        made.append(attack.name)
+        return perturb(attack, *args)
+
+    def seen(model, images, attack, path, attacked):
+        drawn.append(attacked)
+        examples(model, images, attack, path, attacked)
+
+    monkeypatch.setattr(Attack, "perturb", counted)
+    monkeypatch.setattr(figures, "examples", seen)
+    run("problems/fgsm.py", *SHORT, "--out", "out")
+    assert made == [] and drawn[0].shape == (8, 1, 8, 8) and Path("out/figures/examples.png").exists()
+    wrong = ba.load("out")(drawn[0]).argmax(1) != load_data("digits")[1].sample(60).y[:8]
+    with np.load("out/evaluation/best/pgd-2-1.npz") as stored:
+        assert wrong.tolist() == (~stored["correct"][:8]).tolist()
+    run("problems/fgsm.py", *SHORT, "--out", "out", "--resume")
+    assert made == ["pgd-2-1"] and drawn[1] is None
 
 
 SMALL = ["--examples", 200, "--test-examples", 60]
