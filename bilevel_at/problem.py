@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import descent, policy
+from . import descent, policy, shares
 from .anchors import Anchor, anchor_policy
 from .batch import Batch, on_host
 from .constraints import Constraint
@@ -146,6 +146,7 @@ class LowerProblem(Policy):
                 seen = check_prepared(self, self.prepare(model, batch, generator))
             memo, drawn, base = None, anchor is None, self.base(model, seen)
             check_base(self, base)
+            check_rows(base, seen)
             if anchor is None:
                 anchor, memo = anchor_policy(getattr(self, "anchor", "zero")).draw(self, model, seen, generator)
             _check_anchor(anchor, base, batch)
@@ -169,6 +170,15 @@ class LowerProblem(Policy):
     def curvature(self, model: nn.Module, solution: Solution) -> tuple[CurvedPart | None, Tensor | float]:
         """(ℓ, λ) such that ∇²_δδ g = ∇²_δδ ℓ + λI; None for ℓ where the Hessian is λI."""
         return lambda batch, delta, anchor: self.objective(model, batch, delta, anchor), 0.0
+
+
+def check_rows(base: Tensor, batch: Batch) -> None:
+    """Raise :class:`InputError` where examples that several processes share have one δ."""
+    if shares.count() > 1 and len(base) < len(batch):
+        raise InputError(
+            f"{len(batch)} examples have {len(base)} δ, which several processes would each have of their own; start it "
+            "without torchrun"
+        )
 
 
 def check_base(lower: LowerProblem, base: Tensor) -> None:
