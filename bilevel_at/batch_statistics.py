@@ -24,7 +24,7 @@ class SyncBatchNorm(_BatchNorm):
 
     Raises:
         InputError: where a pass has not the same number of rows for each example of a shared batch: other processes
-            would make another number of passes, and wait.
+            would make another number of passes, and wait. In a compiled graph.
     """
 
     @property
@@ -38,6 +38,11 @@ class SyncBatchNorm(_BatchNorm):
         if share is None or not self.uses_batch:
             return super().forward(input)
         self._check_input_dim(input)
+        if torch.compiler.is_compiling():  # a graph would lose the update of running statistics
+            raise InputError(
+                "statistics of the whole batch of several processes are no part of a compiled graph; leave out "
+                "--compile (or compile()), or --sync-batch-norm (or synchronise())"
+            )
         if len(input) % len(share.rows):
             raise InputError(
                 f"a pass in train mode has {len(input)} rows of a batch of which this process has {len(share.rows)}; "

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .. import policy
+from .. import policy, shares
 from ..batch import Batch
 from ..data import Images, ImageSet, extra_from_npz, load_data
 from ..distributed import synchronise
@@ -77,6 +77,8 @@ def prepare(plan: Plan) -> Prepared:
         InputError: if any of them cannot work.
     """
     options = plan.options
+    if options.sync_batch_norm and options.compile and shares.count() > 1:
+        raise InputError("--sync-batch-norm is not for --compile: no graph has the statistics of several processes")
     device = resolve_device(options.device)
     threat = plan.threat
     attacks, select = attacks_of(plan)

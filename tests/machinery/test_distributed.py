@@ -8,6 +8,9 @@ from ranks import ONLY_LINUX, on_processes
 from torch import nn
 
 import bilevel_at as ba
+from bilevel_at import shares
+from bilevel_at.commands.plan import understand
+from bilevel_at.commands.prepare import prepare
 from bilevel_at.problems import fastat
 from bilevel_at.solvers import ZeroIG
 
@@ -143,3 +146,23 @@ def test_buckets_are_of_one_type_and_bounded(monkeypatch):
     buckets = list(ba.distributed._buckets(sizes))
     assert [[p.numel() for p in bucket] for bucket in buckets] == [[10, 10], [40], [10]]
     assert all(len({p.dtype for p in bucket}) == 1 for bucket in buckets)
+
+
+def test_statistics_of_several_processes_are_not_compiled(monkeypatch):
+    monkeypatch.setattr(shares, "_count", 2)
+    plan = understand(["problems/fastat.py", "--sync-batch-norm", "--compile"])
+    with pytest.raises(ba.InputError, match="--sync-batch-norm is not for --compile"):
+        prepare(plan)
+
+
+def test_one_delta_for_a_batch_is_for_one_process(monkeypatch):
+    class Shared(ba.AtAnchor):
+        def base(self, model, batch):
+            return batch.x[:1]
+
+    problem = ba.BilevelProblem(ba.UpperProblem(), Shared(ba.LinfBall(0.1)))
+    batch = ba.Batch(torch.rand(4, 3), torch.arange(4) % 3)
+    ZeroIG().hypergradient(problem, nn.Linear(3, 3), batch)
+    monkeypatch.setattr(shares, "_count", 2)
+    with pytest.raises(ba.InputError, match="4 examples have 1 δ, which several processes would each have"):
+        ZeroIG().hypergradient(problem, nn.Linear(3, 3), batch)

@@ -43,12 +43,14 @@ def network(normalised):
     return model
 
 
-def trained(name, normalised=False, **settings):
+def trained(name, normalised=False, compiled=False, **settings):
     file = ProblemFile(name)
     recipe = file.recipe("digits")
     recipe = dataclasses.replace(recipe, epochs=3, batch_size=8, lr=0.2, augment="crop-flip", **settings)
     solver = ZeroIG() if file.solver is None else file.solver()
     problem = file.problem(**recipe.problem)
+    if compiled:
+        solver.compile("eager")
     return Trainer(problem, solver, network(normalised), images, images[slice(0, 6)], recipe, Attack("clean"))
 
 
@@ -82,7 +84,7 @@ def apart(one, other):
 
 
 SETTINGS = [name.partition(":") for name in sys.argv[1:]]
-CHANGES = {"": {}, "accumulate": {"accumulate": 2}, "statistics": {"normalised": True}}
+CHANGES = {"": {}, "accumulate": {"accumulate": 2}, "statistics": {"normalised": True}, "compiled": {"compiled": True}}
 SETTINGS = [(name, CHANGES[more]) for name, _, more in SETTINGS]
 dist.init_process_group("gloo")
 for name, more in SETTINGS:
@@ -104,7 +106,7 @@ dist.destroy_process_group()
 
 FEW = ["fastbat", "atas", "free", "nuat", "awp", "fastbat:accumulate", "fastbat:statistics"]
 ALL = [f"{name}{more}" for name in PROBLEMS for more in ("", ":statistics")]
-REST = [name for name in ALL if name not in FEW]
+REST = [name for name in ALL if name not in FEW] + ["fastbat:compiled", "atas:compiled"]
 
 
 def check(tmp_path, count, names):
