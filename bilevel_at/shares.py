@@ -86,7 +86,7 @@ class Share:
         if rows % len(self.rows):
             raise InputError(
                 f"{rows} rows are drawn for a batch of {len(self.rows)} examples, which are a part of a batch of "
-                f"{self.whole}: what all examples share is to be drawn in ba.distributed.alike()"
+                f"{self.whole}: what all examples share is to be drawn in bilevel_at.shares.alike()"
             )
         return rows // len(self.rows)
 
@@ -249,7 +249,7 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, counts: float) -> Tensor:
         ctx.counts = counts
-        total = x.detach() * counts
+        total = x.detach().clone() if counts else torch.zeros_like(x)
         dist.all_reduce(total, group=_group)
         return total
 
