@@ -66,11 +66,13 @@ class Widened(ba.Schedule):
 def principal_components(rows: Tensor, count: int) -> Tensor:
     """The first ``count`` principal components of the rows, centred: ``[≤ count, d]``, orthonormal.
 
-    Fewer where the centred rows have a smaller rank.
+    Fewer where the centred rows have a smaller rank. What centring rounds is relative to the rows themselves, and no
+    component: projected on one, a gradient would go where no snapshot is.
     """
     centred = rows - rows.mean(0)
     _, sizes, components = torch.linalg.svd(centred, full_matrices=False)
-    rank = int((sizes > sizes[0] * len(rows) * torch.finfo(rows.dtype).eps).sum())
+    largest = torch.maximum(sizes[0], rows.norm(dim=1).max())
+    rank = int((sizes > 4 * len(rows) * torch.finfo(rows.dtype).eps * largest).sum())
     return components[: min(count, rank)].clone()  # not a view of all of them, which a checkpoint would store
 
 

@@ -25,6 +25,7 @@ from bilevel_at.runs.problem_file import ProblemFile
 from bilevel_at.solvers import ZeroIG
 from bilevel_at.train import Trainer
 
+EPOCHS = 2
 torch.set_num_threads(1)
 torch.set_default_dtype(torch.float64)
 g = torch.Generator().manual_seed(0)
@@ -46,7 +47,7 @@ def network(normalised):
 def trained(name, normalised=False, compiled=False, **settings):
     file = ProblemFile(name)
     recipe = file.recipe("digits")
-    recipe = dataclasses.replace(recipe, epochs=3, batch_size=8, lr=0.2, augment="crop-flip", **settings)
+    recipe = dataclasses.replace(recipe, epochs=EPOCHS, batch_size=8, lr=0.2, augment="crop-flip", **settings)
     solver = ZeroIG() if file.solver is None else file.solver()
     problem = file.problem(**recipe.problem)
     if compiled:
