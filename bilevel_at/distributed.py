@@ -39,11 +39,11 @@ def _processes(group: dist.ProcessGroup | None) -> int:
 
 
 def broadcast(model: nn.Module, group: dist.ProcessGroup | None = None) -> None:
-    """Give every process the parameters and buffers of rank 0; nothing on one process."""
+    """Give every process the parameters and buffers of the group's first; nothing on one process."""
     if _processes(group) > 1:
         with torch.no_grad():
             for tensor in (*model.parameters(), *model.buffers()):
-                dist.broadcast(tensor, 0, group=group)
+                dist.broadcast(tensor, group=group, group_src=0)
 
 
 def reduce_gradients(model: nn.Module, examples: int, group: dist.ProcessGroup | None = None) -> None:
@@ -133,11 +133,16 @@ def synchronise(model: nn.Module) -> None:
         module.__class__ = KINDS.get(type(module), type(module))
 
 
-def average_statistics(model: nn.Module, group: dist.ProcessGroup | None = None) -> None:
-    """Replace running means and variances of batch normalisation by their means over the processes.
+def average_statistics(model: nn.Module, examples: int, group: dist.ProcessGroup | None = None) -> None:
+    """Replace running means and variances of batch normalisation by their means over the processes' examples.
 
-    Other buffers are left alone, and so are those of :class:`SyncBatchNorm`, which are the same
-    everywhere. Every process has to call this; on one process nothing happens.
+    Other buffers are left alone, and so are those of :class:`SyncBatchNorm`, which are the same everywhere. Where no
+    process has examples, all are as they were. Every process has to call this; on one process nothing happens.
+
+    Args:
+        model: the network, not wrapped.
+        examples: the number of examples that this process's statistics are of, since they were last averaged.
+        group: the processes; all by default.
     """
     if _processes(group) == 1:
         return
@@ -151,10 +156,11 @@ def average_statistics(model: nn.Module, group: dist.ProcessGroup | None = None)
     if not running:
         return
     with torch.no_grad():
-        flat = torch.cat([buffer.flatten() for buffer in running]) / _processes(group)
+        flat = torch.cat([*(buffer.flatten() for buffer in running), running[0].new_ones(1)]) * examples
         dist.all_reduce(flat, group=group)
-        for buffer, mean in zip(running, flat.split([buffer.numel() for buffer in running]), strict=True):
-            buffer.copy_(mean.view_as(buffer))
+        *means, total = flat.split([*(buffer.numel() for buffer in running), 1])
+        for buffer, mean in zip(running, means, strict=True):
+            buffer.copy_(torch.where(total > 0, mean / total, buffer.flatten()).view_as(buffer))
 
 
 def _buckets(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:

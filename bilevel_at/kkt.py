@@ -84,7 +84,7 @@ class KKTSolver(Solver):
         at = replace(solution, gradient=value)
         w = raised_alike(attacked.model, lambda: self.adjoint(attacked.problem, attacked.model, at, v))
         # g is the sum over losses, f their mean over the whole batch; a coupled loss is one number.
-        near = solution.delta + (self.ig_weight * rows_of_all(losses.numel()) / attacked.scale) * w
+        near = solution.delta + (self.ig_weight * (rows_of_all(len(losses)) if losses.ndim else 1) / attacked.scale) * w
         with draws.again() as generator, same_buffers(attacked.model):
             total = attacked.total(attacked.losses(near, generator))
             both = torch.autograd.grad(total, list(named.values()), allow_unused=True)

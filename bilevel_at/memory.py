@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -11,7 +12,12 @@ from . import shares
 from .batch import Batch, on_host
 from .errors import InputError, one_of
 
-__all__ = ["SampleMemory"]
+__all__ = ["SampleMemory", "is_memory"]
+
+
+def is_memory(state: Mapping[str, Any]) -> bool:
+    """Whether a state is, or has in it, that of a :class:`SampleMemory`."""
+    return {"values", "known"} <= state.keys()
 
 
 class SampleMemory:
@@ -64,6 +70,7 @@ class SampleMemory:
     def read(self, batch: Batch, fresh: Tensor) -> Tensor:
         """The rows of the batch; ``fresh`` ``[B, ...]`` where a row was never written. Changes nothing."""
         rows = self.rows(batch, len(fresh))
+        self._follow(fresh.device)
         if self.values is None or self.known is None or self.values.shape[1:] != fresh.shape[1:]:
             return fresh
         # Clamped rather than looked at: asking a GPU for the largest row would wait for it.
@@ -76,10 +83,16 @@ class SampleMemory:
         """Remember ``values`` ``[B, ...]``, detached. Rows of another shape than before replace the whole table."""
         rows = self.rows(batch, len(values))
         share = shares.current()
+        if share is None and shares.count() > 1:
+            raise InputError(
+                "something is remembered of a batch that is not dealt out, in ba.distributed.together(): in a loop of "
+                "your own leave that out, and give each example to one process"
+            )
         if share is not None and share.idle:
             return
         if self.values is not None and self.values.shape[1:] != values.shape[1:]:
             self.clear()
+        self._follow(values.device)
         self._reserve(self._least(batch, rows), values)
         assert self.values is not None and self.known is not None
         self.values[rows] = values.detach().to(self.values)
@@ -103,6 +116,11 @@ class SampleMemory:
             more = max(n - len(self.values), len(self.values) // 2)
             self.values = torch.cat([self.values, self.values.new_zeros((more, *self.values.shape[1:]))])
             self.known = torch.cat([self.known, self.known.new_zeros(more)])
+
+    def _follow(self, device: torch.device) -> None:
+        """A table that was loaded elsewhere goes where it is used."""
+        if self.values is not None and self.known is not None and self.values.device != device:
+            self.values, self.known = self.values.to(device), self.known.to(device)
 
     def state_dict(self) -> dict[str, Any]:
         """The table; of several processes, that of all of them on the first, and nothing on the others."""

@@ -6,6 +6,7 @@ import torch
 
 from .. import shares
 from ..errors import InputError
+from .processes import local_rank
 
 __all__ = ["resolve_device"]
 
@@ -17,8 +18,14 @@ def resolve_device(name: str) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and shares.count() > 1:
-        name = f"cuda:{torch.cuda.current_device()}"
+    if name.startswith("cuda") and shares.count() > 1:
+        gpus = torch.cuda.device_count()
+        if name != "cuda" or local_rank() >= gpus:
+            raise InputError(
+                f"--device {name} cannot be used here: each process of a job has a GPU of its own (--device cuda), and "
+                f"this machine has {gpus} for process {local_rank()}; --device cpu needs none"
+            )
+        name = f"cuda:{local_rank()}"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()

@@ -280,7 +280,7 @@ def status_of(command: Callable[[Sequence[str]], int | None], prog: str) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # avoids a second error message at exit
         return 1
     except KeyboardInterrupt as error:
-        if os.environ.get("RANK", "0") == "0":  # all processes of a job stop together
+        if _process() == 0:  # all processes of a job stop together
             print(f"{prog}: stopped{': ' + str(error) if str(error) else ''}", file=sys.stderr)
         return 128 + (error.number if isinstance(error, Stopped) else signal.SIGINT)
     except Exception as error:
@@ -295,5 +295,9 @@ def status_of(command: Callable[[Sequence[str]], int | None], prog: str) -> int:
 
 def _which(prog: str) -> str:
     """The program, and which of the processes of a job this is, but for the first."""
-    rank = os.environ.get("RANK", "0")
-    return prog if rank == "0" else f"{prog} (process {rank})"
+    return f"{prog} (process {_process()})" if _process() else prog
+
+
+def _process() -> int:
+    """The number of this process in its job; 0 in a command that is one process."""
+    return int(os.environ.get("RANK", "0")) if os.environ.get("WORLD_SIZE", "1") != "1" else 0

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from .. import policy, shares
 from ..batch import Batch
@@ -88,6 +89,11 @@ def prepare(plan: Plan) -> Prepared:
     model = network_for(plan, train)
     if options.sync_batch_norm:
         synchronise(model)
+    if options.compile and shares.count() > 1 and any(m.p > 0 for m in model.modules() if isinstance(m, _DropoutNd)):
+        raise InputError(
+            "--compile is not for networks with dropout on several processes: within a graph it would drop the same "
+            "units of different examples; use --dropout 0, or leave out --compile"
+        )
     try_a_step(plan, model, train)
     return Prepared(model, options.model, train, held_out, test, attacks, select, Threat.of(threat), extra)
 
@@ -182,6 +188,6 @@ def try_a_step(plan: Plan, model: nn.Module, train: ImageSet) -> None:
             solver.compile("eager")  # traces, and leaves out what takes a minute
             for number in range(3):  # a schedule by update shows in the second step
                 policy.set_step((problem, solver), number, 3)
-                with autocast(plan.options.precision, few.device):
+                with autocast(plan.options.precision, few.device), shares.alone():
                     solver.backward(problem, model, batch, generator)
     check_coupling(step.losses, plan.options.accumulate)

@@ -13,13 +13,14 @@ import torch.distributed as dist
 
 from .. import shares
 from ..errors import BilevelError, InputError
+from ..memory import is_memory
 from .mistakes import one_line
 
-__all__ = ["agreed", "joined", "leave", "line_of", "on_device", "one_after_the_other"]
+__all__ = ["agreed", "joined", "leave", "line_of", "local_rank", "on_device", "one_after_the_other"]
 
 T = TypeVar("T")
 _of_a_job: list[bool] = []
-CLOSED = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused", "Timed out")
+CLOSED = ("Connection closed by peer", "Connection reset by peer", "gloo/transport", "gloo::", "[c10d]")
 
 
 @contextmanager
@@ -27,20 +28,14 @@ def joined() -> Iterator[bool]:
     """Join the processes of this job, by the environment that torchrun sets; whether this is the first of them.
 
     Gradients travel by NCCL between GPUs and by gloo between CPUs; flags and objects by gloo.
-
-    Raises:
-        InputError: where this machine has fewer GPUs than processes of the job, but some.
     """
     if os.environ.get("WORLD_SIZE", "1") == "1" or "RANK" not in os.environ:
         yield True
         return
     if not dist.is_available():
         raise InputError("this build of torch has no torch.distributed; start the command without torchrun")
-    gpus, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))
-    if gpus and local >= gpus:
-        raise InputError(f"torchrun has started process {local} of this machine, which has {gpus} GPUs: one for each")
-    if gpus:
-        torch.cuda.set_device(local)
+    if gpus := torch.cuda.device_count():
+        torch.cuda.set_device(local_rank() % gpus)
     if not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
     is_first = dist.get_rank() == 0
@@ -54,6 +49,11 @@ def joined() -> Iterator[bool]:
     finally:
         dist.destroy_process_group()
         _of_a_job.append(True)
+
+
+def local_rank() -> int:
+    """The number of this process on its machine."""
+    return int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")))
 
 
 def agreed(function: Callable[[], T]) -> T:
@@ -89,7 +89,9 @@ def one_after_the_other(function: Callable[[], T]) -> T:
 
 
 def on_device(state: Any, device: torch.device) -> Any:
-    """The same with its tensors on ``device``."""
+    """The same with its tensors on ``device``, but for memories, of which each process takes its rows first."""
+    if isinstance(state, dict) and is_memory(state):
+        return state
     if isinstance(state, torch.Tensor):
         return state.to(device)
     if isinstance(state, dict):
@@ -112,7 +114,8 @@ def line_of(error: BaseException) -> str | None:
     """An error in one line; None where it is for another process of the job to say."""
     if isinstance(error, shares.Elsewhere):
         return None
-    if _of_a_job and isinstance(error, RuntimeError) and any(part in str(error) for part in CLOSED):
+    lost = isinstance(error, RuntimeError) and any(part in str(error) for part in CLOSED)
+    if _of_a_job and (lost or isinstance(error, dist.DistError)):
         # Of those that were waiting for a process that has ended, the first speaks.
-        return "another process of this job has ended" if os.environ.get("RANK") == "0" else None
+        return "another process of this job has ended" if os.environ.get("RANK", "0") == "0" else None
     return one_line(error)

@@ -66,6 +66,8 @@ def _run(args: Sequence[str], signals: Signals) -> int:
                 dry_run(plan, console)
             return 0
         prepared = agreed(lambda: prepare(plan))
+        if shares.count() > 1:  # a network of a user's own may draw its weights from any generator
+            broadcast(prepared.model, shares.group())
         run_dir = RunDir(shares.first(lambda: run_directory(plan.options, plan.file.path.stem).path))
         if is_first:
             lock = locked(run_dir.path, "bilevel_at.run")

@@ -67,6 +67,12 @@ class Loader:
         return full + (left > 1 or (left == 1 and full == 0))  # a last one joins the batch before it
 
     @property
+    def smallest(self) -> int:
+        """The size of the smallest batch."""
+        full, left = divmod(len(self.images), self.batch_size)
+        return left if full == 0 or left > 1 else self.batch_size
+
+    @property
     def labels(self) -> torch.Tensor:
         """The label of every index, those of extra images at the end."""
         return self.images.y if self.extra is None else torch.cat([self.images.y, self.extra.y])

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
+from .. import shares
+from ..distributed import average_statistics
 from ..runs.recipe import Recipe
 
 __all__ = ["WeightAverage"]
@@ -49,13 +51,16 @@ class WeightAverage:
     def after_epoch(self, model: nn.Module, epoch: int, images: Iterable[Tensor]) -> None:
         """Include the weights after epoch ``epoch`` (from 1), in an equal average; re-estimate the statistics.
 
-        images: batches to estimate them from.
+        images: batches to estimate them from; of several processes, each one's own, in its share of a batch.
         """
         if not self.by_update and epoch >= self.start:
             self._averaged.update_parameters(model)
         if self.reestimate and self.started:
+            counts: list[int] = []
             with torch.no_grad():
-                update_bn(images, self.network)
+                update_bn(_counted(images, counts), self.network)
+            if shares.count() > 1:
+                average_statistics(self.network, sum(counts), shares.group())
 
     def state_dict(self) -> dict[str, Any]:
         """The entries of a checkpoint: the averaged weights and how many were averaged; none before the first."""
@@ -68,3 +73,11 @@ class WeightAverage:
         if "average" in state:
             self.network.load_state_dict(state["average"])
             self._averaged.n_averaged.copy_(state["averaged"])
+
+
+def _counted(images: Iterable[Tensor], counts: list[int]) -> Iterator[Tensor]:
+    """The batches; ``counts`` gets the number of images of each that count."""
+    for batch in images:
+        share = shares.current()
+        counts.append(0 if share is not None and share.idle else len(batch))
+        yield batch

@@ -33,6 +33,7 @@ class Recorder:
         self.epochs: list[tuple[Tensor, Tensor]] = []
         self.filters = [_filters(model)]
         self._norm, self._step = self._empty(), self._empty()
+        self._when = torch.zeros_like(self._norm, dtype=torch.int64)  # of several processes: the update of each value
         self._unsaved: list[tuple[Tensor, Tensor]] = []
 
     @property
@@ -42,11 +43,18 @@ class Recorder:
     def _empty(self) -> Tensor:
         return torch.full((len(self.labels),), torch.nan, dtype=torch.float32, device=self.labels.device)
 
-    def note(self, batch: Batch, solution: Solution) -> None:
-        """Record the lower level's measurements of these examples, replacing earlier ones of the same epoch."""
+    def note(self, batch: Batch, solution: Solution, update: int) -> None:
+        """Record the lower level's measurements of these examples, replacing earlier ones of the same epoch.
+
+        Args:
+            batch, solution: of a step.
+            update: its number in the epoch: of several processes' values of an example, the last one counts.
+        """
         rows, gradient = batch.index, solution.attack_gradient
         if rows is None or not self.follows_examples or len(solution.delta) != len(batch):
             return
+        if shares.count() > 1:
+            self._when[rows] = update + 1
         if gradient is not None and len(gradient) == len(rows):
             self._norm[rows] = gradient.flatten(1).float().norm(dim=1)
         lam = solution.lam
@@ -57,9 +65,10 @@ class Recorder:
 
     def close_epoch(self, model: nn.Module) -> None:
         """Finish the epoch."""
-        self.epochs.append((of_all(self._norm).cpu(), of_all(self._step).cpu()))
+        self.epochs.append((of_all(self._norm, self._when).cpu(), of_all(self._step, self._when).cpu()))
         self.filters.append(_filters(model))
         self._norm, self._step = self._empty(), self._empty()
+        self._when.zero_()
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The records as plain arrays for a file."""
@@ -79,7 +88,8 @@ class Recorder:
             unsaved: how many of the last epochs are in no file.
         """
         closed = self.epochs[len(self.epochs) - unsaved :]
-        return {"norm": of_all(self._norm), "step": of_all(self._step), "closed": closed, "filters": self.filters}
+        norm, step = (of_all(values, self._when) for values in (self._norm, self._step))
+        return {"norm": norm, "step": step, "closed": closed, "filters": self.filters}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned; :meth:`restore` has the epochs that a file has."""
@@ -100,14 +110,18 @@ class Recorder:
             self.filters = list(filters)
 
 
-def of_all(values: Tensor) -> Tensor:
-    """The values of all processes, of the last one that has a number where several have."""
+def of_all(values: Tensor, when: Tensor) -> Tensor:
+    """The values of all processes, the last one where several have a number.
+
+    Args:
+        values: this process's, NaN where it has none.
+        when: the update that each is of.
+    """
     if shares.count() == 1:
         return values
-    has = torch.where(values.isnan(), -1, shares.rank())
-    last = shares.summed(has, ReduceOp.MAX)
-    own = (last == shares.rank()) & (last >= 0)
-    return torch.where(last < 0, torch.nan, shares.summed(torch.where(own, values, 0)))
+    mine = torch.where(values.isnan(), -1, when * shares.count() + shares.rank())  # no two processes have the same
+    last = shares.summed(mine, ReduceOp.MAX)
+    return torch.where(last < 0, torch.nan, shares.summed(torch.where((mine == last) & (last >= 0), values, 0)))
 
 
 def _fitting(arrays: Any, name: str, like: Tensor) -> Tensor:

@@ -6,14 +6,18 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .. import distributed, policy, shares
-from ..errors import BilevelError, InputError
+from ..data import Loader
+from ..division import agree
+from ..errors import InputError
 from ..memory import SampleMemory
+from ..modes import attack_mode, same_buffers
 from .finite import size
 
-__all__ = ["Reducer", "check_replicas", "check_states", "remembers_by_example"]
+__all__ = ["Reducer", "check_replicas", "check_single_rows", "check_states", "remembers_by_example"]
 
 
 def remembers_by_example(root: Any) -> bool:
@@ -47,8 +51,11 @@ class Reducer:
         """Ask anew which parameters have gradients: one that has none on any process stays as it is."""
         self._used = None
 
-    def add_up(self) -> None:
+    def add_up(self, examples: int) -> None:
         """The gradient of the whole batch on every process, and one value of local batch statistics.
+
+        Args:
+            examples: of this process, in the update.
 
         Raises:
             InputError: where a parameter has a gradient that had none when the epoch began.
@@ -63,16 +70,28 @@ class Reducer:
         if new := here - self._used.keys():
             raise InputError(f"{min(new)} has a gradient, and had none when the epoch began; start it without torchrun")
         distributed.sum_gradients(self._used, group=shares.group())
-        distributed.average_statistics(self.model, shares.group())
+        distributed.average_statistics(self.model, examples, shares.group())
 
 
 def check_replicas(model: nn.Module) -> None:
-    """Raise :class:`BilevelError` where the processes' weights are not the same."""
-    if shares.count() == 1:
+    """Raise :class:`InputError` where the processes' weights are not the same."""
+    if shares.count() > 1:
+        agree("the network that is trained (the sum of its weights' norms)", size(model).item())
+
+
+def check_single_rows(model: nn.Module, loader: Loader, by_index: bool) -> None:
+    """Raise :class:`InputError` where the network has no batch statistics of one row, and a process may have one."""
+    if shares.count() == 1 or not (by_index or loader.smallest // shares.count() < 2):
         return
-    sizes = shares.gathered(size(model).item())
-    if any(other != sizes[0] for other in sizes):
-        raise BilevelError(f"the processes' networks have parted: the sums of their weights' norms are {sizes}")
+    x = loader.images[slice(0, 1)].pixels()
+    try:
+        with torch.no_grad(), attack_mode(model, "train"), same_buffers(model), torch.random.fork_rng(devices=[]):
+            model(x)
+    except ValueError as error:
+        raise InputError(
+            f"a process may have one example of a batch, of which the network has no batch statistics ({error}); "
+            "use --sync-batch-norm, fewer processes or a larger --batch-size"
+        ) from None
 
 
 def check_states(state: Mapping[str, Any]) -> None:
@@ -88,6 +107,8 @@ def check_states(state: Mapping[str, Any]) -> None:
     for rank, other in enumerate(others, 1):
         for path, digest in other.items():
             if first.get(path) != digest:
+                if shares.rank() > 0:
+                    raise shares.Elsewhere(f"{path} differs")
                 raise InputError(
                     f"{path} is not the same on process {rank} as on the first: what is remembered by example belongs "
                     "in a ba.SampleMemory, and draws for a batch's rows are made by bilevel_at.draws.rand"

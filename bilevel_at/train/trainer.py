@@ -26,7 +26,7 @@ from .finite import LeftOut, NotFinite, Sentinel, first_not_finite, leaving_out
 from .memory_format import FORMATS, MemoryFormat
 from .position import Position, own_randomness
 from .recorder import Recorder
-from .replicas import Reducer, check_replicas, check_states, remembers_by_example
+from .replicas import Reducer, check_replicas, check_single_rows, check_states, remembers_by_example
 from .schedules import momentum_at, rate_at
 from .steps import Dealt, check_coupling, groups_of, look, measured
 
@@ -93,6 +93,7 @@ class Trainer:
         )
         self.reducer = Reducer(model)
         self.by_index = remembers_by_example((problem, solver))
+        check_single_rows(model, self.loader, self.by_index)
         self.recorder = Recorder(self.loader.labels, model)
         self.average = WeightAverage(model, recipe) if recipe.averages else None
         self.skip_nonfinite, self.between = skip_nonfinite, between
@@ -143,6 +144,7 @@ class Trainer:
         finite.
         """
         position = self._take_up(epoch)
+        check_replicas(self.model)
         if position.measured is not None:  # it was stopped in the evaluation that follows
             return position.measured
         start = time.perf_counter()
@@ -154,7 +156,7 @@ class Trainer:
             if self.average is not None:
                 self.average.after_epoch(self.model, epoch + 1, self._images(epoch))
                 self._check_average()
-        check_replicas(self.model)
+        check_replicas(self.evaluated)
         self.recorder.close_epoch(self.evaluated)
         examples = len(self.loader.images) * self.recipe.replays - position.left_out
         if not examples:
@@ -176,8 +178,8 @@ class Trainer:
     def train_batches(self, epoch: int) -> tuple[Tensor, Tensor]:
         """The updates of epoch ``epoch`` (from 0), without a wait for the device; :meth:`train_epoch` without its end.
 
-        Returns, on the device, the sums over examples of (loss, share of the implicit term, its cosine), and those of
-        :func:`~.steps.look`. Raises :class:`NotFinite` soon after a loss that is not finite.
+        Returns, on the device, the sums over this process's examples of (loss, share of the implicit term, its cosine),
+        and those of :func:`~.steps.look`. Raises :class:`NotFinite` soon after a loss that is not finite.
         """
         position = self._take_up(epoch)
         with own_randomness(position, self._global_seed(epoch)):
@@ -229,6 +231,7 @@ class Trainer:
         self.optimizer.zero_grad()
         sizes = [len(batch) if share is None else share.whole for batch, share in group]
         examples = left = sum(sizes)
+        mine = sum(len(batch) for batch, share in group if share is None or not share.idle)
         try:
             for number, ((batch, share), size) in enumerate(zip(group, sizes, strict=True), place):
                 with shares.sharing(share), autocast(self.precision, self.device):
@@ -241,7 +244,7 @@ class Trainer:
                     continue
                 self.sentinel.note(step_number, position.epoch, batch, step.losses)
                 position.means += len(batch) * measured(step)
-                self.recorder.note(batch, step.solution)
+                self.recorder.note(batch, step.solution, position.updates)
                 if number % LOOK_EVERY == 0:
                     position.looks += look(self.model, step.solution, self.precision)
                     self.sentinel.look(position.means[0])
@@ -249,7 +252,7 @@ class Trainer:
             position.skipped += 1
             position.left_out += left
             return
-        self.reducer.add_up()
+        self.reducer.add_up(mine)
         self.optimizer.step()
         if self.average is not None:
             self.average.after_update(self.model)
@@ -275,7 +278,7 @@ class Trainer:
         few = self.held_out[slice(0, ALIGNED)]
         try:
             value = gradient_alignment(self.evaluated, few, self.problem.threat, seed=self.done).nanmean().item()
-        except InputError:  # no threat, or one without a uniform draw
+        except (InputError, shares.Elsewhere):  # no threat, or one without a uniform draw
             return None
         return value if math.isfinite(value) else None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from ranks import ONLY_LINUX, on_processes
+from running import ROOT
 from torch import nn
 
 import bilevel_at as ba
@@ -152,6 +153,25 @@ def test_statistics_of_several_processes_are_not_compiled(monkeypatch):
     monkeypatch.setattr(shares, "_count", 2)
     plan = understand(["problems/fastat.py", "--sync-batch-norm", "--compile"])
     with pytest.raises(ba.InputError, match="--sync-batch-norm is not for --compile"):
+        prepare(plan)
+
+
+DROPPING = """
+
+def model(shape, classes):
+    from torch import nn
+
+    return nn.Sequential(nn.Flatten(), nn.Dropout(0.1), nn.Linear(64, classes))
+"""
+
+
+def test_dropout_on_several_processes_is_not_compiled(monkeypatch, tmp_path):
+    file = tmp_path / "dropping.py"
+    file.write_text((ROOT / "problems/fastat.py").read_text() + DROPPING)
+    monkeypatch.setattr(shares, "_count", 2)
+    monkeypatch.setattr(shares, "first", lambda function: function())
+    plan = understand([str(file), "--model", "file", "--compile", "--device", "cpu"])
+    with pytest.raises(ba.InputError, match="--compile is not for networks with dropout on several processes"):
         prepare(plan)
 
 

@@ -102,7 +102,7 @@ with shares.together():
     model[1].running_mean.fill_(rank)
     model[4].running_var.fill_(rank + 1)
     model[1].num_batches_tracked.fill_(rank)
-    ba.distributed.average_statistics(model)
+    ba.distributed.average_statistics(model, 3)
     assert model[1].running_mean.eq((count - 1) / 2).all() and model[4].running_var.eq((count + 1) / 2).all()
     assert model[1].num_batches_tracked == rank
 print(f"statistics of {count} processes: within {worst:.1e}", flush=True)
@@ -148,7 +148,7 @@ def test_in_one_process_it_is_batch_normalisation_bit_for_bit():
     assert torch.equal(model(x), plain(x)) and torch.equal(model.running_var, plain.running_var)
     assert shares.summed_with_graph(x) is x
     before = model.running_mean.clone()
-    ba.distributed.average_statistics(model)
+    ba.distributed.average_statistics(model, 3)
     assert torch.equal(model.running_mean, before)
 
 
