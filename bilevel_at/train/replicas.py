@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import distributed, policy, shares
+from ..batch_statistics import SyncBatchNorm
 from ..data import Loader
 from ..division import agree
 from ..errors import InputError
@@ -81,7 +83,8 @@ def check_replicas(model: nn.Module) -> None:
 
 def check_single_rows(model: nn.Module, loader: Loader, by_index: bool) -> None:
     """Raise :class:`InputError` where the network has no batch statistics of one row, and a process may have one."""
-    if shares.count() == 1 or not (by_index or loader.smallest // shares.count() < 2):
+    normalises = any(isinstance(m, _BatchNorm) and not isinstance(m, SyncBatchNorm) for m in model.modules())
+    if shares.count() == 1 or not normalises or not (by_index or loader.smallest // shares.count() < 2):
         return
     x = loader.images[slice(0, 1)].pixels()
     try:

@@ -55,6 +55,11 @@ with ba.distributed.together():
     # One row has no statistics of its own in a layer of vectors.
     network = lambda normalised: nn.Sequential(nn.Flatten(), nn.Linear(64, 4), nn.BatchNorm1d(4)).double()
     refused("use --sync-batch-norm", lambda: trained("fastat"))
+    vectors = network
+    def network(normalised):
+        ba.distributed.synchronise(model := vectors(normalised))
+        return model
+    next(trained("fastat").epochs())
     network = lambda normalised: nn.Sequential(nn.Flatten(), nn.Linear(64, 4)).double()
     trained("fastat")
 
