@@ -82,7 +82,7 @@ def _own(function: Callable[[Part], T], parts: Iterable[Part]) -> _Own[T]:
 
 def _on_cpu(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return value.detach().cpu()
+        return value.detach().cpu().clone()  # of a view on a CPU, all that it is a view of would be sent
     if isinstance(value, tuple):
         moved = [_on_cpu(part) for part in value]
         return type(value)(*moved) if hasattr(value, "_fields") else tuple(moved)

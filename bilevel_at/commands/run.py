@@ -219,12 +219,14 @@ def _how_to_go_on(plan: Plan, run: RunDir, saver: Saver) -> str:
 def _draw(plan: Plan, prepared: Prepared, run: RunDir, attacked: Tensor | None) -> None:
     """Draw the run's figures: training curves, and images perturbed by the strongest attack of the table.
 
-    attacked: those images, where the table's attack has just been made.
+    attacked: those images, where the table's attack has just been made; where it was made before, its figure stays.
     """
     from .. import figures  # here: matplotlib takes a quarter as long to import as torch
 
     title = f"{plan.file.path.stem}, {type(plan.solver).__name__}, {plan.options.data}, seed {plan.options.seed}"
     figures.curves(run.metrics(), run.figures / "curves.png", title)
+    if attacked is None and run.examples.exists():
+        return
     load_weights(prepared.model, run, "best", prepared.name, prepared.test.device)
     figures.examples(prepared.model, prepared.test, prepared.strongest, run.examples, attacked)
 

@@ -23,6 +23,7 @@ FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
 ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's ImageFolder's
 MOST_PIXELS = 89_478_485  # Pillow's own bound; 358 MB as Pillow has them, and as much again as they become RGB
 LARGE = 8_000_000  # pixels; what threads have freed stays theirs, so eight threads would keep eight such images
+MOST_COSTLY = 40_000_000  # pixels where Pillow takes three times that memory: all coefficients, or two canvases
 MOST_ASPECT = 200  # the shorter side becomes 256, so a line of pixels would become a picture of any size
 
 
@@ -34,13 +35,31 @@ def decoded(path: str, view: Callable[[Image], Tensor], large: bool = True) -> T
     from PIL import Image
 
     with open(path, "rb") as file:
+        head = file.read(30)
+        file.seek(0)
+        if head[:4] == b"RIFF" and head[8:12] == b"WEBP":  # Pillow has its canvases as soon as it opens one
+            _check_size(*_webp_size(head), MOST_COSTLY)
         image = Image.open(file, formats=FORMATS)
         width, height = image.size
-        if width * height > MOST_PIXELS or max(width, height) > MOST_ASPECT * min(width, height):
-            raise ValueError(
-                f"it is {width}×{height}; at most {MOST_PIXELS:,} pixels, and sides of at most {MOST_ASPECT} to 1"
-            )
+        costly = "progressive" in image.info or image.mode == "CMYK"
+        _check_size(width, height, MOST_COSTLY if costly else MOST_PIXELS)
         return view(image.convert("RGB")) if large or width * height <= LARGE else None
+
+
+def _check_size(width: int, height: int, most: int) -> None:
+    if width * height > most or max(width, height) > MOST_ASPECT * min(width, height):
+        raise ValueError(f"it is {width}×{height}; at most {most:,} pixels, and sides of at most {MOST_ASPECT} to 1")
+
+
+def _webp_size(head: bytes) -> tuple[int, int]:
+    """Width and height of a WebP file's canvas, from its first 30 bytes."""
+    kind = head[12:16]
+    if kind == b"VP8X":
+        return 1 + int.from_bytes(head[24:27], "little"), 1 + int.from_bytes(head[27:30], "little")
+    if kind == b"VP8L":
+        bits = int.from_bytes(head[21:25], "little")
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    return int.from_bytes(head[26:28], "little") & 0x3FFF, int.from_bytes(head[28:30], "little") & 0x3FFF
 
 
 def class_files(folder: Path) -> tuple[list[str], list[str], list[int]]:
@@ -97,5 +116,5 @@ def _identity(folder: str | Path) -> tuple[int, int]:
 
 def names_of(root: Path, paths: Sequence[str]) -> np.ndarray:
     """Paths under ``root``, ``[N]`` bytes with forward slashes."""
-    start = len(os.path.join(root, ""))
+    start = len(os.path.join(root, "")) if root != Path() else 0  # "./" is not before the paths
     return np.array([os.fsencode(path[start:].replace(os.sep, "/")) for path in paths])

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import sys
 import urllib.request
+from collections.abc import Sequence
 from dataclasses import dataclass
 from http.client import HTTPMessage
 from pathlib import Path
@@ -61,7 +63,7 @@ class Archive:
     def mistake(self, path: Path) -> str | None:
         """What is wrong with the file at ``path``, by its SHA-256 or, where none is published, its MD5; or None."""
         kind, right = ("sha256", SHA256[self.md5]) if self.md5 in SHA256 else ("md5", self.md5)
-        if not path.is_file():
+        if not os.path.isfile(path):
             return "is missing"
         found = _digest(path, kind)
         return None if found == right else f"has the {kind.upper()} {found}, and {right} is right"
@@ -93,9 +95,10 @@ def obtain(name: str, data_dir: Path, download: bool) -> None:
         InputError: where an archive has another SHA-256 than ``SHA256SUMS`` has for it.
         NotObtained: where that fails. Nothing has been left then.
     """
-    archives, pins = archives_of(name), _pins(data_dir / PINS)
+    archives = archives_of(name)
+    pins = _pins(data_dir / PINS, archives)
     for archive in archives:
-        if (data_dir / archive.file).is_file():
+        if os.path.isfile(data_dir / archive.file):
             _hold_against_pin(data_dir / archive.file, archive, pins)
     missing = [archive for archive in archives if archive.mistake(data_dir / archive.file)]
     if missing and not download:
@@ -112,7 +115,10 @@ def obtain(name: str, data_dir: Path, download: bool) -> None:
             unknown = [archive for archive in archives if archive.md5 not in SHA256 and archive.file not in pins]
             new = {archive.file: _digest(stage / archive.file, "sha256") for archive in unknown}
             if new:
-                (stage / PINS).write_text("".join(f"{sha256}  {file}\n" for file, sha256 in (pins | new).items()))
+                before = content_of(data_dir / PINS, 2**20) if os.path.exists(data_dir / PINS) else b""
+                before += b"\n" * (before[-1:] not in (b"", b"\n"))
+                lines = "".join(f"{sha256}  {file}\n" for file, sha256 in new.items())
+                (stage / PINS).write_bytes(before + lines.encode())
     except InputError:
         raise
     except Exception as error:  # networks, archives and disks fail in many ways: the data are not there
@@ -173,14 +179,15 @@ def _digest(path: Path, kind: str) -> str:
     return digest.hexdigest()
 
 
-def _pins(path: Path) -> dict[str, str]:
-    """SHA-256 by file, from lines as ``sha256sum`` writes them."""
+def _pins(path: Path, archives: Sequence[Archive]) -> dict[str, str]:
+    """SHA-256 by file, from lines as ``sha256sum`` writes them. Others are passed over where they name no archive."""
+    text = content_of(path, 2**20).decode(errors="replace") if os.path.exists(path) else ""
     pins = {}
-    if path.exists():
-        for number, line in enumerate(content_of(path, 2**20).decode(errors="replace").splitlines(), 1):
-            if not (match := re.fullmatch(r"([0-9a-f]{64}) [ *](.+)", line)):
-                raise InputError(f"{path}, line {number} is not as sha256sum writes it: a SHA-256, two spaces, a file")
-            pins[match[2]] = match[1]
+    for number, line in enumerate(text.splitlines(), 1):
+        if match := re.fullmatch(r"([0-9a-fA-F]{64}) [ *](.+)", line):
+            pins[os.path.normpath(match[2])] = match[1].lower()
+        elif any(archive.file in line for archive in archives):
+            raise InputError(f"{path}, line {number} is not as sha256sum writes it: a SHA-256, two spaces, a file")
     return pins
 
 

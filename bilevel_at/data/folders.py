@@ -79,7 +79,7 @@ def imagenet(data_dir: Path, workers: int) -> tuple[Streamed, Streamed]:
     places = (data_dir / "imagenet", data_dir)
     root = next((place for place in places if _missing(place) == []), None)
     if root is None:
-        root = next((place for place in places if all((place / file).is_file() for file in _archives(place))), None)
+        root = next((place for place in places if all(os.path.isfile(place / file) for file in _archives(place))), None)
         if root is None:
             raise FileNotFoundError
         _unpack(root)

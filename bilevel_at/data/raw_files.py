@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import math
+import os
 import pickle
 import struct
 from pathlib import Path
@@ -24,8 +25,8 @@ class NotWhole(InputError):
 
 def content_of(path: Path, most: int = MOST) -> bytes:
     """What is in a file. Raises :class:`NotWhole` where there is no file, or one of more than ``most`` bytes."""
-    if not path.is_file():  # a pipe would be waited for
-        raise NotWhole(f"{path} is {'no file' if path.exists() else 'missing'}")
+    if not os.path.isfile(path):  # a pipe would be waited for
+        raise NotWhole(f"{path} is {'no file' if os.path.exists(path) else 'missing'}")
     try:
         with path.open("rb") as file:
             content = file.read(most + 1)

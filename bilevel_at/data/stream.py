@@ -145,7 +145,11 @@ class Files(Dataset[Any]):
                 yield x
         finally:
             # Ends the workers. A mistake refers to this frame and this frame to the mistake: without this, they would
-            # be left over until the end of the process, which would then wait for them for ever.
+            # be left over until the end of the process, which would then wait for them for ever. Where a worker was
+            # killed, torch's error refers to the others, which heed the second SIGTERM and would get one.
+            getattr(batches, "_shutdown_workers", lambda: None)()
+            for worker in getattr(batches, "_workers", ()):
+                worker.kill()
             del batches
 
 

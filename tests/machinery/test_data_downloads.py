@@ -149,7 +149,16 @@ def test_an_archive_that_differs_from_its_pin_is_not_unpacked(where, from_here, 
     assert everything() == before
     Path("data/SHA256SUMS").write_text(f"{64 * '0'}  other\n{found} *cifar-10-python.tar.gz\n")
     assert len(load_data("cifar10")[0]) == 150
-    for wrong in ("x", f"{found}", f"{found[1:]}  file", "\0"):
+    Path("data/SHA256SUMS").write_text(f"{64 * 'a'}  ./cifar-10-python.tar.gz\n")  # as find writes it
+    shutil.rmtree("data/cifar-10-batches-py")
+    with pytest.raises(ba.InputError, match=line):
+        load_data("cifar10")
+    for harmless in (b"", b"# a comment\n\n", b"\xff\xfe", f"SHA256 (mine) = {found}".encode(), b"\0"):
+        Path("data/SHA256SUMS").write_bytes(harmless)
+        assert len(load_data("cifar10")[0]) == 150
+        shutil.rmtree("data/cifar-10-batches-py")
+        assert Path("data/SHA256SUMS").read_bytes().startswith(harmless)
+    for wrong in (f"{found[1:]}  cifar-10-python.tar.gz", f"SHA256 (cifar-10-python.tar.gz) = {found}"):
         Path("data/SHA256SUMS").write_text(wrong)
         shutil.rmtree("data/cifar-10-batches-py", ignore_errors=True)
         with pytest.raises(ba.InputError, match="data/SHA256SUMS, line 1 is not as sha256sum writes it"):

@@ -157,20 +157,24 @@ def test_a_file_that_is_no_image_is_named(content, workers, photographs, tmp_pat
         assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("end", ["a file that is no image", "batches that are left"])
+@pytest.mark.parametrize("end", ["a file that is no image", "batches that are left", "a worker that is killed"])
 def test_no_process_waits_for_its_workers(end, photographs, tmp_path):
     """They heed the second SIGTERM only, and Python sends one as a process ends."""
     shutil.copytree(photographs / "imagenet", tmp_path / "data")
     if end == "a file that is no image":
         (tmp_path / "data/train/n01/n01_0.JPEG").write_text("no image")
     program = """
+        import multiprocessing, os, signal
         from bilevel_at.data import Loader, load_data
         batches = iter(Loader(load_data("imagenet", "data", workers=2)[0], 2).epoch(0))
         try:
             for _ in range(2 if "left" in "END" else 12):
                 next(batches)
-        except ValueError as error:
+                if "killed" in "END":
+                    os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+        except (ValueError, RuntimeError) as error:
             print(error)
+            left = error  # and with it torch's frames
     """
     program = textwrap.dedent(program).replace("END", end)
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=100)

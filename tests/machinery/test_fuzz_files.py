@@ -5,6 +5,7 @@ As tests/machinery/test_fuzz.py: ``BILEVEL_FUZZ=50000`` draws more cases.
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import random
@@ -146,6 +147,24 @@ def test_the_largest_image_stays_within_the_memory(folders):
         failures += filter(None, [attempt(i, f"9459×{height}", train.pixels, tally, "0.JPEG")])
     conclude(failures, tally)
     assert tally == {"read": 1, "refused": 1}
+
+
+def test_formats_that_take_more_memory_have_a_lower_bound(folders):
+    """Small files that say they are large: Pillow would make two canvases of one, and keep all of another."""
+    from PIL import Image
+
+    one, webp, jpeg = Image.new("RGB", (16, 16)), io.BytesIO(), io.BytesIO()
+    one.save(webp, "WEBP", save_all=True, append_images=[Image.new("RGB", (16, 16), "red")])
+    one.save(jpeg, "JPEG", progressive=True)
+    canvas, frame = bytearray(webp.getvalue()), bytearray(jpeg.getvalue())
+    assert canvas[12:16] == b"VP8X"
+    canvas[24:30] = 2 * (8_999).to_bytes(3, "little")
+    start = frame.index(b"\xff\xc2") + 5  # of a progressive frame's height and width
+    frame[start : start + 4] = 2 * (9_000).to_bytes(2, "big")
+    for content in (canvas, frame):
+        Path("whole/train/n01/0.JPEG").write_bytes(content)
+        with pytest.raises(ba.InputError, match="it is 9000×9000; at most 40,000,000 pixels"):
+            seen("whole")
 
 
 def test_postscript_is_not_run(folders, monkeypatch):

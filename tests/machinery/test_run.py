@@ -54,7 +54,7 @@ def test_a_run_leaves_what_the_contract_says(drawn):
 
 
 def test_the_pictures_are_of_the_attack_that_was_made(monkeypatch):
-    """No image is attacked again to be drawn, unless the result was stored by a command before."""
+    """No image is attacked again to be drawn, unless the figure is gone, and the result of a command before."""
     made, drawn = [], []
     perturb, examples = Attack.perturb, figures.examples
 
@@ -73,6 +73,9 @@ def test_the_pictures_are_of_the_attack_that_was_made(monkeypatch):
     wrong = ba.load("out")(drawn[0]).argmax(1) != load_data("digits")[1].sample(60).y[:8]
     with np.load("out/evaluation/best/pgd-2-1.npz") as stored:
         assert wrong.tolist() == (~stored["correct"][:8]).tolist()
+    run("problems/fgsm.py", *SHORT, "--out", "out", "--resume")
+    assert made == [] and len(drawn) == 1
+    Path("out/figures/examples.png").unlink()
     run("problems/fgsm.py", *SHORT, "--out", "out", "--resume")
     assert made == ["pgd-2-1"] and drawn[1] is None
 
