@@ -81,7 +81,7 @@ def collectives(name: str) -> tuple[int, int]:
         return tensor.detach().clone()
 
     of_two = mock.patch.multiple(shares, _count=2, summed=summed)  # the other of which is not there
-    errors = mock.patch("bilevel_at.solver.raised_alike", lambda function: function())
+    errors = mock.patch("bilevel_at.solver.raised_alike", lambda model, function: function())
     with shares.sharing(shares.Share(index, 2, False)), of_two, errors:
         solver.backward(problem, model, batch, torch.Generator().manual_seed(0))
     return len(sent), sum(sent)

@@ -22,7 +22,8 @@ from torch import nn
 
 import bilevel_at as ba
 from bilevel_at.data import Loader, load_data
-from bilevel_at.data.stream import Streamed, names_of
+from bilevel_at.data.decoding import names_of
+from bilevel_at.data.stream import Streamed
 from bilevel_at.evaluate import Attack, attack_from_name
 from bilevel_at.evaluate.robust import attacked
 from bilevel_at.models import build_model
