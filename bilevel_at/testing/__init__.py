@@ -11,9 +11,20 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-from .check import DegenerateActivity, HypergradError, activity_margin, hypergradcheck
+from .causes import CAUSES
+from .check import activity_margin, hypergradcheck, hypergradreport
+from .report import DegenerateActivity, HypergradError, HypergradReport, VacuousCheck
 
-__all__ = ["DegenerateActivity", "HypergradError", "activity_margin", "hypergradcheck"]
+__all__ = [
+    "CAUSES",
+    "DegenerateActivity",
+    "HypergradError",
+    "HypergradReport",
+    "VacuousCheck",
+    "activity_margin",
+    "hypergradcheck",
+    "hypergradreport",
+]
 
 
 def __getattr__(name: str) -> ModuleType:

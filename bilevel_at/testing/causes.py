@@ -1,0 +1,298 @@
+"""Why a hypergradient disagrees with differences: what they differ by, held against what goes wrong in practice."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+from torch import Tensor, nn
+
+from bilevel_at.solvers import FullKKT, HessianFreeKKT, ProjectionAdjoint
+
+from ..batch import per_sample
+from ..errors import BilevelError, InputError
+from ..kkt import KKTSolver
+from ..problem import BilevelProblem
+from ..solution import Gradients, Hypergradient, Solution
+from ..solver import Solver
+from .differences import slope
+from .fixed import Fixed
+from .lower_faults import lower_fault
+from .report import Direction, dot, norm_of
+
+__all__ = ["CAUSES", "explain", "reference"]
+
+CAUSES = {
+    "hidden randomness": "F depends on draws that no generator which is passed governs",
+    "hidden state": "F differs between two evaluations at the same θ: something counts, caches or remembers",
+    "edit in place": "computing F or its hypergradient changes θ, the batch or the anchor",
+    "fills .grad": "computing F or its hypergradient adds to .grad",
+    "mean over samples": "the attack loss is a mean over samples that share nothing: attacks depend on the batch size",
+    "infeasible": "δ* is outside its constraint",
+    "not finite": "F or the hypergradient is NaN or infinite",
+    "no derivative": "F has a kink or a jump here: ReLU, a tie of classes, or a constraint about to (de)activate",
+    "vacuous": "the implicit term is too small here for an error in it to be seen",
+    "upper term without θ": "a term of the upper loss does not reach θ: detach, .data, no_grad, NumPy",
+    "upper term": "∇_θ f of the solver is not that of the upper loss",
+    "attack term without θ": "a term of g does not reach θ: detach, .data, no_grad, NumPy",
+    "anchor depends on θ": "solve_at starts from an anchor of its own, which moves with θ",
+    "constraint depends on θ": "base or the constraint moves with θ",
+    "not a minimiser": "δ* does not minimise g over its constraint",
+    "∇g": "solution.gradient is not the gradient of g in δ at δ*",
+    "λ": "solution.lam, or curvature(), is not the curvature of g",
+    "active set": "constraint.active() and constraint.project() disagree about what is free",
+    "implicit term missing": "the solver leaves out the implicit term",
+    "sign": "the solver's implicit term has the wrong sign",
+    "factor": "the solver's implicit term is right up to a factor",
+    "mask": "the solver's implicit term ignores or inverts the active constraints",
+    "boundary": "the solver leaves out the curvature of the boundary, μ",
+    "Hessian": "the solver leaves out the Hessian of g, or the proximal λ",
+    "cross derivative at δ*": "the solver takes the cross derivative at δ* where g is linearised at z",
+    "unexplained": "none of these fits",
+}
+"""What a check may find, by name (``error.cause``), and what each means."""
+
+Compute = Callable[[Solver], Hypergradient]
+
+
+def reference(step: Hypergradient, solver: Solver, compute: Compute) -> Hypergradient | None:
+    """The hypergradient by the implicit function theorem as far as this library has it; None where it has none.
+
+    Args:
+        step: what ``solver`` has computed, which is the reference where it is one of these solvers itself.
+        solver: the solver that is checked.
+        compute: another one's hypergradient.
+    """
+    for candidate in (FullKKT(), ProjectionAdjoint(), HessianFreeKKT()):
+        if type(solver) is type(candidate) and solver == candidate:
+            return step
+        try:
+            return compute(candidate)
+        except (InputError, BilevelError, NotImplementedError):
+            continue
+    return None
+
+
+def explain(
+    problem: BilevelProblem,
+    solver: Solver,
+    fixed: Fixed,
+    step: Hypergradient,
+    exact: Hypergradient | None,
+    measured: Sequence[Direction],
+    eps: float,
+    compute: Compute,
+) -> tuple[str, str]:
+    """(cause, explanation) of a check that has failed.
+
+    Args:
+        problem, solver: what is checked.
+        fixed: F, everything but θ fixed.
+        step: the solver's hypergradient.
+        exact: the one by the implicit function theorem, where there is one.
+        measured: every direction that was tried.
+        eps: the difference.
+        compute: another solver's hypergradient, from the same anchor with the same draws.
+    """
+    failing = [direction for direction in measured if not direction.agrees]
+    for direction in failing:
+        for kind, value in (("the hypergradient", direction.analytic), ("F", direction.numeric)):
+            if not math.isfinite(value):
+                return "not finite", f"{kind} is {value} along {direction.name}"
+    if not any(direction.settled for direction in failing):
+        return _no_derivative(fixed, failing[0], eps)
+    chosen = sorted((d for d in measured if d.settled), key=lambda d: d.agrees)[:12]
+
+    def numeric(value: Callable[[], float], gradients: Gradients, direction: Direction) -> float:
+        expected = dot(gradients, direction.along)
+        return slope(value, fixed.model, direction.along, eps, expected, direction.allowed).value
+
+    direct = step.direct if exact is None or step.implicit or not exact.implicit else exact.direct
+    for direction in chosen:
+        value = numeric(fixed.direct, direct, direction)
+        if abs(value - dot(direct, direction.along)) > direction.allowed:
+            return _upper(fixed, step, exact, direction, value)
+    home = {name: p.detach().clone() for name, p in fixed.model.named_parameters()}
+    right: Gradients = {} if exact is None else exact.implicit
+    for direction in chosen:
+        value = numeric(lambda: fixed.implicit(home), right, direction)
+        if abs(value - dot(right, direction.along)) > direction.allowed:
+            fault = lower_fault(fixed, direction.along, exact)
+            if fault is not None:
+                return fault
+            return "unexplained", (
+                f"moving δ* alone changes F by {value:.6g} along {direction.name}, where the implicit function theorem "
+                f"says {dot(right, direction.along):.6g}"
+            )
+    if exact is None or not exact.implicit:
+        return "upper term", (
+            "δ* does not move with θ, and ∇_θ f is right, but the solver's hypergradient is something else"
+        )
+    return _solver(problem, solver, step, exact, compute)
+
+
+def _no_derivative(fixed: Fixed, direction: Direction, eps: float) -> tuple[str, str]:
+    from .check import activity_margin  # it is public there
+
+    text = (
+        f"differences of F along {direction.name} do not settle: they are uncertain by {direction.uncertainty:.3g}, "
+        f"the disagreement is {direction.gap:.3g}"
+    )
+    try:
+        margin = activity_margin(fixed.problem, fixed.model, fixed.batch, fixed.solution.anchor.clone())
+    except (InputError, BilevelError, NotImplementedError):
+        margin = math.inf
+    if margin < 100 * eps:
+        return "no derivative", f"{text}. A constraint is about to become active or inactive (margin {margin:.2g})"
+    return (
+        "no derivative",
+        f"{text}. Take a smooth network and loss (tanh or softplus in place of ReLU), or another eps",
+    )
+
+
+def _upper(
+    fixed: Fixed, step: Hypergradient, exact: Hypergradient | None, direction: Direction, value: float
+) -> tuple[str, str]:
+    """∇_θ f disagrees with differences at a fixed δ*."""
+    from bilevel_at.solvers import ZeroIG
+
+    own = step.direct
+    plain = _plain_direct(fixed, ZeroIG())
+    mine, autograd = dot(own, direction.along), dot(plain, direction.along)
+    where = f"with δ* fixed, F changes by {value:.6g} along {direction.name}"
+    if abs(autograd - value) <= direction.allowed:
+        factor = mine / value if value else math.inf
+        known = f", {_named(factor, fixed, None)} times that" if math.isfinite(factor) else ""
+        return "upper term", f"{where}, and the solver's ∇_θ f is {mine:.6g}{known}"
+    return "upper term without θ", (
+        f"{where}, and autograd's ∇_θ f is {autograd:.6g}: part of the upper loss is detached from θ (detach, .data, "
+        "no_grad, NumPy)"
+    )
+
+
+def _plain_direct(fixed: Fixed, solver: Solver) -> Gradients:
+    with fixed.again():
+        anchor = fixed.solution.anchor.clone()
+        step = solver.hypergradient(fixed.problem, fixed.model, fixed.batch, anchor=anchor, generator=fixed.generator)
+    return step.direct
+
+
+class _Adjoint(KKTSolver):
+    """The implicit term with a w of its own: what a mistake in the adjoint would give."""
+
+    def __init__(self, w: Callable[[KKTSolver, BilevelProblem, nn.Module, Solution, Tensor], Tensor]) -> None:
+        self.w = w
+
+    def adjoint(self, problem: BilevelProblem, model: nn.Module, solution: Solution, v: Tensor) -> Tensor:
+        return self.w(self, problem, model, solution, v)
+
+
+def _alternatives() -> Iterator[tuple[str, str, Solver]]:
+    """(cause, what the solver's term then is, a solver that makes this mistake)."""
+
+    def tangent(s: KKTSolver, problem: BilevelProblem, model: nn.Module, solution: Solution, v: Tensor) -> Tensor:
+        return s.active(problem.lower, model, solution).tangent(v)
+
+    def over_lam(s: KKTSolver, solution: Solution, v: Tensor) -> Tensor:
+        return v / per_sample(s.proximal(solution), v)
+
+    yield (
+        "mask",
+        "the one without the mask of active constraints",
+        _Adjoint(lambda s, problem, model, solution, v: over_lam(s, solution, v)),
+    )
+    yield (
+        "mask",
+        "the one of the coordinates that are not free",
+        _Adjoint(
+            lambda s, problem, model, solution, v: over_lam(s, solution, v - tangent(s, problem, model, solution, v))
+        ),
+    )
+    yield (
+        "boundary",
+        "the one without the boundary's curvature μ",
+        _Adjoint(lambda s, problem, model, solution, v: over_lam(s, solution, tangent(s, problem, model, solution, v))),
+    )
+    yield "Hessian", "the one with λI in place of the Hessian of g", HessianFreeKKT()
+    yield "Hessian", "the one with the Hessian of g taken as I", _Adjoint(tangent)
+    yield (
+        "cross derivative at δ*",
+        "the one with its cross derivative at δ* in place of z",
+        FullKKT(cross_at="solution"),
+    )
+    yield (
+        "cross derivative at δ*",
+        "the Hessian-free one with its cross derivative at δ*",
+        HessianFreeKKT(cross_at="solution"),
+    )
+
+
+def _solver(
+    problem: BilevelProblem, solver: Solver, step: Hypergradient, exact: Hypergradient, compute: Compute
+) -> tuple[str, str]:
+    """The implicit function theorem agrees with differences, so the solver does not."""
+    term = step.implicit or _difference(step.grads, exact.direct)
+    share = norm_of(exact.implicit) / max(norm_of(exact.grads), 1e-300)
+    if norm_of(term) <= 1e-9 * norm_of(exact.implicit):
+        return "implicit term missing", (
+            f"the solver has no implicit term, which is {100 * share:.3g} % of the hypergradient"
+        )
+    factor, rest = _fit(term, exact.implicit)
+    best = (rest, factor, "factor", "the right one")
+    if rest > 1e-6:
+        for cause, what, other in _alternatives():
+            try:
+                alternative = compute(other).implicit
+            except (InputError, BilevelError, NotImplementedError, ArithmeticError):
+                continue
+            if norm_of(alternative) > 0:
+                factor, rest = _fit(term, alternative)
+                if rest < best[0] / 2:
+                    best = (rest, factor, cause, what)
+    rest, factor, cause, what = best
+    if rest > 1e-3:
+        return "unexplained", (
+            "the solver's implicit term is neither a multiple of the right one nor of one that leaves out the mask, "
+            f"the Hessian or μ, or takes the cross derivative elsewhere (the nearest, {what}, leaves {rest:.2g} of it)"
+        )
+    named = _named(factor, None, step)
+    weight = getattr(solver, "ig_weight", 1.0)
+    because = f", as ig_weight={weight:g} says" if weight != 1.0 and math.isclose(factor, weight, rel_tol=1e-6) else ""
+    if cause == "factor" and math.isclose(factor, -1, rel_tol=1e-6):
+        return "sign", "the solver's implicit term is minus the right one"
+    if cause != "factor" and math.isclose(factor, 1, rel_tol=1e-4):
+        return cause, f"the solver's implicit term is {what}"
+    return cause, f"the solver's implicit term is {named} times {what}{because}"
+
+
+def _named(factor: float, fixed: Fixed | None, step: Hypergradient | None) -> str:
+    """The factor, and what it is where it is known: λ, the size of the batch, ..."""
+    solution = step.solution if step is not None else (fixed.solution if fixed is not None else None)
+    known: dict[str, float] = {}
+    if solution is not None:
+        rows = len(solution.delta)
+        known = {"B, the size of the batch": rows, "1/B, B the size of the batch": 1 / rows}
+        lam = solution.lam
+        one = lam if isinstance(lam, float | int) else (lam[0].item() if bool((lam == lam[0]).all()) else 0.0)
+        if one > 0:
+            known |= {"λ": one, "1/λ": 1 / one, "λ²": one**2, "1/λ²": one**-2}
+    for name, value in known.items():
+        for sign in (1, -1):
+            if math.isclose(factor, sign * value, rel_tol=1e-5) and not math.isclose(value, 1):
+                return f"{factor:.6g} ({'−' if sign < 0 else ''}{name})"
+    return f"{factor:.6g}"
+
+
+def _fit(term: Gradients, candidate: Gradients) -> tuple[float, float]:
+    """(c, ‖term − c·candidate‖ / ‖term‖) for the c that fits best."""
+    factor = dot(term, {n: g for n, g in candidate.items() if g is not None}) / norm_of(candidate) ** 2
+    scaled = {name: None if g is None else factor * g for name, g in candidate.items()}
+    return factor, norm_of(_difference(term, scaled)) / norm_of(term)
+
+
+def _difference(a: Gradients, b: Gradients) -> dict[str, Tensor | None]:
+    out: dict[str, Tensor | None] = {}
+    for name in {**a, **b}:
+        one, other = a.get(name), b.get(name)
+        out[name] = one if other is None else (-other if one is None else one - other)
+    return out
