@@ -10,11 +10,11 @@ from typing import Literal, get_args
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .errors import InputError
 
-__all__ = ["Mode", "attack_mode", "autocast", "full_precision", "no_graph", "same_buffers"]
+__all__ = ["Mode", "Statistics", "attack_mode", "autocast", "full_precision", "no_graph", "same_buffers"]
 
 Mode = Literal["train", "eval"]
 
@@ -171,6 +171,43 @@ def _only_this_thread() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_only_this_thread)
+
+
+class Statistics:
+    """The running statistics that attack passes in eval mode have seen, for the passes that differentiate the attack.
+
+    Between the two, the upper loss moves them where the network is in train mode, and PyTorch does not notice:
+    differentiating a graph that has read them gives another derivative, without an error.
+
+    Args:
+        model: the network, in its own mode; None where nothing is to be kept. Only modules in train mode move theirs.
+    """
+
+    def __init__(self, model: nn.Module | None) -> None:
+        self._buffers: list[Tensor] = []
+        # A compiled graph has read their values, not the buffers.
+        if model is not None and not torch.compiler.is_compiling():
+            self._buffers = [
+                buffer.data
+                for module in model.modules()
+                if module.training
+                for buffer in module.buffers(recurse=False)
+                if buffer.is_floating_point()
+            ]
+        self._values = [buffer.clone() for buffer in self._buffers]
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """Within, they have these values; afterwards those they had before."""
+        if not self._buffers:
+            yield
+            return
+        now = [buffer.clone() for buffer in self._buffers]
+        torch._foreach_copy_(self._buffers, self._values)
+        try:
+            yield
+        finally:
+            torch._foreach_copy_(self._buffers, now)
 
 
 @contextmanager

@@ -25,9 +25,9 @@ from .compiled import one_graph
 from .errors import InputError
 from .lockstep import raised_alike
 from .losses import check_prepared, check_values
-from .modes import check_unwrapped, full_precision
+from .modes import Statistics, check_unwrapped, full_precision
 from .policy import Policy
-from .problem import BilevelProblem, LowerProblem
+from .problem import BilevelProblem, LowerProblem, attack_mode_of
 from .solution import Gradients, Hypergradient, Solution
 from .twice import explained, first_order
 
@@ -46,6 +46,7 @@ class Attacked:
     moves: whether δ* depends on θ, so that there is an implicit term.
     generator: for what the upper loss draws.
     scale: multiplies the upper loss before anything is differentiated.
+    statistics: the running statistics that attack passes have seen.
     """
 
     problem: BilevelProblem
@@ -57,6 +58,7 @@ class Attacked:
     moves: bool
     generator: torch.Generator | None
     scale: float
+    statistics: Statistics
 
     def losses(self, delta: Tensor, generator: torch.Generator | None) -> Tensor:
         """f at ``delta``: ``[B]``, or one number where the batch is coupled."""
@@ -187,7 +189,8 @@ class Solver(Policy):
                 "ZeroIG"
             )
         moves = gradient is not None and gradient.requires_grad and self.ig_weight != 0
-        attacked = Attacked(problem, model, named, seen, solution, gradient, moves, generator, scale)
+        statistics = Statistics(model if moves and attack_mode_of(lower) == "eval" else None)
+        attacked = Attacked(problem, model, named, seen, solution, gradient, moves, generator, scale, statistics)
         losses, direct, implicit, v = self.differentiate(attacked)
         return Hypergradient(losses.detach(), direct, implicit, _without_graphs(solution), v, scale)
 
@@ -217,7 +220,7 @@ class Solver(Policy):
         """−ig_weight · ∇_θ ⟨∇_δ g, w⟩ by parameter name, w of :meth:`adjoint`, all in full precision under autocast."""
         named, gradient = attacked.parameters, attacked.gradient
         assert gradient is not None  # where δ* moves with θ there is one
-        with full_precision(gradient.device):
+        with full_precision(gradient.device), attacked.statistics.again():
             solution = replace(attacked.solution, gradient=gradient)
             w = raised_alike(attacked.model, lambda: self.adjoint(attacked.problem, attacked.model, solution, v))
             cross = torch.autograd.grad(gradient, list(named.values()), -self.ig_weight * w, allow_unused=True)

@@ -85,7 +85,7 @@ class ValueFunction(Solver):
         draws = Draws(attacked.generator, attacked.solution.delta.device)
         losses, direct, v = self.direct_terms(attacked)
         # A difference of passes that are close together: half precision would leave nothing of it.
-        with same_buffers(attacked.model), full_precision(v.device):
+        with same_buffers(attacked.model), attacked.statistics.again(), full_precision(v.device):
             implicit = self._difference(attacked, draws)
         return Terms(losses, direct, implicit, v)
 
