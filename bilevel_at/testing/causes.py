@@ -16,7 +16,7 @@ from ..problem import BilevelProblem
 from ..solution import Gradients, Hypergradient, Solution
 from ..solver import Solver
 from .differences import slope
-from .fixed import Fixed
+from .fixed import Fixed, at, moved_by
 from .lower_faults import lower_fault
 from .report import Direction, dot, norm_of
 
@@ -99,8 +99,9 @@ def explain(
         for kind, value in (("the hypergradient", direction.analytic), ("F", direction.numeric)):
             if not math.isfinite(value):
                 return "not finite", f"{kind} is {value} along {direction.name}"
-    if not any(direction.settled for direction in failing):
-        return _no_derivative(fixed, failing[0], eps)
+    jump = max(_jump(fixed, direction) for direction in failing[:3])
+    if jump > 0.01 * failing[0].gap or not any(direction.settled for direction in failing):
+        return _no_derivative(fixed, failing[0], jump, eps)
     chosen = sorted((d for d in measured if d.settled), key=lambda d: d.agrees)[:12]
 
     def numeric(value: Callable[[], float], gradients: Gradients, direction: Direction) -> float:
@@ -131,13 +132,28 @@ def explain(
     return _solver(problem, solver, step, exact, compute)
 
 
-def _no_derivative(fixed: Fixed, direction: Direction, eps: float) -> tuple[str, str]:
+def _jump(fixed: Fixed, direction: Direction) -> float:
+    """By how much F's slopes to either side differ, where that does not shrink with the step; 0 where F is smooth."""
+    here, jumps = fixed.total(), []
+    for h in (1e-4, 1e-5):
+        ends = []
+        for sign in (1, -1):
+            with at(fixed.model, moved_by(fixed.model, direction.along, sign * h)):
+                ends.append((fixed.total() - here) / (sign * h))
+        jumps.append(abs(ends[0] - ends[1]))
+    return jumps[1] if jumps[1] > max(0.5 * jumps[0], direction.allowed) else 0.0
+
+
+def _no_derivative(fixed: Fixed, direction: Direction, jump: float, eps: float) -> tuple[str, str]:
     from .check import activity_margin  # it is public there
 
-    text = (
-        f"differences of F along {direction.name} do not settle: they are uncertain by {direction.uncertainty:.3g}, "
-        f"the disagreement is {direction.gap:.3g}"
-    )
+    if jump:
+        text = f"F's slopes to either side along {direction.name} differ by {jump:.3g}"
+    else:
+        text = (
+            f"differences of F along {direction.name} do not settle: they are uncertain by "
+            f"{direction.uncertainty:.3g}, the disagreement is {direction.gap:.3g}"
+        )
     try:
         margin = activity_margin(fixed.problem, fixed.model, fixed.batch, fixed.solution.anchor.clone())
     except (InputError, BilevelError, NotImplementedError):
@@ -196,35 +212,22 @@ def _alternatives() -> Iterator[tuple[str, str, Solver]]:
     def over_lam(s: KKTSolver, solution: Solution, v: Tensor) -> Tensor:
         return v / per_sample(s.proximal(solution), v)
 
-    yield (
-        "mask",
-        "the one without the mask of active constraints",
-        _Adjoint(lambda s, problem, model, solution, v: over_lam(s, solution, v)),
-    )
-    yield (
-        "mask",
-        "the one of the coordinates that are not free",
-        _Adjoint(
-            lambda s, problem, model, solution, v: over_lam(s, solution, v - tangent(s, problem, model, solution, v))
-        ),
-    )
-    yield (
-        "boundary",
-        "the one without the boundary's curvature μ",
-        _Adjoint(lambda s, problem, model, solution, v: over_lam(s, solution, tangent(s, problem, model, solution, v))),
-    )
+    # Of two that are the same here, the first counts.
     yield "Hessian", "the one with λI in place of the Hessian of g", HessianFreeKKT()
+    without_mu = _Adjoint(
+        lambda s, problem, model, solution, v: over_lam(s, solution, tangent(s, problem, model, solution, v))
+    )
+    yield "boundary", "the one without the boundary's curvature μ", without_mu
+    no_mask = _Adjoint(lambda s, problem, model, solution, v: over_lam(s, solution, v))
+    yield "mask", "the one without the mask of active constraints", no_mask
+    bound = _Adjoint(
+        lambda s, problem, model, solution, v: over_lam(s, solution, v - tangent(s, problem, model, solution, v))
+    )
+    yield "mask", "the one of the coordinates that are not free", bound
     yield "Hessian", "the one with the Hessian of g taken as I", _Adjoint(tangent)
-    yield (
-        "cross derivative at δ*",
-        "the one with its cross derivative at δ* in place of z",
-        FullKKT(cross_at="solution"),
-    )
-    yield (
-        "cross derivative at δ*",
-        "the Hessian-free one with its cross derivative at δ*",
-        HessianFreeKKT(cross_at="solution"),
-    )
+    moved = "its cross derivative at δ* in place of z"
+    yield "cross derivative at δ*", f"the one with {moved}", FullKKT(cross_at="solution")
+    yield "cross derivative at δ*", f"the Hessian-free one with {moved}", HessianFreeKKT(cross_at="solution")
 
 
 def _solver(

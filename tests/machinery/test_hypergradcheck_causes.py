@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from hypothesis import HealthCheck, Phase, given, settings
 from networks import ATK, batch_of, dense, proximal, taylor, with_batch_norm
 from torch import nn
 from wrong_problems import WRONG, OwnLower, own, relu
@@ -13,7 +14,8 @@ from wrong_problems import WRONG, OwnLower, own, relu
 import bilevel_at as ba
 from bilevel_at.problems import fastbat
 from bilevel_at.solvers import FullKKT, HessianFreeKKT, ZeroIG
-from bilevel_at.testing import CAUSES, HypergradError, VacuousCheck, hypergradcheck, hypergradreport
+from bilevel_at.testing import CAUSES, HypergradError, VacuousCheck, activity_margin, hypergradcheck, hypergradreport
+from bilevel_at.testing import strategies as bst
 
 
 def test_the_right_form_of_the_wrong_problems_passes():
@@ -69,7 +71,7 @@ WRONG_SOLVERS = {
 def test_a_wrong_solver_is_named(name):
     solver, cause, words = WRONG_SOLVERS[name]
     model, batch = dense(6, 5, 3), batch_of(4, 6)
-    problem = taylor(0.1, 0.4)
+    problem = taylor(0.03, 0.4)
     assert hypergradcheck(problem, HessianFreeKKT(), model, batch)
     report = hypergradreport(problem, solver, model, batch)
     assert not report.passed and report.cause == cause, str(report)
@@ -80,7 +82,7 @@ def test_a_solver_that_forgets_curvature_is_named():
     model, batch = dense(6, 5, 3), batch_of(4, 6)
     report = hypergradreport(proximal(2.0), HessianFreeKKT(), model, batch)
     assert report.cause == "Hessian" and "λI in place of the Hessian" in report.explanation
-    sphere = ba.BilevelProblem(ba.UpperProblem(), ba.Linearized(ATK, ba.L2Ball(0.05), "zero", "taylor", 0.5))
+    sphere = ba.BilevelProblem(ba.UpperProblem(), ba.Linearized(ATK, ba.L2Ball(0.2), "zero", "taylor", 3.0))
     assert hypergradcheck(sphere, HessianFreeKKT(), model, batch)
     flat = Wrong(adjoint=lambda active, v, lam: active.tangent(v) / lam)
     report = hypergradreport(sphere, flat, model, batch)
@@ -153,3 +155,35 @@ def test_the_report_can_be_read():
     assert report.passed and "agrees with finite differences along" in str(report)
     assert "% of the directions of δ* are free; the implicit term is" in str(report)
     report.raise_for_failure()
+
+
+def _noticed(s):
+    """Whether the right solver passes here, and so wrong ones must not."""
+    if activity_margin(s.problem, s.model, s.batch, s.anchor) < 1e-3:
+        return False
+    right = hypergradreport(s.problem, HessianFreeKKT(), s.model, s.batch, anchor=s.anchor)
+    if right.cause == "vacuous":
+        return False
+    assert right.passed, str(right)
+    missing = hypergradreport(s.problem, ZeroIG(), s.model, s.batch, anchor=s.anchor)
+    assert missing.cause == "implicit term missing", str(missing)
+    weaker = hypergradreport(s.problem, HessianFreeKKT(ig_weight=0.9), s.model, s.batch, anchor=s.anchor)
+    assert weaker.cause == "factor" and "0.9 times" in weaker.explanation, str(weaker)
+    return True
+
+
+@pytest.mark.parametrize("kind", ["box", "l2", "polyhedron"])
+@pytest.mark.parametrize("pairs", [10, pytest.param(170, marks=pytest.mark.slow)])
+def test_wrong_solvers_are_noticed_in_random_problems(kind, pairs):
+    """Two wrong solvers, one without its implicit term and one with 0.9 of it, in each of ``pairs`` random problems."""
+    noticed = []
+    constraint = {"box": lambda shape: bst.boxes(), "l2": lambda shape: bst.l2_balls(), "polyhedron": bst.polyhedra}
+
+    @settings(max_examples=3 * pairs, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
+    @given(s=bst.settings_of(bst.linearized, constraint[kind], max_values=8))
+    def look(s):
+        if sum(noticed) < pairs:
+            noticed.append(_noticed(s))
+
+    look()
+    assert sum(noticed) == pairs, f"{len(noticed)} tried"
