@@ -99,7 +99,7 @@ class ValueFunction(Solver):
 
         def perturbed(weight: float) -> Callable[[Tensor], Tensor]:
             def objective(delta: Tensor) -> Tensor:
-                with draws.again() as generator:
+                with draws.again() as generator, attacked.statistics.again():
                     # Σ_i f_i of the rows here, whether f is per sample or one number for the batch
                     upper = attacked.losses(delta, generator).mean() * examples
                 return lower_part(delta).sum() + weight * upper

@@ -6,12 +6,12 @@ import copy
 
 import pytest
 import torch
-from networks import ATK, SOLVERS, batch_of, dense, network, proximal, taylor
+from networks import ATK, SOLVERS, batch_of, dense, network, proximal, taylor, with_batch_norm
 from torch import nn
 
 import bilevel_at as ba
 from bilevel_at.problems import fastat, fastbat, minmax
-from bilevel_at.solvers import FullKKT, HessianFreeKKT, ZeroIG
+from bilevel_at.solvers import FullKKT, HessianFreeKKT, ValueFunction, ZeroIG
 
 
 @pytest.mark.parametrize(
@@ -173,3 +173,20 @@ def test_nothing_is_computed_twice(problem, solver, forwards):
     counting = Counting(model)
     solver.hypergradient(problem, counting, ba.Batch(x, y))
     assert counting.calls == forwards
+
+
+@pytest.mark.parametrize("solver", [HessianFreeKKT(), FullKKT(), ValueFunction(1e-4)])
+def test_the_implicit_term_is_that_of_the_statistics_which_the_attack_has_seen(solver):
+    """The upper loss, in train mode, moves them between the attack and its derivative; PyTorch does not notice."""
+    still, moving = with_batch_norm(), with_batch_norm()
+    still[2].momentum = 0.0
+    problem, batch = taylor(mode="eval"), batch_of(4, 6)
+    expected = solver.hypergradient(problem, still, batch)
+    step = solver.hypergradient(problem, moving, batch)
+    assert expected.implicit_norm > 1e-3 * expected.direct_norm
+    for name, gradient in expected.grads.items():
+        torch.testing.assert_close(step.grads[name], gradient, rtol=1e-12, atol=1e-12)
+    assert not torch.equal(still[2].running_mean, moving[2].running_mean)  # and they move on, once
+    reference = with_batch_norm()
+    reference(batch.x + step.solution.delta)
+    assert torch.equal(reference[2].running_mean, moving[2].running_mean)
