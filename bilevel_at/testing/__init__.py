@@ -12,7 +12,9 @@ import importlib
 from types import ModuleType
 
 from .causes import CAUSES
-from .check import activity_margin, hypergradcheck, hypergradreport
+from .check import hypergradcheck, hypergradreport
+from .conditions import activity_margin
+from .kit import assert_feasible, assert_kkt, assert_reproducible
 from .report import DegenerateActivity, HypergradError, HypergradReport, VacuousCheck
 
 __all__ = [
@@ -22,6 +24,9 @@ __all__ = [
     "HypergradReport",
     "VacuousCheck",
     "activity_margin",
+    "assert_feasible",
+    "assert_kkt",
+    "assert_reproducible",
     "hypergradcheck",
     "hypergradreport",
 ]

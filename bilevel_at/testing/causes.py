@@ -15,6 +15,7 @@ from ..kkt import KKTSolver
 from ..problem import BilevelProblem
 from ..solution import Gradients, Hypergradient, Solution
 from ..solver import Solver
+from .conditions import activity_margin
 from .differences import slope
 from .fixed import Fixed, at, moved_by
 from .lower_faults import lower_fault
@@ -145,8 +146,6 @@ def _jump(fixed: Fixed, direction: Direction) -> float:
 
 
 def _no_derivative(fixed: Fixed, direction: Direction, jump: float, eps: float) -> tuple[str, str]:
-    from .check import activity_margin  # it is public there
-
     if jump:
         text = f"F's slopes to either side along {direction.name} differ by {jump:.3g}"
     else:

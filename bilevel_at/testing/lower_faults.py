@@ -11,8 +11,9 @@ from torch import Tensor
 from ..batch import per_sample
 from ..errors import BilevelError, InputError
 from ..modes import attack_mode
-from ..problem import attack_mode_of, objective_gradient
+from ..problem import attack_mode_of
 from ..solution import Hypergradient, Solution
+from .conditions import kkt_residual
 from .fixed import Along, Fixed, at, moved_by
 
 __all__ = ["lower_fault"]
@@ -89,15 +90,9 @@ class _Lower:
         return "constraint depends on θ", f"as θ moves by {H:g}, base or the constraint moves by {change:.3g}"
 
     def minimiser(self) -> tuple[str, str] | None:
-        """δ* = P_C(δ* − s ∇g) for any s > 0, at a minimiser of a convex g."""
-        here = self.here
-        with self.attacking():
-            slope = objective_gradient(self.problem, self.model, here.batch, here.delta, here.anchor).detach()
-            base = self.problem.base(self.model, here.batch).detach()
-            lam = torch.as_tensor(here.lam, dtype=slope.dtype, device=slope.device).expand(len(slope))
-            size = per_sample(torch.where(lam > 0, 1 / lam.clamp(min=1e-300), 1.0), slope)
-            off = (here.delta - self.problem.constraint.project(here.delta - size * slope, base)).abs().max().item()
-        if off <= 1e-5 * max(1.0, here.delta.abs().max().item()):
+        with self.fixed.again():
+            off = kkt_residual(self.problem, self.model, self.here).max().item()
+        if off <= 1e-5 * max(1.0, self.here.delta.abs().max().item()):
             return None
         return "not a minimiser", (
             f"a projected gradient step on g moves δ* by {off:.3g}, where it moves a minimiser by 0; solve_at and "

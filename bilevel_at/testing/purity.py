@@ -13,10 +13,9 @@ from .. import policy
 from ..batch import Batch
 from ..modes import attack_mode
 from ..problem import BilevelProblem, attack_mode_of
-from ..solution import Solution
 from .fixed import Fixed, Sources
 
-__all__ = ["Fault", "Watched", "mean_over_samples", "outside", "reproducible"]
+__all__ = ["Fault", "Watched", "mean_over_samples", "pieces", "reproducible", "watching"]
 
 ROUNDING = 1e-12
 """Relative; on a GPU sums of the same numbers differ by less between two calls."""
@@ -190,17 +189,6 @@ def _changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> str | None:
         if not same:
             return f"{name}" if isinstance(value, Tensor) else f"{name}, from {old!r:.40} to {value!r:.40}"
     return None
-
-
-def outside(problem: BilevelProblem, model: nn.Module, solution: Solution, tol: float) -> float:
-    """By how much δ* is outside its constraint, ‖δ* − P_C(δ*)‖_∞, where that is above ``tol``; else 0."""
-    constraint = getattr(problem.lower, "constraint", None)
-    if constraint is None:
-        return 0.0
-    with torch.no_grad():
-        base = problem.lower.base(model, solution.batch)
-        gap = (solution.delta - constraint.project(solution.delta, base)).abs().max().item()
-    return gap if gap > tol else 0.0
 
 
 def mean_over_samples(problem: BilevelProblem, fixed: Fixed) -> None:
