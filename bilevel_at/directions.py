@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -22,7 +22,7 @@ class Direction:
     """
 
     name: str
-    function: Callable[[Tensor], Tensor]
+    function: Callable[[Tensor], Tensor] = field(repr=False)
     piecewise_constant: bool = False
 
     def __call__(self, gradient: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Hypothesis strategies for batches, smooth models, constraints, lower levels and whole problems, in float64.
 
-Tensors are drawn through a seed, so that examples shrink in their shape and their parameters, not value by value.
+Tensors are drawn through a seed, so that examples shrink in their shape and their parameters, not value by value; they
+are rounded to two decimals, and a :class:`Setting` prints all of them, so that an example can be read and typed again.
 """
 
 from __future__ import annotations
@@ -42,6 +43,12 @@ def _generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def _short(values: Tensor) -> Tensor:
+    """Two decimals, which are enough to be in general position; none is 0."""
+    rounded = values.mul(100).round()
+    return torch.where(rounded == 0, 1.0, rounded) / 100
+
+
 seeds = st.integers(0, 2**31 - 1)
 
 
@@ -57,7 +64,7 @@ def batches(draw: st.DrawFn, shape: tuple[int, ...], classes: int, max_size: int
     """Inputs uniform in [0, 1], labels below ``classes``; with distinct indices where ``indexed``."""
     n = draw(st.integers(1, max_size))
     g = _generator(draw(seeds))
-    x = torch.rand((n, *shape), generator=g, dtype=FLOAT)
+    x = _short(0.99 * torch.rand((n, *shape), generator=g, dtype=FLOAT))  # not at either end of the input range
     y = torch.randint(0, classes, (n,), generator=g)
     index = torch.randperm(4 * n, generator=g)[:n] if indexed else None
     return Batch(x, y, index)
@@ -82,7 +89,7 @@ def smooth_models(draw: st.DrawFn, shape: tuple[int, ...], classes: int) -> nn.M
     with torch.no_grad():
         for parameter in model.parameters():
             fan_in = parameter[0].numel() if parameter.ndim > 1 else 1
-            parameter.copy_(scale * torch.randn(parameter.shape, generator=g, dtype=FLOAT) / math.sqrt(fan_in))
+            parameter.copy_(_short(scale * torch.randn(parameter.shape, generator=g, dtype=FLOAT) / math.sqrt(fan_in)))
     return model
 
 
@@ -103,8 +110,8 @@ def polyhedra(draw: st.DrawFn, shape: tuple[int, ...], ranged: bool | None = Non
     d = math.prod(shape)
     m = draw(st.integers(1, 6))
     g = _generator(draw(seeds))
-    B = torch.randn((m, d), generator=g, dtype=FLOAT)
-    b = (0.02 + 0.4 * torch.rand(m, generator=g, dtype=FLOAT)) * B.norm(dim=1)
+    B = _short(torch.randn((m, d), generator=g, dtype=FLOAT))
+    b = _short((0.02 + 0.4 * torch.rand(m, generator=g, dtype=FLOAT)) * B.norm(dim=1))
     bounds = draw(st.sampled_from([(0.0, 1.0), None])) if ranged is None else ((0.0, 1.0) if ranged else None)
     return Polyhedron(B, b, bounds)
 
@@ -147,7 +154,11 @@ def proximal(constraint: Constraint, model: nn.Module, tol: float = 1e-13) -> st
     )
 
 
-@dataclass
+def _weights(layer: nn.Module) -> str:
+    return "".join(f", {name}={p.tolist()}" for name, p in layer.named_parameters())
+
+
+@dataclass(repr=False)
 class Setting:
     """One example for a property: a problem, a model, a batch and an anchor."""
 
@@ -155,6 +166,21 @@ class Setting:
     model: nn.Module
     batch: Batch
     anchor: Tensor
+
+    def __repr__(self) -> str:
+        layers = [f"{layer}{_weights(layer)}" for layer in self.model.children()]
+        target = "" if self.batch.y is None else f", y={self.batch.y.tolist()}"
+        lines = [
+            f"problem={self.problem!r}",
+            *(f"model[{i}]={layer}" for i, layer in enumerate(layers)),
+            f"x={self.batch.x.tolist()}{target}",
+            f"anchor={self.anchor.tolist()}",
+        ]
+        return "Setting(\n    " + ",\n    ".join(lines) + "\n)"
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """Hypothesis prints a dataclass field by field otherwise."""
+        printer.text(repr(self))
 
 
 @st.composite
