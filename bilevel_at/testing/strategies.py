@@ -7,11 +7,13 @@ are rounded to two decimals, and a :class:`Setting` prints all of them, so that 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from hypothesis import reject
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -21,6 +23,7 @@ from ..losses import Loss, cross_entropy, minus, negative_margin
 from ..lower import Linearized, Proximal
 from ..polyhedra import Polyhedron
 from ..problem import BilevelProblem, LowerProblem, UpperProblem
+from .report import DegenerateActivity, VacuousCheck
 
 __all__ = [
     "Setting",
@@ -31,6 +34,7 @@ __all__ = [
     "linearized",
     "polyhedra",
     "proximal",
+    "rejecting",
     "settings_of",
     "shapes",
     "smooth_models",
@@ -156,6 +160,19 @@ def proximal(constraint: Constraint, model: nn.Module, tol: float = 1e-13) -> st
 
 def _weights(layer: nn.Module) -> str:
     return "".join(f", {name}={p.tolist()}" for name, p in layer.named_parameters())
+
+
+@contextmanager
+def rejecting() -> Iterator[None]:
+    """Discard an example at which there is nothing to check, as :func:`hypothesis.assume` does.
+
+    That is one where a constraint is about to become active or inactive (:class:`DegenerateActivity`), or whose
+    implicit term is too small for an error to show (:class:`VacuousCheck`). Everything else is raised.
+    """
+    try:
+        yield
+    except (DegenerateActivity, VacuousCheck):
+        reject()
 
 
 @dataclass(repr=False)
