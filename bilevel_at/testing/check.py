@@ -172,7 +172,8 @@ class _Check:
     ) -> None:
         self.problem, self.solver, self.model, self.batch = problem, solver, model, batch
         self.generator, self.eps, self.rtol, self.atol = generator, eps, rtol, atol
-        self.draws, self.after = generator.get_state(), None
+        self.draws = generator.get_state()
+        self.after: Tensor | None = None
         self.sources = Sources(batch.x.device)
         self.measured: list[Direction] = []
         self.free: float | None = None

@@ -49,9 +49,9 @@ class Watched:
     def restore(self) -> None:
         """Give every tensor the values it had."""
         with torch.no_grad():
-            for value, copy in self.before.values():
-                if not _same(value, copy):
-                    value.copy_(copy)
+            for value, before in self.before.values():
+                if not _same(value, before):
+                    value.copy_(before)
             for parameter, grad, copy in self.grads.values():
                 if grad is not None and copy is not None and not _same(grad, copy):
                     grad.copy_(copy)
@@ -59,8 +59,8 @@ class Watched:
 
     def check(self, who: str) -> None:
         """Raise :class:`Fault` where one of them has changed, in which ``who`` is named."""
-        for name, (value, copy) in self.before.items():
-            if not _same(value, copy):
+        for name, (value, before) in self.before.items():
+            if not _same(value, before):
                 raise Fault("edit in place", f"{who} changes {name} in place; work on a copy (x = x.clone())")
         for name, (parameter, grad, copy) in self.grads.items():
             if parameter.grad is not grad or (grad is not None and copy is not None and not _same(grad, copy)):
