@@ -68,15 +68,12 @@ def reduce_gradients(model: nn.Module, examples: int, group: dist.ProcessGroup |
     check_unwrapped(model)
     if isinstance(examples, bool) or not isinstance(examples, int) or examples < 0:
         raise InputError(f"examples is {examples!r}; it must be a whole number, at least 0")
-    if _processes(group) == 1:
-        return
-    total = torch.tensor([examples], dtype=torch.float64, device="cpu").to(next(model.parameters(), _nothing).device)
-    dist.all_reduce(total, group=group)
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if _processes(group) == 1 or not named:
+        return
+    total = torch.tensor([examples], dtype=torch.float64, device="cpu").to(next(iter(named.values())).device)
+    dist.all_reduce(total, group=group)
     sum_gradients(named, examples / total.clamp(min=1), group)
-
-
-_nothing = torch.zeros(0)
 
 
 def sum_gradients(

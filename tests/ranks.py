@@ -68,6 +68,14 @@ def on_processes(tmp_path, count, program, *args):
     return outcomes(start(count, file, *args))
 
 
+def printed(tmp_path, count, program, *args):
+    """What each process of a program has printed; all of them have ended well."""
+    results = on_processes(tmp_path, count, program, *args)
+    assert [code for *_, code in results] == [0] * count, "\n".join(errors[-2000:] for _, errors, _ in results)
+    print(results[0][0])
+    return [text for text, *_ in results]
+
+
 HEAD = '''
 import copy
 import sys

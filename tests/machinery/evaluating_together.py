@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -243,27 +242,6 @@ def commands(meeting, folder):
         status = flags.status_of(command, PROG)
         print(f"{name}: {status}", file=sys.stderr, flush=True)
     leave(0)
-
-
-def on_processes(folder, count, what="main"):
-    """(output, errors, exit status) of each process, as torchrun would start them; they find each other by a file."""
-    shared = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(count), "GLOO_SOCKET_IFNAME": "lo"}
-    words = [sys.executable, __file__, what, str(folder / f"meeting-{count}"), str(folder)]
-    jobs = [
-        subprocess.Popen(
-            words,
-            env={**shared, "RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(count)
-    ]
-    try:
-        return [(*job.communicate(timeout=300), job.returncode) for job in jobs]
-    finally:
-        for job in jobs:
-            job.kill()
 
 
 if __name__ == "__main__":

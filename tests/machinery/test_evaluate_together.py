@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import shutil
 import signal
-import sys
 from pathlib import Path
 
 import evaluating_together as program
 import pytest
 import torch
 from evaluating_together import EPS, IMAGES, LONG, attack_from_name, directory, record
+from ranks import ONLY_LINUX, outcomes, start
 
 from bilevel_at.commands.evaluate import command
 from bilevel_at.evaluate.robust import attacked
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="gloo is told the name of Linux's loopback interface")
+pytestmark = ONLY_LINUX
+
+
+def on_processes(folder, count, what="main"):
+    """(output, errors, exit status) of each process; they find each other by a file, once for each command."""
+    return outcomes(start(count, program.__file__, what, folder / f"meeting-{count}", folder))
 
 
 @pytest.fixture(scope="module")
@@ -23,11 +28,11 @@ def folder(robust, tmp_path_factory):
     """The results of one, two and four processes."""
     folder = tmp_path_factory.mktemp("together")
     torch.save(robust.state_dict(), folder / "weights.pt")
-    four = program.on_processes(folder, 4)  # the second of them kills itself in the end
+    four = on_processes(folder, 4)  # the second of them kills itself in the end
     assert four[1][2] == -signal.SIGKILL, four[1][1][-3000:]
     assert all(code for *_, code in four) and all("Error" in errors for _, errors, _ in four[:1] + four[2:])
     shutil.copytree(folder / "interrupted", folder / "interrupted-2")
-    two = program.on_processes(folder, 2)
+    two = on_processes(folder, 2)
     assert [code for *_, code in two] == [0, 0], two[0][1][-3000:] + two[1][1][-3000:]
     return folder
 
@@ -92,7 +97,7 @@ def test_the_command(run_here, elsewhere):
     """The first process reads, writes and prints, and an error is one line, of the process that has it."""
     shutil.copytree("run", "alone")
     assert command(["alone", *program.COMMANDS["evaluated"][1:]]) == 0
-    first, second = program.on_processes(elsewhere, 2, "commands")
+    first, second = on_processes(elsewhere, 2, "commands")
     assert (first[2], second[2]) == (0, 0), first[1] + second[1]
     assert directory("run") == directory("alone") and not list(Path("run").glob(".lock"))
     assert "accuracy under attack" in first[0] and "worst case of all" in first[0] and not second[0]

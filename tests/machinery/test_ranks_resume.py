@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from ranks import ONLY_LINUX, on_processes, outcomes, start
+from ranks import ONLY_LINUX, outcomes, printed, start
 from running import ROOT, run
 from test_ranks_training import PROGRAM
 
@@ -69,10 +69,8 @@ STOPS = [("atas", 4, 4, 2), ("free", 10, 2, 4), ("remembered_fastbat", 9, 4, 1)]
 @pytest.mark.parametrize("name, call, first, then", STOPS)
 def test_a_state_inside_an_epoch_goes_on_with_another_number_of_processes(tmp_path, name, call, first, then):
     for what, count in (("stop", first), ("go on", then)):
-        results = on_processes(tmp_path, count, STOP, what, name, call, tmp_path / "state.pt")
-        assert [code for *_, code in results] == [0] * count, results[0][1][-2000:]
-    assert "from one unbroken process" in results[0][0]
-    print(results[0][0])
+        results = printed(tmp_path, count, STOP, what, name, call, tmp_path / "state.pt")
+    assert "from one unbroken process" in results[0]
 
 
 COMMON = ["--epochs", "3", "--examples", "400", "--test-examples", "60", "--attacks", "clean", "pgd-2-1"]

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from ranks import HEAD, ONLY_LINUX, on_processes
+from ranks import HEAD, ONLY_LINUX, printed
 from torch import nn
 
 import bilevel_at as ba
@@ -115,9 +115,8 @@ dist.destroy_process_group()
 @ONLY_LINUX
 @pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])
 def test_statistics_of_several_processes_are_those_of_one(tmp_path, count):
-    results = on_processes(tmp_path, count, STATISTICS)
-    assert [code for *_, code in results] == [0] * count, "\n".join(error[-2000:] for _, error, _ in results)
-    assert f"statistics of {count} processes" in results[0][0]
+    results = printed(tmp_path, count, STATISTICS)
+    assert f"statistics of {count} processes" in results[0]
 
 
 def test_conversion_keeps_all_but_the_class():
