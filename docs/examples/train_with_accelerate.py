@@ -1,9 +1,10 @@
 """Fast-BAT's implicit gradient in processes of accelerate, which train as one would:
 
-accelerate launch --cpu --num_processes 2 docs/examples/train_with_accelerate.py
+torchrun --nproc-per-node 2 docs/examples/train_with_accelerate.py
 
-The network is not prepared: ``accelerator.prepare(model)`` would wrap it in DistributedDataParallel, whose hooks do not
-see hypergradients, and which solvers refuse. Its gradients are reduced by ``ba.distributed`` instead.
+(``accelerate launch --cpu`` starts one process unless it is given MPI. On GPUs take ``accelerate launch``, and leave
+out ``cpu=True``.) The network is not prepared: ``accelerator.prepare(model)`` would wrap it in DistributedDataParallel,
+whose hooks do not see hypergradients, and which solvers refuse. Gradients are reduced by ``ba.distributed`` instead.
 """
 
 import torch

@@ -198,9 +198,7 @@ def test_an_output_that_is_no_tensor_is_named():
     x = torch.rand(4, 6)
     batch = ba.Batch(x, torch.zeros(4).long())
     for loss in (ba.cross_entropy, ba.minus(ba.cross_entropy), ba.negative_margin, ba.kl_divergence, ba.logits):
-        with pytest.raises(
-            ba.InputError, match=r"model's output is a dict; losses take logits.*network\(x\).logits"
-        ):
+        with pytest.raises(ba.InputError, match=r"model's output is a dict; losses take logits.*network\(x\).logits"):
             loss(Output(), batch, torch.zeros_like(x))
 
 
