@@ -9,7 +9,8 @@ from bilevel_at.data import load_data
 from bilevel_at.evaluate import evaluate
 
 EPSILON = 0.1
-model = ba.load(sys.argv[1])  # in eval mode, from images in [0, 1] to logits
+run = sys.argv[1] if len(sys.argv) > 1 else "runs/fastbat-digits-seed0"  # README's first command
+model = ba.load(run)  # in eval mode, from images in [0, 1] to logits
 _, test = load_data("digits")
 
 attack = foolbox.attacks.LinfPGD(abs_stepsize=EPSILON / 4, steps=50)

@@ -9,7 +9,8 @@ from bilevel_at.data import load_data
 from bilevel_at.evaluate import evaluate
 
 EPSILON, COUNT = 0.1, 40
-model = ba.load(sys.argv[1])  # in eval mode, from images in [0, 1] to logits
+run = sys.argv[1] if len(sys.argv) > 1 else "runs/fastbat-digits-seed0"  # README's first command
+model = ba.load(run)  # in eval mode, from images in [0, 1] to logits
 test = load_data("digits")[1][slice(0, COUNT)]
 
 attack = AutoAttack(model, norm="Linf", eps=EPSILON, version="custom", attacks=["apgd-ce", "apgd-t"], seed=0)

@@ -31,7 +31,8 @@ from bilevel_at.data import load_data  # noqa: E402
 from bilevel_at.evaluate import evaluate  # noqa: E402
 
 EPSILON, COUNT = 0.1, 6
-model = ba.load(sys.argv[1])  # in eval mode, from images in [0, 1] to logits
+run = sys.argv[1] if len(sys.argv) > 1 else "runs/fastbat-digits-seed0"  # README's first command
+model = ba.load(run)  # in eval mode, from images in [0, 1] to logits
 test = load_data("digits")[1][slice(0, COUNT)]
 # The digits in the place of CIFAR-10; of a CIFAR-10 network leave this line out.
 data._clean_dataset_loaders[data.BenchmarkDataset.cifar_10] = lambda count, *_: (test.x[:count], test.y[:count])

@@ -16,7 +16,8 @@ from bilevel_at.solvers import HessianFreeKKT
 
 EPSILON = 0.2
 train, test = load_data("digits")
-base = ba.load(sys.argv[1])
+run = sys.argv[1] if len(sys.argv) > 1 else "runs/fastbat-digits-seed0"  # README's first command
+base = ba.load(run)
 start = evaluate(base, test, ["pgd-10-1"], EPSILON, checks=0)["pgd-10-1"].accuracy
 
 layers = [name for name, module in base.named_modules() if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))]
