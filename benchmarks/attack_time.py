@@ -2,10 +2,10 @@
 
     python benchmarks/attack_time.py [--data-dir D] [--examples 500] [--write docs/results/attack-time.md]
 
-PGD-50-1 and PGD-50-10 by this library, a bare loop, torchattacks and foolbox (``pip install torchattacks foolbox``), in
-turn in one process, on the same images in the same batches; then this library's strong attacks beside AutoAttack. The
-record is the ratio of processor times. Networks are those of ``benchmarks/nearest.py``, trained if they are not in
-``runs/bench-nearest``. Three minutes on one core, and with CIFAR-10 half an hour.
+PGD-50-1 and PGD-50-10 by this library, a bare loop, torchattacks and foolbox (``pip install foolbox``, ``pip install
+--no-deps torchattacks``), in turn in one process, on the same images in the same batches; then this library's strong
+attacks beside AutoAttack. The record is the ratio of processor times. Networks are those of ``benchmarks/nearest.py``,
+trained if they are not in ``runs/bench-nearest``. Three minutes on one core, and with CIFAR-10 half an hour.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ from bilevel_at.evaluate import Attack, attack_from_name
 from bilevel_at.evaluate.robust import attacked
 
 BATCH = 250
-PEERS = ("torchattacks", "foolbox")
+# How each is installed: torchattacks would hold requests at 2.25, and with it urllib3 at 1.26.
+PEERS = {"torchattacks": "--no-deps torchattacks", "foolbox": "foolbox"}
 STRONG = ("beta-30", "nearest-40-3-2", "autoattack")
 Correct = Callable[[nn.Module, Tensor, Tensor, float, int], Tensor]
 """(network, images, labels, ε, restarts) -> whether each image withstands PGD-50, ``[B]``."""
@@ -171,7 +172,7 @@ def benchmark(
     data_dir: str | None = None,
     examples: int = 500,
     repeats: int = 5,
-    peers: tuple[str, ...] = PEERS,
+    peers: tuple[str, ...] = tuple(PEERS),
     networks: tuple[str, ...] = ("fastbat", "cifar"),
     folder: str = "runs/bench-nearest",
     write: str | None = None,
@@ -192,7 +193,8 @@ def benchmark(
         if peer not in PEERS:
             raise InputError(f"--peers {peer} is not known; choose from {', '.join(PEERS)}")
         if find_spec(peer) is None:
-            raise InputError(f"{peer} is not installed; pip install {peer}, or leave it out of --peers")
+            how = f"pip install {PEERS[peer]}"
+            raise InputError(f"{peer} is not installed; {how}, or leave it out of --peers")
     torch.set_num_threads(1)
     chosen = [case for case in cases(data_dir) if any(word in case.title.lower() for word in networks)]
     if not chosen:

@@ -155,10 +155,15 @@ def check_classes(output: Tensor, batch: Batch) -> Tensor:
     """The class labels ``[B]``, where ``output`` is one row of logits per sample that they fit.
 
     Raises:
-        InputError: where the output is not ``[B, K]``, where there are no labels, or where a label is not one of
+        InputError: where the output is no tensor ``[B, K]``, where there are no labels, or where a label is not one of
             0 … K − 1 (on a GPU labels are not looked at, which would wait for it).
     """
     y = batch.y
+    if not isinstance(output, Tensor):
+        raise InputError(
+            f"the model's output is a {type(output).__name__}; losses take logits, a tensor: wrap the network in one "
+            "whose forward(x) returns them (of a Hugging Face network, network(x).logits; docs/neighbours.md)"
+        )
     if output.ndim != 2 or len(output) != len(batch):
         raise InputError(f"the model's output has shape {tuple(output.shape)}; logits are [{len(batch)}, classes]")
     if y is None:

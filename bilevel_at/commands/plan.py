@@ -17,7 +17,7 @@ from ..constraints import Constraint
 from ..data import DATA_NAMES, ImageSet
 from ..errors import InputError
 from ..evaluate import Threat, set_name
-from ..models import MODELS
+from ..models import BEYOND, MODELS, libraries_of
 from ..policy import Schedule, policies
 from ..problem import BilevelProblem
 from ..runs.problem_file import ProblemFile, packaged_problems
@@ -120,7 +120,7 @@ class Plan:
             **({} if extra is None else {"extra_sha256": extra.sha256()}),
             "shape": list(train.shape),
             "classes": train.classes,
-            "versions": versions("torchvision", "numpy", "scikit-learn"),
+            "versions": versions("torchvision", "numpy", "scikit-learn", *libraries_of(self.options.model)),
             "date": today(),
             "machine": machine(train.device),
         }
@@ -263,7 +263,7 @@ def known_names() -> str:
     """The methods, models and data sets known by name, a line on each."""
     groups = {
         "methods": {path.stem: summary for path, summary in packaged_problems()},
-        "models": {name: architecture.about for name, architecture in MODELS.items()},
+        "models": {**{name: architecture.about for name, architecture in MODELS.items()}, **BEYOND},
         "data": {**DATA_NAMES, "FILE.npz": "your own: x_train, y_train, x_test, y_test"},
     }
     width = max(len(name) for names in groups.values() for name in names)

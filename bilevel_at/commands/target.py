@@ -15,7 +15,7 @@ from ..data import ImageSet, load_data
 from ..distributed import broadcast
 from ..errors import InputError
 from ..evaluate.threat import Threat
-from ..models import MODELS
+from ..models import BEYOND, MODELS
 from ..runs.directory import RunDir
 from ..runs.named_files import NamedFiles
 from ..runs.networks import described, load_weights, untrained
@@ -163,7 +163,7 @@ def _recorded(path: Path, config: Any) -> tuple[str, str, int | None, Threat | N
 def _weights(path: Path, options: EvaluateOptions) -> tuple[Target, ImageSet]:
     """The network that a file of weights is for; results go beside the file, or where ``--out`` says."""
     if options.model is None:
-        raise InputError(f"{path} is a file of weights; say whose with --model: {', '.join(MODELS)}")
+        raise InputError(f"{path} is a file of weights; say whose with --model: {', '.join([*MODELS, *BEYOND])}")
     if options.which:
         raise InputError("--which is for runs; a file of weights has one network")
     if options.problem_file and not _transfers(options):

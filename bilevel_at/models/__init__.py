@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from ..data import ImageSet
 from ..errors import InputError
 from .activations import ACTIVATIONS, ActivationName
+from .from_timm import PREFIX, timm_network
 from .imagenet import imagenet_resnet
 from .residual import preact_resnet, resnet, small_resnet
 from .small import one_layer_cnn, small_cnn
 from .wide import wide_resnet
 
-__all__ = ["MODELS", "ActivationName", "Architecture", "Normalized", "build_model"]
+__all__ = ["BEYOND", "MODELS", "ActivationName", "Architecture", "Normalized", "build_model", "libraries_of"]
 
 STATISTICS_FROM = 2_000  # images; more change the third digit at most
 
@@ -76,6 +77,22 @@ MODELS = {
     },
 }
 
+BEYOND = {f"{PREFIX}NAME": f"a network of timm, untrained (pip install timm): {PREFIX}resnet18"}
+"""Names of networks that other libraries have."""
+
+
+def libraries_of(name: str) -> list[str]:
+    """The distributions, besides those that this library requires, that the network ``name`` comes from."""
+    return ["timm"] if name.startswith(PREFIX) else []
+
+
+def _architecture(name: str) -> Architecture:
+    if name.startswith(PREFIX):
+        return Architecture(partial(timm_network, name.removeprefix(PREFIX)), "a network of timm")
+    if name not in MODELS:
+        raise InputError(f"model {name!r} is not known; choose from {', '.join([*MODELS, *BEYOND])}")
+    return MODELS[name]
+
 
 def build_model(
     name: str,
@@ -88,13 +105,11 @@ def build_model(
     """The network ``name`` for images of ``shape`` (C, H, W), normalised by ``train``'s channel statistics.
 
     Without ``train`` the statistics are 0 and 1, to be overwritten by a checkpoint. Raises :class:`InputError` for an
-    unknown name, and for dropout in a network that has no place for it.
+    unknown name, for dropout in a network that has no place for it, and where timm is needed and not installed.
     """
     if activation not in ACTIVATIONS:
         raise InputError(f"activation {activation!r} is not known; choose from {', '.join(ACTIVATIONS)}")
-    if name not in MODELS:
-        raise InputError(f"model {name!r} is not known; choose from {', '.join(MODELS)}")
-    architecture = MODELS[name]
+    architecture = _architecture(name)
     mean, std = torch.zeros(shape[0]), torch.ones(shape[0])
     if train is not None:
         pixels = train.sample(STATISTICS_FROM).pixels()

@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import nn
 
-__all__ = ["ACTIVATIONS", "Activation", "ActivationName", "kinks"]
+__all__ = ["ACTIVATIONS", "Activation", "ActivationName", "kinks", "replace_relu"]
 
 Activation = Callable[[], nn.Module]
 ActivationName = Literal["relu", "softplus", "swish"]
@@ -34,3 +34,16 @@ ACTIVATIONS: dict[str, Activation] = {"relu": nn.ReLU, "softplus": nn.Softplus, 
 def kinks(model: nn.Module) -> list[str]:
     """The kinds of modules whose derivative jumps, by name; functions (``F.relu``) are not seen."""
     return list(dict.fromkeys(type(module).__name__ for module in model.modules() if isinstance(module, KINKED)))
+
+
+def replace_relu(network: nn.Module, activation: Activation) -> int:
+    """Put an activation in the place of every ``nn.ReLU``; how many there were. Functions (``F.relu``) stay."""
+    places = [
+        (module, name)
+        for module in network.modules()
+        for name, child in module.named_children()
+        if isinstance(child, nn.ReLU)
+    ]
+    for module, name in places:
+        setattr(module, name, activation())
+    return len(places)

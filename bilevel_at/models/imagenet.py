@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from ..errors import InputError
-from .activations import Activation
+from .activations import Activation, replace_relu
 
 __all__ = ["imagenet_resnet"]
 
@@ -19,8 +19,6 @@ def imagenet_resnet(
     import torchvision  # here: it takes as long to import as torch
 
     network: nn.Module = getattr(torchvision.models, f"resnet{depth}")(num_classes=classes)
-    for module in list(network.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, nn.ReLU) and activation is not nn.ReLU:
-                setattr(module, name, activation())
+    if activation is not nn.ReLU:
+        replace_relu(network, activation)
     return network

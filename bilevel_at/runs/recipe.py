@@ -20,7 +20,7 @@ class Recipe:
     """SGD settings, and the arguments of ``problem(...)`` that differ from its defaults on this data set.
 
     Args:
-        model: network by name; "file" is the problem file's own model(shape, classes).
+        model: network by name, timm:NAME for one of timm; "file" is the problem file's own model(shape, classes).
         epochs: passes over the training set.
         batch_size: examples in a batch.
         accumulate: batches whose gradients make one step.

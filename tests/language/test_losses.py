@@ -190,6 +190,18 @@ def test_label_errors_are_named():
         ba.cross_entropy(flat, ba.Batch(x, torch.zeros(4).long()), zero)
 
 
+def test_an_output_that_is_no_tensor_is_named():
+    class Output(torch.nn.Module):
+        def forward(self, x):
+            return {"logits": x}
+
+    x = torch.rand(4, 6)
+    batch = ba.Batch(x, torch.zeros(4).long())
+    for loss in (ba.cross_entropy, ba.minus(ba.cross_entropy), ba.negative_margin, ba.kl_divergence, ba.logits):
+        with pytest.raises(ba.InputError, match=r"model's output is a dict; losses take logits.*network\(x\).logits"):
+            loss(Output(), batch, torch.zeros_like(x))
+
+
 def test_a_coupled_attack_loss_is_one_number():
     """Its input gradient is that of the number, and steps go down it."""
     model, batch = dense(6, 5, 3), batch_of(4, 6)

@@ -1,4 +1,4 @@
-"""Attacks against those of others: torchattacks, pyautoattack, and BETA's algorithm as it is printed."""
+"""Attacks against those of others: foolbox, pyautoattack, and BETA's algorithm as it is printed."""
 
 from __future__ import annotations
 
@@ -23,13 +23,15 @@ def whole(convolutional):
     return evaluate(convolutional, TEST, ["clean", "fgsm", "pgd-50-10", "beta-30", "autoattack"], EPS, **QUIET)
 
 
-def reference(kind, model, x, y, **settings):
-    torchattacks = pytest.importorskip("torchattacks", reason="torchattacks, the reference, is not installed")
-    return getattr(torchattacks, kind)(model, **settings)(x, y)
+def reference(kind, model, x, y, eps, **settings):
+    """What an attack of foolbox makes of images."""
+    foolbox = pytest.importorskip("foolbox", reason="foolbox, the reference, is not installed: pip install foolbox")
+    attack = getattr(foolbox.attacks, kind)(**settings)
+    return attack(foolbox.PyTorchModel(model, bounds=(0, 1)), x, y, epsilons=eps)[1]
 
 
-def test_fgsm_is_that_of_torchattacks(convolutional):
-    theirs = reference("FGSM", convolutional, TEST.x, TEST.y, eps=EPS)
+def test_fgsm_is_that_of_foolbox(convolutional):
+    theirs = reference("LinfFastGradientAttack", convolutional, TEST.x, TEST.y, EPS)
     ours = attack_from_name("fgsm", EPS).perturb(convolutional, ba.Batch(TEST.x, TEST.y), torch.Generator())
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
     found = evaluate(convolutional, TEST, ["fgsm"], EPS, **QUIET)["fgsm"].accuracy
@@ -37,13 +39,13 @@ def test_fgsm_is_that_of_torchattacks(convolutional):
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_pgd_is_that_of_torchattacks(convolutional, norm):
+def test_pgd_is_that_of_foolbox(convolutional, norm):
     """From 0, step for step; in l2, where their projection is ball, then range, and ours exact, by accuracy."""
     space, eps, steps = ball(norm, {"linf": EPS, "l2": 1.0}[norm]), {"linf": EPS, "l2": 1.0}[norm], 10
     lower = ba.Linearized(ba.minus(ba.cross_entropy), space, "zero", space.steepest, eps / 4)
     ours = Attack("pgd", space, [Descent(lower, steps=steps)])
-    kind = {"linf": "PGD", "l2": "PGDL2"}[norm]
-    theirs = reference(kind, convolutional, TEST.x, TEST.y, eps=eps, alpha=eps / 4, steps=steps, random_start=False)
+    kind = {"linf": "LinfBasicIterativeAttack", "l2": "L2BasicIterativeAttack"}[norm]
+    theirs = reference(kind, convolutional, TEST.x, TEST.y, eps, abs_stepsize=eps / 4, steps=steps, random_start=False)
     found = evaluate(convolutional, TEST, [ours], **QUIET)["pgd"].accuracy
     assert 0.1 < found < 0.9 and found == pytest.approx(accuracy(convolutional, theirs, TEST.y), abs=0.01)
     if norm == "linf":
@@ -53,10 +55,10 @@ def test_pgd_is_that_of_torchattacks(convolutional, norm):
 
 
 @pytest.mark.slow
-def test_random_restarts_of_pgd_against_torchattacks(convolutional):
+def test_random_restarts_of_pgd_against_foolbox(convolutional):
     theirs = torch.ones(len(TEST), dtype=torch.bool)
     for _ in range(10):
-        moved = reference("PGD", convolutional, TEST.x, TEST.y, eps=EPS, alpha=EPS / 4, steps=40)
+        moved = reference("LinfPGD", convolutional, TEST.x, TEST.y, EPS, abs_stepsize=EPS / 4, steps=40)
         with torch.no_grad():
             theirs &= convolutional(moved).argmax(1) == TEST.y
     ours = evaluate(convolutional, TEST, ["pgd-40-10"], EPS, **QUIET)["pgd-40-10"].accuracy

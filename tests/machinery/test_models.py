@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from marks import fast
@@ -110,6 +112,12 @@ def test_unknown_names():
         build_model("vgg", (3, 32, 32), 10)
     with pytest.raises(ba.InputError, match="activation 'gelu' is not known; choose from relu, softplus, swish"):
         build_model("small_cnn", (3, 32, 32), 10, activation="gelu")
+
+
+def test_a_network_of_timm_where_timm_is_not_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)  # importing it fails
+    with pytest.raises(ba.InputError, match="model timm:resnet18 is of timm, which is not installed: pip install timm"):
+        build_model("timm:resnet18", (3, 32, 32), 10)
 
 
 def flops(problem, solver, model, batch):
