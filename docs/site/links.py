@@ -1,0 +1,92 @@
+"""Links of Markdown files that hold in the repository, turned into links of the site. Needs nothing but Python."""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+"""Files outside docs/ that are pages of the site."""
+
+FOLDERS = {"problems": "methods.md", "solvers": "solvers.md", "docs": "index.md", "docs/results": "results/index.md"}
+"""Folders that are linked to, and the page that is about them."""
+
+LANGUAGES = {".py": "python", ".toml": "toml", ".yml": "yaml", ".md": "markdown", ".json": "json"}
+
+LINK = re.compile(r"(!?\[(?:[^\[\]]|\[[^\]]*\])*\]\()([^()\s]+)(\))")
+FENCE = re.compile(r"^(\s*)(```|~~~).*?^\1\2\s*$", re.M | re.S)
+CODE = re.compile(r"(`+)(?!`).+?(?<!`)\1(?!`)", re.S)
+
+
+def targets(markdown: str) -> list[str]:
+    """What a file links to, code left out."""
+    text = CODE.sub(lambda m: "`" * len(m[0]), FENCE.sub("", markdown))
+    return [match[2] for match in LINK.finditer(text)]
+
+
+def outside(target: str) -> bool:
+    """Whether a link leads to another host."""
+    return re.match(r"[a-z]+:", target) is not None
+
+
+def resolve(target: str, page: str) -> tuple[str, str]:
+    """(path in the repository, anchor) of a relative link on a page, by that page's path in the repository."""
+    path, _, anchor = target.partition("#")
+    if not path:
+        return page, anchor
+    return posixpath.normpath(posixpath.join(posixpath.dirname(page), path)), anchor
+
+
+def path_of(uri: str, made: Mapping[str, str]) -> str:
+    """The path in the repository of a page of the site."""
+    return made.get(uri, f"docs/{uri}")
+
+
+def uri_of(path: str) -> str:
+    """Where the site has a file, or the page about a folder, of the repository."""
+    if path in PAGES or path in FOLDERS:
+        return PAGES.get(path) or FOLDERS[path]
+    if re.fullmatch(r"problems/\w+\.py", path) and "__" not in path:
+        return f"methods/{posixpath.basename(path)[:-3]}.md"
+    if path.startswith("docs/") and not path.startswith("docs/site/"):
+        return re.sub(r"\.ipynb$", ".md", path.removeprefix("docs/"))
+    return f"source/{path}.md"
+
+
+def shown(pages: Iterable[tuple[str, str]], root: Path) -> set[str]:
+    """The files outside docs/ that pages, (path in the repository, text), link to, and that need a page of their own."""
+    linked = {resolve(t, path)[0] for path, text in pages for t in targets(text) if not outside(t)}
+    return {path for path in linked if uri_of(path).startswith("source/") and (root / path).is_file()}
+
+
+def listing(path: str, root: Path) -> str:
+    """A page that shows a file."""
+    text = (root / path).read_text(encoding="utf-8").rstrip("\n")
+    language = LANGUAGES.get(posixpath.splitext(path)[1], "text")
+    return f"# {path}\n\n````{language}\n{text}\n````\n"
+
+
+def for_site(markdown: str, page: str, uri: str) -> str:
+    """The Markdown of a page with its relative links turned into the site's.
+
+    Args:
+        markdown: the text.
+        page: the page's path in the repository.
+        uri: and in the site.
+    """
+
+    def turned(match: re.Match[str]) -> str:
+        target = match[2]
+        if outside(target) or target.startswith("#"):
+            return match[0]
+        path, anchor = resolve(target, page)
+        there = posixpath.relpath(uri_of(path), posixpath.dirname(uri) or ".")
+        return match[1] + there + ("#" + anchor if anchor else "") + match[3]
+
+    parts, end = [], 0
+    for fence in FENCE.finditer(markdown):
+        parts += [LINK.sub(turned, markdown[end : fence.start()]), fence[0]]
+        end = fence.end()
+    return "".join([*parts, LINK.sub(turned, markdown[end:])])
