@@ -7,6 +7,7 @@ that method's page, and a link to any other file outside docs/ to a page that sh
 from __future__ import annotations
 
 import fnmatch
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -73,6 +74,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     if uri.startswith(("methods/", "source/")):  # made, with links of the site
         return markdown
     return links.for_site(markdown, links.path_of(uri, made), uri)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Name files where they are in the checkout, not where griffe has read them."""
+    return re.sub(r"build/reference/(?:bilevel_at/(?=(?:solvers|problems)/))?", "", html)
 
 
 def _named(nav: Any) -> set[str]:

@@ -51,8 +51,8 @@ def page(path: Path, results: dict[str, Any], costs: str) -> str:
     told = linked(prose("\n\n".join(rest)), name)
     sections = [
         f"# {title(first)}",
-        prose(first.split(": ", 1)[-1][:1].upper() + first.split(": ", 1)[-1][1:]),
-        f"**When to use it.** {linked(prose(_one_line(when.removeprefix(WHEN))), name)}" if when else "",
+        _sentence(prose(first.split(": ", 1)[-1])),
+        f"**When to use it.** {_sentence(linked(prose(_one_line(when.removeprefix(WHEN))), name))}" if when else "",
         f"```sh\npython -m bilevel_at.run problems/{name}.py\n```",
         "## Formula, source and published settings",
         told,
@@ -88,6 +88,10 @@ def linked(text: str, name: str) -> str:
         return f"[{stem}.py]({stem}.md)" if stem in others else match[0]
 
     return re.sub(r"(?<![\w/`\\])((?:\w|\\_)+)\.py\b", link, text)
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _one_line(text: str) -> str:

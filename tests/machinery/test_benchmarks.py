@@ -115,6 +115,11 @@ def test_digits_makes_a_table_and_a_figure():
     page = Path("docs/digits.md").read_text()
     assert "| standard | " in page and "| fgsm | " in page and "(digits.png)" in page
     assert Path("docs/digits.png").read_bytes()[:4] == b"\x89PNG"
+    numbers = json.loads(Path("docs/digits.json").read_text())["rows"]
+    assert list(numbers) == ["standard", "fgsm"] and f"| {numbers['fgsm']['last clean']['mean']:.1f} | " in page
+    Path("docs/digits.json").unlink()
+    assert script("digits").command(["--tabulate", "docs/digits.md"]) == 0
+    assert json.loads(Path("docs/digits.json").read_text())["rows"] == numbers
     with pytest.raises(ba.InputError, match="--methods fast is not known"):
         script("digits").command(["--methods", "fast"])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -50,13 +51,16 @@ def test_the_readme_s_example_runs():
     assert not torch.equal(model[1].weight, before)
 
 
-def test_the_readme_s_check_runs():
+def test_the_readme_s_check_fails_without_the_implicit_term(monkeypatch):
+    """As README says; that it passes with FullKKT is in test_blocks.py."""
+    monkeypatch.syspath_prepend(Path())
+    Path("my_problem.py").write_text(readme_block("def problem("))
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 8), torch.nn.Tanh(), torch.nn.Linear(8, 4))
-    names = {"model": model, "x": torch.rand(5, 3, 2, 2), "y": torch.randint(0, 4, (5,))}
-    exec(readme_block("def problem("), names)
-    exec(readme_block("import hypergradcheck"), names)
+    names = {"model": model, "x": torch.rand(5, 3, 2, 2), "y": torch.randint(0, 4, (5,)), "ba": ba}
+    check = readme_block("import hypergradcheck").replace("FullKKT", "ZeroIG")
     with pytest.raises(AssertionError, match="ZeroIG disagrees with finite differences"):
-        exec(readme_block("import hypergradcheck").replace("FullKKT", "ZeroIG"), names)
+        exec(check, names)
+    sys.modules.pop("my_problem")
 
 
 def test_the_methods_page_s_python_runs():
