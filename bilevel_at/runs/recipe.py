@@ -123,7 +123,8 @@ class Recipe:
 DIGITS = Recipe(batch_size=64, problem={"epsilon": 0.2})
 """The embedded digits (8×8): settings found by experiment."""
 CIFAR = Recipe(model="preact_resnet18", epochs=20, lr=0.2, peak_momentum=0.8, augment="crop-flip")
-"""The fast methods on CIFAR-10 (Fast-BAT paper, section 5.1; Wong et al., 2020); CyclicLR of their code moves momentum."""
+"""The fast methods on CIFAR-10 (Fast-BAT paper, section 5.1; Wong et al., 2020). CyclicLR, in their code, moves the
+momentum."""
 IMAGENET = Recipe(
     model="imagenet_resnet50",
     epochs=15,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import posixpath
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
@@ -56,7 +56,7 @@ def uri_of(path: str) -> str:
 
 
 def shown(pages: Iterable[tuple[str, str]], root: Path) -> set[str]:
-    """The files outside docs/ that pages, (path in the repository, text), link to, and that need a page of their own."""
+    """The files outside docs/ that pages (path in the repository, text) link to, and that need a page of their own."""
     linked = {resolve(t, path)[0] for path, text in pages for t in targets(text) if not outside(t)}
     return {path for path in linked if uri_of(path).startswith("source/") and (root / path).is_file()}
 
@@ -68,6 +68,28 @@ def listing(path: str, root: Path) -> str:
     return f"# {path}\n\n````{language}\n{text}\n````\n"
 
 
+def rewritten(markdown: str, change: Callable[[str], str], pictures: Callable[[str], str] | None = None) -> str:
+    """The Markdown with its relative links changed; code blocks are left as they are.
+
+    Args:
+        markdown: the text.
+        change: from a link's target to another.
+        pictures: the same for pictures; ``change`` if not given.
+    """
+
+    def turned(match: re.Match[str]) -> str:
+        if outside(match[2]) or match[2].startswith("#"):
+            return match[0]
+        picture = match[1].startswith("!") and pictures is not None
+        return match[1] + (pictures if picture else change)(match[2]) + match[3]
+
+    parts, end = [], 0
+    for fence in FENCE.finditer(markdown):
+        parts += [LINK.sub(turned, markdown[end : fence.start()]), fence[0]]
+        end = fence.end()
+    return "".join([*parts, LINK.sub(turned, markdown[end:])])
+
+
 def for_site(markdown: str, page: str, uri: str) -> str:
     """The Markdown of a page with its relative links turned into the site's.
 
@@ -77,16 +99,8 @@ def for_site(markdown: str, page: str, uri: str) -> str:
         uri: and in the site.
     """
 
-    def turned(match: re.Match[str]) -> str:
-        target = match[2]
-        if outside(target) or target.startswith("#"):
-            return match[0]
+    def there(target: str) -> str:
         path, anchor = resolve(target, page)
-        there = posixpath.relpath(uri_of(path), posixpath.dirname(uri) or ".")
-        return match[1] + there + ("#" + anchor if anchor else "") + match[3]
+        return posixpath.relpath(uri_of(path), posixpath.dirname(uri) or ".") + ("#" + anchor if anchor else "")
 
-    parts, end = [], 0
-    for fence in FENCE.finditer(markdown):
-        parts += [LINK.sub(turned, markdown[end : fence.start()]), fence[0]]
-        end = fence.end()
-    return "".join([*parts, LINK.sub(turned, markdown[end:])])
+    return rewritten(markdown, there)

@@ -1,10 +1,9 @@
-"""A page for each problem file, made from the file itself, its row of the digits' results and its line of methods.md."""
+"""A page for each problem file: from the file itself, its row of the digits' results, its line of methods.md."""
 
 from __future__ import annotations
 
 import ast
 import importlib
-import inspect
 import json
 import re
 from collections.abc import Iterable
@@ -169,7 +168,9 @@ def _cost(name: str, costs: str) -> str:
     for line in costs.splitlines():
         cells = [cell.strip() for cell in line.strip("|").split(" | ")]
         if len(cells) == 4 and f"`{name}.py`" in cells[0]:
-            times = "" if cells[2] == "–" else f" A step costs {cells[2]} times one of standard training, in operations."
+            times = (
+                "" if cells[2] == "–" else f" A step costs {cells[2]} times one of standard training, in operations."
+            )
             where = "of a PreActResNet-18 ([how it is counted](../methods.md#methods))"
             return f"The attacker: {cells[1]}.{times and times[:-1]}{f' {where}.' if times else ''}"
     raise ValueError(f"docs/methods.md has no line on {name}.py")

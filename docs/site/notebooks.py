@@ -1,6 +1,6 @@
 """Notebooks: run them and store what they show, and turn them into pages of the site.
 
-    python docs/site/notebooks.py            # executes docs/notebooks/*.ipynb and stores their outputs
+python docs/site/notebooks.py            # executes docs/notebooks/*.ipynb and stores their outputs
 """
 
 from __future__ import annotations

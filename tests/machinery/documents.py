@@ -6,26 +6,26 @@ import re
 import shlex
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 from running import ROOT
 
 sys.path.insert(0, str(ROOT / "docs" / "site"))
 
-FENCE = re.compile(r"(?:^<!-- not run here: (?P<why>[^\n]+) -->\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.M | re.S)
+FENCE = re.compile(
+    r"(?:^<!-- not run here: (?P<why>[^\n]+) -->\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.M | re.S
+)
 SAVED = re.compile(r"Save this as `([\w.]+)`")
 SHELL = ("sh", "bash")
 
 
 def files():
     """Every Markdown file but those that are made: README and the like, docs/."""
-    top = [path for path in ROOT.glob("*.md")]
-    return sorted([*top, *(ROOT / "docs").rglob("*.md")])
+    return sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 
 
 @dataclass
 class Block:
-    """A fenced block: where, in what language, why it is not run here ("" where it is), the file that it is saved as."""
+    """A fenced block: where, in what language, why it is not run here ("" where it is), the file it is saved as."""
 
     line: int
     language: str

@@ -124,6 +124,17 @@ def test_digits_makes_a_table_and_a_figure():
         script("digits").command(["--methods", "fast"])
 
 
+def test_readme_s_commands_are_timed(monkeypatch):
+    commands = script("commands")
+    assert [line.split()[2] for line in commands.printed()] == [f"bilevel_at.{c}" for c in ("run", "evaluate", "report")]
+    monkeypatch.setattr(commands, "printed", lambda: ["python -m bilevel_at.run --list"])
+    assert commands.command(["--write", "page.md"]) == 0
+    assert re.search(r"^\| `python -m bilevel_at.run --list` \| \d+ \| \d+ \|$", Path("page.md").read_text(), re.M)
+    monkeypatch.setattr(commands, "printed", lambda: ["python -m bilevel_at.run nothing"])
+    with pytest.raises(ba.BilevelError, match="problem file nothing does not exist"):
+        commands.benchmark()
+
+
 def test_attacks_are_compared(monkeypatch):
     attacks = script("attacks")
     run, load = attacks.main_job.run, attacks.load_data

@@ -1,8 +1,8 @@
 """Every code block of README and of the pages runs, or is skipped with its reason.
 
-Python blocks run page by page, from top to bottom, in one set of names that begins with those of :func:`given`. Commands of
-this library run with ``--dry-run``; other shell blocks say ``<!-- not run here: why -->`` in the line above them. So does
-Python that needs what is not there; a block whose import of another package fails is skipped by itself.
+Python blocks run page by page, from top to bottom, in one set of names that begins with those of :func:`given`.
+Commands of this library run with ``--dry-run``; other shell blocks say ``<!-- not run here: why -->`` in the line above
+them. So does Python that needs what is not there; a page that imports a package which is not installed is skipped.
 """
 
 from __future__ import annotations
@@ -63,7 +63,10 @@ def test_python(page, monkeypatch):
         save(block)
         code = "\n" * block.line + block.code
         try:
-            exec(compile(code, str(PYTHON[page]), "exec"), {"__name__": "saved"} if block.saved.endswith(".py") else names)
+            exec(
+                compile(code, str(PYTHON[page]), "exec"),
+                {"__name__": "saved"} if block.saved.endswith(".py") else names,
+            )
         except ModuleNotFoundError as error:
             need(error)
     for block in blocks(PYTHON[page]):

@@ -43,6 +43,13 @@ def test_the_readme_s_figures_are_those_of_the_benchmark_s_page():
     assert len(made) > 10 and len(shown) > 10 and set(shown) <= made
 
 
+def test_the_readme_s_times_are_those_of_the_benchmark_s_page():
+    page = (ROOT / "docs/results/commands.md").read_text()
+    made = re.findall(r"^\| `python -m bilevel_at.+` \| \d+ \| (\d+) \|$", page, re.M)
+    shown = re.findall(r"\b(\d+) s\b(?: of a processor)?\)", README)
+    assert shown == made and f"on {re.search(r'2[0-9-]{9}', page)[0]}" in README
+
+
 def test_the_readme_s_example_runs():
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 4))
     loader = [(torch.rand(5, 3, 2, 2), torch.randint(0, 4, (5,))) for _ in range(3)]

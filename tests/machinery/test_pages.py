@@ -10,6 +10,7 @@ import types
 
 import pytest
 from documents import ROOT, files
+from for_index import absolute, with_urls
 from links import FENCE, outside, resolve, targets
 from method_pages import pages, title
 from running import PROBLEMS
@@ -17,7 +18,20 @@ from running import PROBLEMS
 FILES = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in files()}
 REFERENCE = "\n".join(text for name, text in FILES.items() if name.startswith("docs/reference/"))
 DIRECTIVES = set(re.findall(r"^::: ([\w.]+)$", REFERENCE, re.M))
-PUBLIC = ["", "solvers", "testing", "evaluate", "train", "diagnose", "figures", "report", "runs", "models", "data", "distributed"]
+PUBLIC = [
+    "",
+    "solvers",
+    "testing",
+    "evaluate",
+    "train",
+    "diagnose",
+    "figures",
+    "report",
+    "runs",
+    "models",
+    "data",
+    "distributed",
+]
 
 
 def slug(heading):
@@ -125,3 +139,16 @@ def test_directives_are_names():
             for name in parts[cut:]:
                 value = getattr(value, name)
             break
+
+
+def test_a_package_index_has_readme_s_pictures():
+    """docs/site/for_index.py makes every link absolute, and adds the project's addresses."""
+    there = absolute(FILES["README.md"], "https://host.example/owner/name", "abc123")
+    assert all(outside(target) for target in targets(there))
+    pictures = re.findall(r"!\[[^\]]*\]\((.*?)\)", there)
+    assert len(pictures) == len(re.findall(r"!\[", FILES["README.md"])) > 0
+    for picture in pictures:
+        path = picture.removeprefix("https://host.example/owner/name/raw/abc123/")
+        assert (ROOT / path).read_bytes()[:4] == b"\x89PNG"
+    project = with_urls((ROOT / "pyproject.toml").read_text(), "https://host.example/owner/name")
+    assert 'Repository = "https://host.example/owner/name"' in project
