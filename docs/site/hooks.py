@@ -61,8 +61,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         for name, data in pictures.items():
             files.append(File.generated(config, f"notebooks/{name}", content=data))
     pages = [(links.path_of(f.src_uri, made), f.content_string) for f in files.documentation_pages()]
-    for path in sorted(links.shown(pages, ROOT)):
-        add(links.uri_of(path), links.listing(path, ROOT), path)
+    for path in sorted(links.shown(pages)):
+        add(links.uri_of(path), links.listing(path), path)
     uris = sorted(file.src_uri for file in files.documentation_pages())
     config.nav = _filled(config.nav, uris, _named(config.nav))
     return files

@@ -7,11 +7,16 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[2]
+
 PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 """Files outside docs/ that are pages of the site."""
 
 FOLDERS = {"problems": "methods.md", "solvers": "solvers.md", "docs": "index.md", "docs/results": "results/index.md"}
 """Folders that are linked to, and the page that is about them."""
+
+SHOWN = (".md", ".ipynb", ".png", ".json")
+"""Files of docs/ that the site has as they are; others have a page that shows them."""
 
 LANGUAGES = {".py": "python", ".toml": "toml", ".yml": "yaml", ".md": "markdown", ".json": "json"}
 
@@ -50,20 +55,31 @@ def uri_of(path: str) -> str:
         return PAGES.get(path) or FOLDERS[path]
     if re.fullmatch(r"problems/\w+\.py", path) and "__" not in path:
         return f"methods/{posixpath.basename(path)[:-3]}.md"
-    if path.startswith("docs/") and not path.startswith("docs/site/"):
+    if path.startswith("docs/") and not path.startswith("docs/site/") and path.endswith(SHOWN):
         return re.sub(r"\.ipynb$", ".md", path.removeprefix("docs/"))
-    return f"source/{path}.md"
+    return f"source/{path}/index.md" if (ROOT / path).is_dir() else f"source/{path}.md"
 
 
-def shown(pages: Iterable[tuple[str, str]], root: Path) -> set[str]:
-    """The files outside docs/ that pages (path in the repository, text) link to, and that need a page of their own."""
+def shown(pages: Iterable[tuple[str, str]]) -> set[str]:
+    """The files and folders that pages (path in the repository, text) link to, and that need a page of their own."""
     linked = {resolve(t, path)[0] for path, text in pages for t in targets(text) if not outside(t)}
-    return {path for path in linked if uri_of(path).startswith("source/") and (root / path).is_file()}
+    linked |= {file for path in linked if (ROOT / path).is_dir() and path not in FOLDERS for file in inside(path)}
+    return {path for path in linked if uri_of(path).startswith("source/") and (ROOT / path).exists()}
 
 
-def listing(path: str, root: Path) -> str:
-    """A page that shows a file."""
-    text = (root / path).read_text(encoding="utf-8").rstrip("\n")
+def inside(folder: str) -> list[str]:
+    """The files of text in a folder, and in those within it."""
+    there = sorted(path for path in (ROOT / folder).rglob("*") if path.suffix in LANGUAGES)
+    return [path.relative_to(ROOT).as_posix() for path in there]
+
+
+def listing(path: str) -> str:
+    """A page that shows a file, or names those of a folder."""
+    if (ROOT / path).is_dir():
+        here = posixpath.dirname(uri_of(path))
+        lines = [f"- [{file}]({posixpath.relpath(uri_of(file), here)})" for file in inside(path)]
+        return f"# {path}\n\n" + "\n".join(lines) + "\n"
+    text = (ROOT / path).read_text(encoding="utf-8").rstrip("\n")
     language = LANGUAGES.get(posixpath.splitext(path)[1], "text")
     return f"# {path}\n\n````{language}\n{text}\n````\n"
 
