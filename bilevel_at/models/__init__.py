@@ -75,7 +75,6 @@ MODELS = {
         for depth in (18, 34, 50)
     },
 }
-"""Networks by name, as ``--model`` has them."""
 
 
 def build_model(
