@@ -114,3 +114,8 @@ def test_every_block_says_what_it_is():
     """A fence without a language is neither run nor marked."""
     for page in (ROOT / "docs").rglob("*.md"):
         assert all(block.language for block in blocks(page)), page
+
+
+def test_an_example_of_one_s_own_takes_at_most_thirty_lines():
+    for block in blocks(ROOT / "docs" / "own.md"):
+        assert len([line for line in block.code.splitlines() if line.strip()]) <= 30, block.line
