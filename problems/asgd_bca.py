@@ -10,6 +10,9 @@ v, without which the proof does not go through. (The displayed update divides by
 There are no published settings: this is theory. Training is ATTA's (atta.py) and β ATAS'. An update is η_x √(1/(1−β))
 long the first time, in ℓ2; η_x is ε√d, the length of a sign step of ε, for the d = 3072 values of a CIFAR image, and
 64 on the digits.
+
+When to use it: to see the theory's algorithm at work. To train a network, take atas.py, which does better on the
+digits.
 """
 
 from __future__ import annotations

@@ -12,6 +12,9 @@ every ε; a constant step ε in the first 5 epochs, after which v begins (in the
 epochs too: ``--follow-warmup``); perturbations redrawn every 10 epochs; attacks in eval mode; training as for ATTA
 (atta.py). ImageNet: ε = 2/255, c = 0.1, so 12.8 here, and steps clipped to 4/255 … 8/255. On the digits γ/c = 2ε,
 c = 1.28 and steps of ε/2 … 1.75 ε, which are not tuned there.
+
+When to use it: for a one-step attack that grows stronger over epochs, at Fast-AT's cost. It needs many epochs over the
+same examples, and memory for a perturbation of each.
 """
 
 from __future__ import annotations

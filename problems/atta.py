@@ -8,6 +8,8 @@ same crop and flip as their image; on ImageNet they are kept at 32×32.
 Published settings (ATAS paper, appendix B, and the authors' code): step 4/255; perturbations redrawn every 10 epochs;
 attacks in eval mode; ResNet-18, 30 epochs of batch 128, rate 0.1, divided by 10 after epochs 24 and 28. ImageNet: ε =
 2/255, 90 epochs, weight decay 1e-4, divided after 50 and 75. On the digits step ε/2.
+
+When to use it: as atas.py, with one length of step to choose instead of the adaptive step's three constants.
 """
 
 from __future__ import annotations

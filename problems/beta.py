@@ -10,6 +10,9 @@ proximal term: under a KKT solver the curvature is ``damping``, by default that 
 Published settings (section 5): ε = 8/255, step 2/255, 10 steps in training and 30 in evaluation. The paper's
 schedule is long, with a decay at epoch 100; here it is multistep over 110 epochs, on a ResNet-18. smooth_beta.py keeps
 every η_j.
+
+When to use it: where robust accuracy counts more than time: the attacker climbs the margin of every class, so the cost
+of a step grows with the number of classes.
 """
 
 from __future__ import annotations

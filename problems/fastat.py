@@ -10,6 +10,9 @@ Published settings (Fast-BAT paper, section 5.1 and appendix C): step 1.25 ε; 2
 momentum 0.9 and weight decay 5e-4, rate 0 → 0.2 → 0 linearly; in the authors' code the model is in train mode
 throughout, z is drawn uniformly in [−ε, ε]^d and then clipped to the input range (``--draw set``: uniform in C), and
 PyTorch's CyclicLR moves the momentum from 0.9 to 0.8 and back, opposite to the rate (``--peak-momentum 0.9``: not).
+
+When to use it: as the cheapest adversarial training, and the baseline of every fast method. At large ε or over many
+epochs watch for catastrophic overfitting, and try nfgsm.py or gradalign.py.
 """
 
 from __future__ import annotations

@@ -17,6 +17,10 @@ above on CIFAR-10, taken here for CIFAR-100 and Tiny-ImageNet (the poster's othe
 model in train mode throughout; draws and training as for Fast-AT (fastat.py). The authors' loop makes one more pass in
 train mode, to look at the training accuracy, which moves the running statistics of batch normalisation once more; it is
 not copied. On the digits 1/λ = 20.
+
+When to use it: to study the implicit term, or for two attack steps that are not signs. With published settings nearly
+every coordinate is at a bound and the term is small; on the digits ``--solver zero-ig`` does as well at 2.33 standard
+steps instead of 3.71.
 """
 
 from __future__ import annotations

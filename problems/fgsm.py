@@ -8,6 +8,9 @@ with ℓ_atk = −ℓ_CE and λ = 1/step (Fast-BAT paper, equations 5 and 6). Th
 
 Published settings: z = 0, step ε; training as for Fast-AT (GradAlign paper, section 5, trains it for 30 epochs). At
 large ε it overfits catastrophically (GradAlign paper, Figure 1).
+
+When to use it: to study catastrophic overfitting, or as any one-step method by ``--start`` and ``--step``. To train a
+network, take fastat.py or nfgsm.py.
 """
 
 from __future__ import annotations

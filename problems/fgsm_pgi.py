@@ -20,6 +20,8 @@ throughout; ResNet-18, 110 epochs of batch 128, rate 0.1 divided by 10 after 100
 (Table I, 30 epochs) reports clean 67.27 %, PGD-50 45.98 %, AutoAttack 39.22 %, and 16.01 % at 16/255; the FastAT
 benchmark (100 epochs, averaged weights, targets smoothed over all classes, starts clipped) 79.72 %, 55.82 %, 49.89 ±
 0.08 %.
+
+When to use it: for one-step training over many epochs, where memory for two perturbations of each example is at hand.
 """
 
 from __future__ import annotations

@@ -11,6 +11,8 @@ that the cost is that of standard training: the ATAS paper (appendix B) runs 10 
 which are repeated here with the fast methods' training (fastat.py), on CIFAR with a peak rate of 0.04. On the digits
 m = 4, the epochs are not divided, so that a run costs 4 standard ones, and the peak rate is 0.05: at 0.1 one seed of
 five learnt nothing.
+
+When to use it: where the budget is counted in passes: m replays cost m standard steps, and each of them is an update.
 """
 
 from __future__ import annotations

@@ -11,6 +11,8 @@ after epochs 70 and 85; weight decay 5e-4. The code's attack alternates by batch
 
 Figures (ResNet-18, 8/255): 80.49 clean, AutoAttack 47.30 in the authors' table; 85.10, 49.15 in the FastAT benchmark,
 with label smoothing 0.4.
+
+When to use it: as nuat.py, where the loss must be one of each example: with ``--accumulate``, or with small batches.
 """
 
 from __future__ import annotations

@@ -13,6 +13,9 @@ Published settings (the authors' code and section 5): step 1.25 ε, which is ε 
 mode throughout; η is not clipped to the input range. PGD-2: zero start, step ε/2. Here 20 epochs and 0.2, as the
 Fast-BAT paper trains it (section 5.1). On the digits, where ε is far beyond that list, coefficient 0.2 (at 2 the
 network learns nothing).
+
+When to use it: against catastrophic overfitting at large ε, for a double backward pass in every step. nfgsm.py is the
+cheaper thing to try first.
 """
 
 from __future__ import annotations

@@ -15,6 +15,8 @@ Small constants of the authors' code keep its logarithms finite: 1.0001 − p_k 
 the divergence, 1.0000001 − p_y(x); ``--exact`` computes the formulas above without them, through log-softmax. The
 code's pass over x comes before that over x + δ (``--no-clean-first``: after), which matters to batch normalisation's
 running statistics alone.
+
+When to use it: as trades.py, where examples that are misclassified are to count for more.
 """
 
 from __future__ import annotations

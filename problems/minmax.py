@@ -10,6 +10,8 @@ Published settings: ε = 8/255, step 2/255, K = 10 on CIFAR-10 (ATAS and BETA pa
 and momentum moved as for Fast-AT (fastat.py). PGD-2 as the
 Fast-BAT paper trains it (appendix C): ``--steps 2 --step 4/255``, that is 0.5 ε, with Fast-AT's training. On the
 digits: K = 7.
+
+When to use it: as the reference for robust accuracy, where K input gradients in every update can be paid for.
 """
 
 from __future__ import annotations

@@ -17,6 +17,9 @@ divisor. On the digits 30 epochs, of which λ_e rises in 27.
 Figures (ResNet-18, 8/255): 81.01 clean, AutoAttack 49.24 in the authors' table; 76.68 and 45.96 in ATAS' Table I (30
 epochs), and 0.08 under AutoAttack at 16/255, where the authors' code clips at 8/255 unless it is edited (whether
 it was is not known); 80.98 and 50.10 in the FastAT benchmark, with label smoothing 0.4.
+
+When to use it: for one-step training that holds the logits of a whole batch together. Batches cannot be accumulated;
+gat.py has a loss for each example.
 """
 
 from __future__ import annotations

@@ -10,6 +10,9 @@ goes with any attacker: ``--of`` names a problem file, whose attacker and threat
 Published settings (the authors' code): Fast-AT's attacker with step 1.25 ε in eval mode; f(x) is computed in train
 mode, before the attack, and gradients go through all three of its uses. The published script does not train as it is
 stored, so training is Fast-AT's here (fastat.py).
+
+When to use it: to put a smooth bound in the place of the adversarial loss under another file's attack, for one more
+pass of each batch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A combination nobody has published: Fast-BAT's attacker with ATAS' memory and ATAS' step.
+"""Remembered Fast-BAT, a combination nobody has published: Fast-BAT's attacker with ATAS' memory and ATAS' step.
 
     v_i ← β v_i + (1 − β) ‖∇_δ ℓ(θ, z_i)‖²            1/λ_i = γ / (c + √v_i)
     δ*_i(θ) = P_C(z_i − ∇_δ ℓ_atk(θ, z_i) / λ_i),     z_i = δ*_i of the last epoch
@@ -7,6 +7,8 @@
 Nothing here is new but the choice of anchor and step: the example of how published parts go together. The anchor costs
 no pass, so a step costs 2 passes less than Fast-BAT's. γ/c is Fast-BAT's 1/λ, c and β are ATAS', attacks see the model
 in eval mode as ATAS' do, and ig_weight is Fast-BAT's 0.1 λ at γ/c. Settings are a first guess, not tuned.
+
+When to use it: as an example of a composition. On the digits it cannot be told from ATAS, at nearly twice its cost.
 """
 
 from __future__ import annotations

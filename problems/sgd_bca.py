@@ -7,6 +7,9 @@ The form of ATTA for which the paper proves a regret bound (Theorem IV.2): the g
 
 There are no published settings: this is theory. Training is ATTA's (atta.py), perturbations are never redrawn, and the
 step, which multiplies the gradient of one sample, is Fast-BAT's for ε ≤ 8/255: 5000/255, and 20 on the digits.
+
+When to use it: to see the theory's algorithm at work. Its step multiplies the gradient itself, so it depends on the
+scale of the gradients; to train a network, take atta.py.
 """
 
 from __future__ import annotations

@@ -5,6 +5,9 @@
 
 with gradients in θ through the weights. The lower level is BETA's (beta.py), and so are the published settings; the
 paper gives none for μ.
+
+When to use it: as beta.py, where every class's perturbation is to count; the defender's pass, too, is then over all
+classes.
 """
 
 from __future__ import annotations

@@ -12,6 +12,9 @@ or 30 epochs with rate 0 → 0.3 → 0. The paper asks whether the prediction at
 noisy start z, which costs no pass (``--ask clean``: as the paper). ATAS' paper (Table I, ResNet-18) reports clean
 88.83 %, PGD-50 38.99 %, AutoAttack 37.06 %; at ε = 16/255 0.00 %. ``--mode train --label-smoothing 0.4`` is the setting
 of the FastAT benchmark: 84.80 %, 51.46 %, 38.33 %, the widest gap between the two attacks in its table.
+
+When to use it: where clean accuracy counts more than robust accuracy. Evaluate it with AutoAttack: PGD alone flatters
+it.
 """
 
 from __future__ import annotations

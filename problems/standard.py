@@ -3,6 +3,8 @@
     min_θ  mean_i ℓ_CE(θ, x_i)
 
 The feasible set takes no part in training; it is the threat that the trained network is evaluated under.
+
+When to use it: as the reference for clean accuracy and for cost. It is not robust.
 """
 
 from __future__ import annotations

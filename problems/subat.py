@@ -21,6 +21,9 @@ of three learnt nothing.
 
 Figures: ATAS' Table I (ResNet-18, 30 epochs, 8/255): 77.43 clean, PGD-50 45.03, AutoAttack 41.49; 14.48 at 16/255.
 Whether these runs had the 65 epochs of sampling is not known.
+
+When to use it: to hold one-step training in a small subspace of the weights. It needs a sampling run and memory for the
+snapshots, and on the digits one run of five fell to chance.
 """
 
 from __future__ import annotations

@@ -10,6 +10,8 @@ Published settings (section 5 and the authors' code): ε = 0.031, step 0.007, K 
 from a start that is not projected onto C (``--clip-start``: is); WideResNet-34-10, 76 epochs of batch 128, rate 0.1
 divided by 10 from epoch 75 on, weight decay 2e-4. Here ε = 8/255 and step 2/255, which are those numbers in their
 usual units. On the digits K = 7 and step ε/4, as for min-max training.
+
+When to use it: to weigh clean against robust accuracy by one number, where K attack steps an update can be paid for.
 """
 
 from __future__ import annotations

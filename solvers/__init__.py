@@ -54,5 +54,7 @@ SOLVERS: dict[str, type[Any]] = {
     "value-function": ValueFunction,
     "gauss-newton-kkt": GaussNewtonKKT,
 }
+"""Their classes, by name."""
 
 WRAPPERS: dict[str, type[Lazy]] = {"lazy": Lazy}
+"""The classes of those that wrap another, by name."""

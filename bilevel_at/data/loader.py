@@ -17,6 +17,7 @@ from .stream import ResizedCropFlip, Streamed, evaluation_view
 __all__ = ["Augment", "Loader"]
 
 Augment = Literal["none", "crop-flip", "resized-crop-flip"]
+"""Augmentation by name; :class:`~bilevel_at.runs.recipe.Recipe` says what each does."""
 Dealing = Callable[[list[torch.Tensor]], Sequence[Share | None]]
 
 

@@ -26,6 +26,7 @@ DATA_NAMES = {
     "tiny_imagenet": "110,000 colour images, 64×64, 200 classes",
     "imagenet": "1.3 million colour images, seen at 224×224, 1,000 classes",
 }
+"""Data sets by name, and what each is, as ``--list`` prints it."""
 
 FILES = {
     "fashion_mnist": "FashionMNIST/raw/ with its four idx files",

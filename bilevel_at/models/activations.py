@@ -11,6 +11,7 @@ __all__ = ["ACTIVATIONS", "Activation", "ActivationName", "kinks", "replace_relu
 
 Activation = Callable[[], nn.Module]
 ActivationName = Literal["relu", "softplus", "swish"]
+"""Activations by name, as ``--activation`` has them."""
 
 KINKED = (
     nn.ReLU,

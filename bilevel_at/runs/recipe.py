@@ -12,6 +12,7 @@ from ..errors import InputError, whole_number
 __all__ = ["CIFAR", "DEFAULTS", "DIGITS", "IMAGENET", "Recipe", "Schedule", "modern", "recipe_for"]
 
 Schedule = Literal["linear", "one-cycle", "one-cycle-by-epoch", "multistep", "constant"]
+"""How the learning rate goes, as ``--schedule`` has it; :class:`Recipe` says how each."""
 CYCLES = ("linear", "one-cycle", "one-cycle-by-epoch")
 
 
@@ -119,11 +120,11 @@ class Recipe:
         return replace(self, problem={**self.problem, **problem})
 
 
-# The embedded digits (8×8): settings found by experiment.
 DIGITS = Recipe(batch_size=64, problem={"epsilon": 0.2})
-# The fast methods on CIFAR-10 (Fast-BAT paper, section 5.1; Wong et al., 2020); CyclicLR of their code moves momentum.
+"""The embedded digits (8×8): settings found by experiment."""
 CIFAR = Recipe(model="preact_resnet18", epochs=20, lr=0.2, peak_momentum=0.8, augment="crop-flip")
-# ImageNet (Wong et al., 2020, without their progressive image sizes: every epoch is at 224).
+"""The fast methods on CIFAR-10 (Fast-BAT paper, section 5.1; Wong et al., 2020). CyclicLR, in their code, moves the
+momentum."""
 IMAGENET = Recipe(
     model="imagenet_resnet50",
     epochs=15,
@@ -133,9 +134,11 @@ IMAGENET = Recipe(
     augment="resized-crop-flip",
     problem={"epsilon": 2 / 255},
 )
+"""ImageNet (Wong et al., 2020, without their progressive image sizes: every epoch is at 224)."""
 
 
 DEFAULTS = {"digits": DIGITS, "cifar10": CIFAR}
+"""The recipes of problem files that state none, by data set."""
 
 
 def recipe_for(data: str, stated: Mapping[str, Recipe]) -> Recipe | None:

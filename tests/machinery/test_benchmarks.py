@@ -116,8 +116,25 @@ def test_digits_makes_a_table_and_a_figure():
     page = Path("docs/digits.md").read_text()
     assert "| standard | " in page and "| fgsm | " in page and "(digits.png)" in page
     assert Path("docs/digits.png").read_bytes()[:4] == b"\x89PNG"
+    numbers = json.loads(Path("docs/digits.json").read_text())["rows"]
+    assert list(numbers) == ["standard", "fgsm"] and f"| {numbers['fgsm']['last clean']['mean']:.1f} | " in page
+    Path("docs/digits.json").unlink()
+    assert script("digits").command(["--tabulate", "docs/digits.md"]) == 0
+    assert json.loads(Path("docs/digits.json").read_text())["rows"] == numbers
     with pytest.raises(ba.InputError, match="--methods fast is not known"):
         script("digits").command(["--methods", "fast"])
+
+
+def test_readme_s_commands_are_timed(monkeypatch):
+    commands = script("commands")
+    called = [line.split()[2] for line in commands.printed()]
+    assert called == ["bilevel_at.run", "bilevel_at.evaluate", "bilevel_at.report"]
+    monkeypatch.setattr(commands, "printed", lambda: ["python -m bilevel_at.run --list"])
+    assert commands.command(["--write", "page.md"]) == 0
+    assert re.search(r"^\| `python -m bilevel_at.run --list` \| \d+ \| \d+ \|$", Path("page.md").read_text(), re.M)
+    monkeypatch.setattr(commands, "printed", lambda: ["python -m bilevel_at.run nothing"])
+    with pytest.raises(ba.BilevelError, match="problem file nothing does not exist"):
+        commands.benchmark()
 
 
 def test_attacks_are_compared(monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,13 @@ def test_the_readme_s_figures_are_those_of_the_benchmark_s_page():
     assert len(made) > 10 and len(shown) > 10 and set(shown) <= made
 
 
+def test_the_readme_s_times_are_those_of_the_benchmark_s_page():
+    page = (ROOT / "docs/results/commands.md").read_text()
+    made = re.findall(r"^\| `python -m bilevel_at.+` \| \d+ \| (\d+) \|$", page, re.M)
+    shown = re.findall(r"\b(\d+) s\b(?: of a processor)?\)", README)
+    assert shown == made and f"on {re.search(r'2[0-9-]{9}', page)[0]}" in README
+
+
 def test_the_readme_s_example_runs():
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 4))
     loader = [(torch.rand(5, 3, 2, 2), torch.randint(0, 4, (5,))) for _ in range(3)]
@@ -50,13 +58,16 @@ def test_the_readme_s_example_runs():
     assert not torch.equal(model[1].weight, before)
 
 
-def test_the_readme_s_check_runs():
+def test_the_readme_s_check_fails_without_the_implicit_term(monkeypatch):
+    """As README says; that it passes with FullKKT is in test_blocks.py."""
+    monkeypatch.syspath_prepend(Path())
+    Path("my_problem.py").write_text(readme_block("def problem("))
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 8), torch.nn.Tanh(), torch.nn.Linear(8, 4))
-    names = {"model": model, "x": torch.rand(5, 3, 2, 2), "y": torch.randint(0, 4, (5,))}
-    exec(readme_block("def problem("), names)
-    exec(readme_block("import hypergradcheck"), names)
+    names = {"model": model, "x": torch.rand(5, 3, 2, 2), "y": torch.randint(0, 4, (5,)), "ba": ba}
+    check = readme_block("import hypergradcheck").replace("FullKKT", "ZeroIG")
     with pytest.raises(AssertionError, match="ZeroIG disagrees with finite differences"):
-        exec(readme_block("import hypergradcheck").replace("FullKKT", "ZeroIG"), names)
+        exec(check, names)
+    sys.modules.pop("my_problem")
 
 
 def test_the_methods_page_s_python_runs():
