@@ -14,7 +14,7 @@ __all__ = ["Tally", "counted"]
 @dataclass
 class Tally:
     """products: passes back through ∇_δ g, each a product with ∇²_δδ g, ∇²_δθ g or both at once.
-    gradients: passes back through g to δ.
+    gradients: passes back through g to δ, those of products with ∇²_δδ g among them.
     """
 
     products: int = 0
