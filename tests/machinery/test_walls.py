@@ -21,6 +21,7 @@ ORDER = [
     "language",  # the flat files of bilevel_at/
     "solvers",
     "testing",
+    "interop",  # with other libraries' programs
     "data",
     "models",
     "conformance",  # hypergradients against closed forms
