@@ -67,7 +67,7 @@ def command(args: Sequence[str]) -> int:
     if options["json"]:
         path = Path(options["json"])
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({**page.provenance(), **found.as_json()}, indent=1) + "\n", encoding="utf-8")
+        path.write_text(json.dumps({**page.provenance(), **found.as_json()}) + "\n", encoding="utf-8")
     if options["markdown"]:
         page.write(found, Path(options["markdown"]), args)
     wrong = [row for row in found.rows if row.library == "bilevel-at" and row.exact and not row.last.error <= EXACT]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .installed import module_of, version
+from .installed import module_of
 from .method import ITERATIONS, TERMS, Library, Method, Missing, TorchProblem
 from .problems import Array, Problem
 from .sets import Everywhere, InBall, InBox, InPolyhedron
@@ -52,10 +52,9 @@ def library() -> Library:
 
 
 def _version(file: str | None) -> str:
-    """The source says 0.01 at every commit, so that its hash tells more."""
+    """The distribution says 0.01 at every commit, so that the source's hash tells more."""
     digest = hashlib.sha256(Path(file).read_bytes()).hexdigest()[:12] if file else "unknown"
-    known = version("hyperTorch")
-    return f"{'' if known == 'unknown' else known + ', '}hypergradients.py with sha256 {digest}…"
+    return f"of which hypergradients.py has the SHA-256 {digest}…"
 
 
 def _with(function: Callable[..., Any], tol: float) -> Callable[[Problem, Any, Tally], Array]:

@@ -21,7 +21,7 @@ from .tally import Tally
 
 __all__ = ["library"]
 
-HOW = "pip install jaxopt jax"
+HOW = "pip install jaxopt jax (JAX for CPUs is enough)"
 TIGHT = (1e-2, 1e-4, 1e-6, 1e-8, 1e-11, 1e-14)
 
 

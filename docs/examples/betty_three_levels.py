@@ -7,11 +7,12 @@
 Betty has the upper two; the level in the middle is ``bilevel_at.interop.betty.Level``, whose gradient is Fast-BAT's
 hypergradient, δ* included. Betty's ``darts`` differentiates that level; its ``cg`` is wrong in 0.2.1 (docs/betty.md).
 
-    python docs/examples/betty_three_levels.py
+    python docs/examples/betty_three_levels.py [--momentum 0.9] [--seed 1]
 """
 
 from __future__ import annotations
 
+import argparse
 import logging
 
 import torch
@@ -65,7 +66,7 @@ def digits():
     return [TensorDataset(x[part], y[part]) for part in (train, held, test)]
 
 
-def train(learn_weights, steps=600, seed=0):
+def train(learn_weights, steps=600, momentum=0.0, seed=0):
     """Train with learnt weights, or with weights of 1; return what was reached."""
     torch.manual_seed(seed)
     sets = digits()
@@ -79,7 +80,7 @@ def train(learn_weights, steps=600, seed=0):
         HessianFreeKKT(),
         Config(type="darts", unroll_steps=2),
         network,
-        torch.optim.SGD(network.parameters(), lr=0.2),
+        torch.optim.SGD(network.parameters(), lr=0.2, momentum=momentum),
         train_data_loader=DataLoader(sets[0], 64, shuffle=True),
         above=["held_out"],
     )
@@ -109,8 +110,12 @@ def train(learn_weights, steps=600, seed=0):
 
 def main():
     logging.disable(logging.INFO)  # Betty tells when an Engine begins and ends
+    options = argparse.ArgumentParser(description="Class weights learnt above adversarial training, in Betty.")
+    options.add_argument("--momentum", type=float, default=0.0, help="of the network's optimiser (default: 0)")
+    options.add_argument("--seed", type=int, default=0, help="(default: 0)")
+    given = options.parse_args()
     for learn in (False, True):
-        found = train(learn)
+        found = train(learn, momentum=given.momentum, seed=given.seed)
         print("weights learnt" if learn else "weights of 1")
         print("  weights of classes 0 to 9   " + " ".join(f"{w:.2f}" for w in found["weights"]))
         for name in ("held-out loss", "test loss"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import logging
+import re
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ from bilevel_at.solvers import FullKKT, HessianFreeKKT, ZeroIG
 from bilevel_at.testing import hypergradcheck
 
 ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "docs" / "betty.md").read_text()
 
 
 @pytest.fixture(autouse=True)
@@ -408,3 +410,25 @@ def test_what_a_loader_yields_is_read():
     assert torch.equal(as_batch({"x": x, "y": y, "z": y}).more["z"], y)
     with pytest.raises(ba.InputError, match="a batch of 3 tensors"):
         as_batch((x, y, y))
+
+
+# --- the page
+
+
+def test_the_page_s_programs_run():
+    names: dict[str, object] = {}
+    blocks = re.findall(r"```python\n(.*?)```", PAGE, re.S)
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(block, names)
+
+
+def test_the_page_s_figures_are_those_of_the_conformance_page():
+    table = (ROOT / "docs" / "results" / "conformance.md").read_text().split("## Betty's conjugate gradients")[1]
+    rows = {
+        cells[1].strip(): cells[2:-1] for cells in (line.split("|") for line in table.splitlines()) if len(cells) > 3
+    }
+    for problem, shown in (("quadratic", (1.2, 0.99, 6.0)), ("Poisson", (0.66, 1.1, 9.3))):
+        found = dict(zip(map(float, rows["problem"]), map(float, rows[problem]), strict=True))
+        assert (found[1], found[5], found[40]) == shown
+        assert all(f"{figure}" in PAGE for figure in shown)
