@@ -21,6 +21,9 @@ from .tally import Tally
 
 __all__ = ["library"]
 
+TINY = 1e-100
+"""No residual meets it before it is 0."""
+
 HOW = (
     "it is not on PyPI, where hypertorch and hypergrad are other projects: "
     "pip install --no-deps git+https://github.com/prolearner/hypertorch"
@@ -38,15 +41,16 @@ def library() -> Library:
         raise Missing(f"not installed (hypergrad is another project's); {HOW}")
 
     def methods(problem: Problem) -> Sequence[Method]:
-        if isinstance(problem.feasible, Everywhere):
-            return [
-                Method("CG", _with(module.CG, 1e-100), "iterations", ITERATIONS),
-                Method("fixed_point", _with(module.fixed_point, 1e-16), "iterations", TERMS),
-            ]
+        # CG takes the Jacobian of the map for symmetric, which that of a projected step is not.
+        name = "CG" if isinstance(problem.feasible, Everywhere) else "CG_normaleq"
+        conjugate_gradients = getattr(module, name)
         return [
-            Method("CG_normaleq", _with(module.CG_normaleq, 1e-100), "iterations", ITERATIONS),
+            Method(name, _with(conjugate_gradients, TINY), "iterations", ITERATIONS),
+            Method(f"{name}, as it comes", _with(conjugate_gradients, None), settings=ITERATIONS[-1:], exact=False,
+                   note="where the residual meets its tolerance of 1e-10 it returns the iterate before, which is 0 if "
+                   "the first step does; the row above has that tolerance at 1e-100"),
             Method("fixed_point", _with(module.fixed_point, 1e-16), "iterations", TERMS),
-        ]
+        ]  # fmt: skip
 
     return Library("hypertorch", {"hypertorch": _version(module.__file__)}, methods)
 
@@ -54,10 +58,10 @@ def library() -> Library:
 def _version(file: str | None) -> str:
     """The distribution says 0.01 at every commit, so that the source's hash tells more."""
     digest = hashlib.sha256(Path(file).read_bytes()).hexdigest()[:12] if file else "unknown"
-    return f"of which hypergradients.py has the SHA-256 {digest}…"
+    return f"without a version (hypergradients.py: SHA-256 {digest}…)"
 
 
-def _with(function: Callable[..., Any], tol: float) -> Callable[[Problem, Any, Tally], Array]:
+def _with(function: Callable[..., Any], tol: float | None) -> Callable[[Problem, Any, Tally], Array]:
     def hypergradient(problem: Problem, iterations: Any, tally: Tally) -> Array:
         given = TorchProblem(problem, tally)
         project = _projection(problem)
@@ -66,9 +70,15 @@ def _with(function: Callable[..., Any], tol: float) -> Callable[[Problem, Any, T
             (gradient,) = torch.autograd.grad(given.lower(hparams[0], params[0]), params, create_graph=True)
             return [project(params[0] - problem.step * gradient)]
 
-        theta = given.theta.requires_grad_()
+        theta, options = given.theta.requires_grad_(), {} if tol is None else {"tol": tol}
         gradient: Tensor = function(
-            [given.delta], [theta], int(iterations), step, lambda w, h: given.upper(h[0], w[0]), tol=tol, set_grad=False
+            [given.delta],
+            [theta],
+            int(iterations),
+            step,
+            lambda w, h: given.upper(h[0], w[0]),
+            set_grad=False,
+            **options,
         )[0]
         return gradient.detach().numpy()
 
