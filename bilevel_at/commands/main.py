@@ -1,4 +1,4 @@
-"""``bilevel-at run | evaluate | report``: the commands under one name."""
+"""``bilevel-at run | evaluate | report | conformance``: the commands under one name."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ COMMANDS = {
     "run": (".run", "run", "train a robust model from a problem file"),
     "evaluate": (".evaluate", "command", "attack the networks of a run, or weights from elsewhere"),
     "report": (".report", "command", "make one page about runs"),
+    "conformance": (".conformance", "command", "compare hypergradients with closed forms, other libraries' too"),
 }
 """Name -> the module and the function, which is the one of ``python -m bilevel_at.NAME``, and what it does."""
 
@@ -45,5 +46,5 @@ def command(args: Sequence[str]) -> int:
 
 def _usage() -> str:
     lines = [f"usage: {PROG} COMMAND ...", ""]
-    lines += [f"  {name:<10}{about}" for name, (_, _, about) in COMMANDS.items()]
+    lines += [f"  {name:<13}{about}" for name, (_, _, about) in COMMANDS.items()]
     return "\n".join([*lines, "", f"{PROG} COMMAND --help says more; {PROG} --version names the version."])

@@ -21,8 +21,10 @@ ORDER = [
     "language",  # the flat files of bilevel_at/
     "solvers",
     "testing",
+    "interop",  # with other libraries' programs
     "data",
     "models",
+    "conformance",  # hypergradients against closed forms
     "evaluate",  # attacks, and what they find
     "runs",  # a run on disk
     "diagnose",
@@ -34,7 +36,12 @@ ORDER = [
 ]
 """A file imports its own folder and those above it in this list."""
 
-DOORS = {"bilevel_at.run", "bilevel_at.evaluate.__main__", "bilevel_at.report.__main__"}
+DOORS = {
+    "bilevel_at.run",
+    "bilevel_at.conformance.__main__",
+    "bilevel_at.evaluate.__main__",
+    "bilevel_at.report.__main__",
+}
 """``python -m`` needs a file in that place; each only calls its command."""
 
 
