@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import math
 import signal
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import nn
 
@@ -24,7 +20,6 @@ from ..evaluate.active import checks_asked
 from ..evaluate.attacks import ATTACKS, Attack
 from ..evaluate.evaluation import attacks_at
 from ..evaluate.result import Finding, Score, result_name
-from ..evaluate.robust import Trace
 from ..evaluate.threat import SEEN, Threat, ball, check_set, norm_of
 from ..runs.commands import remember_command
 from ..runs.doubts import record_checks
@@ -34,6 +29,7 @@ from ..runs.lock import locked
 from ..runs.named_files import NamedFiles
 from ..train.finite import first_not_finite
 from . import flags
+from .attacking import AttackBars
 from .device import resolve_device
 from .headline import caption
 from .options import EvaluateOptions
@@ -193,39 +189,31 @@ class Job:
             data=self.data,
             twins=list(self.said),
         )
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.fields[said]}"),
-            TimeElapsedColumn(),
-        )
         scores: dict[str, Score] = {}
-        with Progress(*columns, console=self.console, disable=not self.console.is_terminal, transient=True) as bars:
+        with AttackBars(self.console) as bars:
             for attack in self.attacks:
-                bar = bars.add_task(escape(f"{name}: {attack.name}"), total=None, said="")
-                key, score = store.score(attack, functools.partial(_show, bars, bar, name), self.options.again)
-                bars.remove_task(bar)
+                key, score = bars.score(store, attack, self.options.again)
                 took = f"the weights of {store.copied[key]}" if key in store.copied else f"{score.seconds:.1f} s"
                 line = f"{name}  {key}  {score.accuracy:.1%}  ({took})"
                 self.console.print(line, highlight=False, markup=False)
                 scores[key] = score
-            bar = bars.add_task(f"{name}: checks", total=None, said="")
             checked = self._checked()
             other = bool(self.spaces) and norm_of(checked) not in (None, self.usual.norm)
             passive, active = checks_asked(self.options.checks)
             key = f"{name}-{norm_of(checked)}" if other else name
-            self.said[name] = record_checks(
-                self.target.run,
-                store,
-                self.images,
-                checked,
-                passive,
-                active=active,
-                attacks=self.attacks,
-                key=key,
-                again=self.options.again,
-                progress=lambda what: bars.update(bar, said=what),
-            )
+            with bars.bar(f"{name}: checks") as show:
+                self.said[name] = record_checks(
+                    self.target.run,
+                    store,
+                    self.images,
+                    checked,
+                    passive,
+                    active=active,
+                    attacks=self.attacks,
+                    key=key,
+                    again=self.options.again,
+                    progress=show,
+                )
         worst = store.worst_case()
         if worst is not None:
             self.worst[name] = worst
@@ -273,9 +261,3 @@ class Job:
                 table.add_row(escape(key), *cells)
             tables.append(table)
         return tables
-
-
-def _show(bars: Progress, bar: Any, which: str, name: str, stage: str, done: int, of: int, trace: Trace) -> None:
-    standing = trace.correct.sum().item() if trace.stage else math.nan
-    status = f"{stage}" + ("" if math.isnan(standing) else f"  {standing / len(trace.broken):.1%} standing")
-    bars.update(bar, description=escape(f"{which}: {name}"), completed=done, total=of, said=status)

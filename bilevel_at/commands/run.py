@@ -33,6 +33,7 @@ from ..runs.metrics import Epoch, catastrophic_overfitting, rank
 from ..runs.networks import load_weights
 from ..train import Trainer
 from ..train.memory_format import MemoryFormat
+from .attacking import AttackBars
 from .dry_run import dry_run
 from .headline import caption
 from .layout import memory_format_of
@@ -180,7 +181,7 @@ def _evaluate(
     scores: dict[str, dict[str, Score]] = {}
     worst: dict[str, WorstCase] = {}
     attacked = None
-    with console.status("evaluating") as status:
+    with AttackBars(console) as bars:
         for which in CHECKPOINTS:
             if not shares.first(partial(_load, which, trainer, run, prepared)):
                 continue
@@ -189,8 +190,7 @@ def _evaluate(
             store = Store(run, which, trainer.model, test, usual=prepared.threat, data=data)
             scores[which] = {}
             for attack in prepared.attacks:
-                status.update(f"{which} epoch: {attack.name}")
-                name, scores[which][attack.name] = store.score(attack)
+                name, scores[which][attack.name] = bars.score(store, attack)
                 if which == "best" and attack is prepared.strongest:
                     attacked = store.traces[name].pictured
             if (headline := shares.first(store.worst_case)) is not None:
