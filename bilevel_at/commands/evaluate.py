@@ -32,7 +32,7 @@ from . import flags
 from .attacking import AttackBars
 from .device import resolve_device
 from .headline import caption
-from .options import EvaluateOptions
+from .options import EVALUATE_GROUPS, EvaluateOptions, arranged
 from .processes import agreed, joined
 from .signals import Signals, Stopped
 from .target import Target, find_target
@@ -46,6 +46,18 @@ USAGE = f"""usage: python -m {PROG} RUN [flags]
 RUN is a directory that bilevel_at.run made; WEIGHTS.pt a state_dict of a network known by name.
 python -m {PROG} RUN --help lists the flags; --list the attacks."""
 
+GROUPS = {
+    "attack": "In the run's own threat, where no flag says otherwise. Inputs are in [0, 1], and so is ε: 0.03 and "
+    "8/255 are numbers.",
+    "data": "The run's own test images, where no flag says otherwise.",
+    "network": "What is attacked: of a run, its checkpoints.",
+    "output": "Results go into the run's directory; what is there already is not computed again.",
+}
+EXAMPLES = f"""examples:
+  python -m {PROG} runs/fastbat-digits-seed0 --attacks clean pgd-50-10 autoattack
+  python -m {PROG} runs/fastbat-digits-seed0 --attacks pgd-50-10 --epsilon 0.1 0.2 0.3 --which last
+  python -m {PROG} weights.pt --model resnet18 --data cifar10 --epsilon 8/255 --attacks autoattack"""
+
 
 def command(args: Sequence[str]) -> int:
     """Run the command, and return exit status 0.
@@ -58,8 +70,12 @@ def command(args: Sequence[str]) -> int:
 
 
 def _command(args: Sequence[str]) -> int:
-    if not args or args[0] in ("-h", "--help"):
+    if not args:
         print(USAGE)
+        return 0
+    if args[0] in ("-h", "--help"):
+        with contextlib.suppress(SystemExit):
+            _options(["RUN", "--help"])
         return 0
     if args[0] == "--list":
         width = max(map(len, ATTACKS))
@@ -80,10 +96,13 @@ def _command(args: Sequence[str]) -> int:
 def _options(args: Sequence[str]) -> EvaluateOptions:
     if args[0].startswith("-"):
         raise InputError(f"the run comes first: python -m {PROG} RUN {' '.join(args[:2])}")
-    about = "Attack the networks of a run, or weights from elsewhere."
-    return EvaluateOptions(
-        **flags.parse(flags.flags_of(EvaluateOptions), args[1:], f"python -m {PROG} {args[0]}", about)
+    about = (
+        "Attack the networks of a run, or weights from elsewhere: RUN is a directory that bilevel_at.run made, or a "
+        "file of weights, with --model NAME --data NAME --epsilon 8/255. --list prints the attacks."
     )
+    known = arranged(flags.flags_of(EvaluateOptions), EVALUATE_GROUPS, "attack")
+    prog = f"python -m {PROG} {args[0]}"
+    return EvaluateOptions(**flags.parse(known, args[1:], prog, about, groups=GROUPS, epilogue=lambda: EXAMPLES))
 
 
 def _attacks(
