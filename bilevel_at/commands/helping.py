@@ -9,6 +9,7 @@ from typing import Any
 
 from ..data import DATA_NAMES
 from ..errors import InputError
+from ..evaluate.radius import radius_text
 from ..runs.problem_file import ProblemFile
 from ..solver import Solver
 
@@ -93,8 +94,7 @@ def _text(name: str, settings: Mapping[str, Any]) -> str:
 def shown_value(value: Any) -> str:
     """A setting as the help shows it: fractions of 255 as they are usually written."""
     if isinstance(value, float):
-        part = round(value * 255)
-        return f"{part}/255" if 0 < part < 51 and abs(value * 255 - part) < 1e-9 else f"{value:.4g}"
+        return radius_text(value)
     if isinstance(value, tuple):
         return " ".join(map(str, value)) or "none"
     if isinstance(value, Solver):

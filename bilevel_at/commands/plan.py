@@ -27,7 +27,7 @@ from ..solver import Solver
 from ..solvers import SOLVERS, WRAPPERS
 from . import flags, helping
 from .options import RUN_GROUPS, RunOptions, arranged
-from .settings import defaults_of, settings_of, solver_defaults
+from .settings import defaults_of, lower_settings, settings_of, solver_defaults
 
 __all__ = ["PROG", "Plan", "understand"]
 
@@ -115,6 +115,7 @@ class Plan:
             "problem": self.problem_arguments,
             "argument_sha256": self._argument_files(),
             "solver": settings_of(self.solver),
+            "lower": lower_settings(self.stated.lower),
             "options": {k: v for k, v in vars(self.options).items() if k not in NOT_RECORDED},
             "constraint": Threat.of(self.threat).asdict(),
             **({} if self.feasible_set is None else {"feasible_set": self.feasible_set}),
