@@ -224,8 +224,8 @@ def _options(flags: Sequence[Flag], groups: Mapping[str, str]) -> type:
     nested: list[Any] = []
     for group, about in groups.items():
         if members := [flag for flag in flags if flag.group == group]:
-            part = _dataclass(_attribute(group), members, about)
-            nested.append((_attribute(group), tyro.conf.OmitArgPrefixes[part]))  # type: ignore[valid-type]
+            part: Any = _dataclass(_attribute(group), members, about)
+            nested.append((_attribute(group), Annotated[part, tyro.conf.OmitArgPrefixes]))
     return dataclasses.make_dataclass("Options", nested, bases=(own,), kw_only=True)
 
 

@@ -45,7 +45,7 @@ def run_epilogue(file: ProblemFile, named: str) -> str:
 
 def table(file: ProblemFile) -> list[str]:
     """The settings that differ between data sets, a line each, with a column for each group of alike data sets."""
-    columns: dict[str, dict[str, Any]] = {}
+    columns: dict[str, Mapping[str, Any]] = {}
     for data in DATA_NAMES:
         try:
             columns[data] = _settings(file, data)

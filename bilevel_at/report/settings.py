@@ -48,6 +48,9 @@ def settings(groups: Sequence[Group], folder: Path) -> Section | None:
     differ = [name for name in names if len({known.get(name) for known in each}) > 1]
     if len(groups) < 2 or not differ:
         return None
-    rows = [[Cell(g.label), *(known.get(name, "–") for name in differ)] for g, known in zip(groups, each, strict=True)]
+    rows = [
+        [Cell(group.label), *(Cell(known.get(name, "–")) for name in differ)]
+        for group, known in zip(groups, each, strict=True)
+    ]
     caption = "Settings in which the trainings differ, from config.json. The step is 1/λ."
     return Section("What was trained", [Table(["training", *differ], rows, caption, words=len(differ) + 1)])
