@@ -1,4 +1,4 @@
-"""``bilevel-at run | evaluate | report``: the commands under one name."""
+"""``bilevel-at run | evaluate | report | export``: the commands under one name."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ COMMANDS = {
     "run": (".run", "run", "train a robust model from a problem file"),
     "evaluate": (".evaluate", "command", "attack the networks of a run, or weights from elsewhere"),
     "report": (".report", "command", "make one page about runs"),
+    "export": (".export", "command", "write the weights of a run to a .safetensors file, to share"),
 }
-"""Name -> the module and the function, which is the one of ``python -m bilevel_at.NAME``, and what it does."""
+"""Name -> the module and the function, and what it does; ``python -m bilevel_at.NAME`` is the same, but for export."""
 
 
 def main() -> int:
