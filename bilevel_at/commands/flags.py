@@ -188,6 +188,8 @@ def parse(
                 f"--{flag.name.replace('_', '-')} would mean two things: rename that argument of the problem file"
             )
         seen.add(flag.name)
+    if hidden := next((word for word in args if word.startswith("--tyro-")), None):
+        raise InputError(f"{hidden} is not a flag here; completion for bash is printed by: bilevel-at completion bash")
     options = _options(flags, groups or {})
     parsed: Any
     heard, printed = io.StringIO(), io.StringIO()

@@ -18,8 +18,9 @@ COMMANDS = {
     "evaluate": (".evaluate", "command", "attack the networks of a run, or weights from elsewhere"),
     "report": (".report", "command", "make one page about runs"),
     "export": (".export", "command", "write the weights of a run to a .safetensors file, to share"),
+    "completion": (".completion", "command", "print a script with which bash completes all of this"),
 }
-"""Name -> the module and the function, and what it does; ``python -m bilevel_at.NAME`` is the same, but for export."""
+"""Name -> the module and the function, and what it does; ``python -m bilevel_at.NAME`` is the same, but for the last two."""
 
 
 def main() -> int:
@@ -46,5 +47,5 @@ def command(args: Sequence[str]) -> int:
 
 def _usage() -> str:
     lines = [f"usage: {PROG} COMMAND ...", ""]
-    lines += [f"  {name:<10}{about}" for name, (_, _, about) in COMMANDS.items()]
+    lines += [f"  {name:<12}{about}" for name, (_, _, about) in COMMANDS.items()]
     return "\n".join([*lines, "", f"{PROG} COMMAND --help says more; {PROG} --version names the version."])

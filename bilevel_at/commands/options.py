@@ -23,7 +23,7 @@ RUN_GROUPS = {
         *("data", "data_dir", "download", "extra", "extra_fraction"),
         *("examples", "test_examples", "held_out", "augment"),
     ),
-    "output": ("out", "attacks", "resume", "save_every", "dry_run", "tflops"),
+    "output": ("out", "attacks", "resume", "save_every", "logger", "dry_run", "tflops"),
 }
 """The groups of ``run --help`` besides ``problem`` and ``training``, which has the rest."""
 
@@ -103,6 +103,8 @@ class RunOptions(Recipe):
     skip_nonfinite: leave out updates whose loss or gradient is not finite, and count them in metrics.jsonl, instead of
         stopping; each is looked at first, which waits for a GPU.
     dry_run: print what would be trained and what a step costs (operations, memory), and train and write nothing.
+    logger: also log epochs and final accuracies to tensorboard (RUN/tensorboard) or wandb; metrics.jsonl and
+        results.json are always written.
     tflops: of --dry-run, measured operations in 10¹² a second, for the time of an epoch.
     """
 
@@ -129,6 +131,7 @@ class RunOptions(Recipe):
     save_every: float = 10.0
     skip_nonfinite: bool = False
     dry_run: bool = False
+    logger: tuple[Literal["tensorboard", "wandb"], ...] = ()
     tflops: float | None = None
 
     def __post_init__(self) -> None:

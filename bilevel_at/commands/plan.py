@@ -43,7 +43,7 @@ python -m {PROG} problems/fastbat.py
 python -m {PROG} problems/fastbat.py --data cifar10 --data-dir ~/data --epsilon 8/255 --out runs/mine
     trains on CIFAR-10 with the published recipe"""
 
-NOT_RECORDED = ("out", "problem", "modern", "resume", "save_every", "dry_run", "tflops")
+NOT_RECORDED = ("out", "problem", "modern", "resume", "save_every", "dry_run", "logger", "tflops")
 """Options that are no part of what is trained, or recorded elsewhere."""
 
 WORDS = [["no"], ["yes"], ["auto"]]  # of --resume

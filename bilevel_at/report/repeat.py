@@ -58,7 +58,7 @@ def commands(runs: Sequence[Run], packaged: Mapping[str, str]) -> tuple[list[str
         name = packaged.get(str(run.config.get("file_sha256")), own.name)
         moved = {str(own): name, own.name: name}
         if trained := _words(run.config.get("command")):
-            rest = _without(trained[2:], ("--out", "--resume"))
+            rest = _without(trained[2:], ("--out", "--resume", "--logger"))
             trainings.append(_shell([trained[0], name or trained[1], *rest, "--out", folders[run.path]]))
             needed |= {} if name in packaged.values() else {name or trained[1]: None}
         for given in run.commands:
@@ -108,6 +108,9 @@ def _without(words: Sequence[str], names: Sequence[str]) -> list[str]:
         place += 1
         if flag not in names:
             kept.append(words[place - 1])
+        elif flag == "--logger":  # of several values
+            while place < len(words) and not words[place].startswith("--"):
+                place += 1
         elif not equals and place < len(words) and (flag != "--resume" or words[place] in RESUMING):
             place += 1
     return kept
