@@ -94,7 +94,7 @@ def script() -> str:
         for flag in [*flags, *(solvers.values() if command == "run" else ())]
         if (choices := _choices(flag))
     ]
-    first = {"run": problems, "evaluate": TRAINED, "completion": ["bash"]}
+    first: dict[str, Iterable[str]] = {"run": problems, "evaluate": TRAINED, "completion": ["bash"]}
     values += [_line(f"{command} ", choices) for command, choices in first.items()]
     every = {**common, "run": [*common["run"], *solvers.values()]}
     return SCRIPT.format(
@@ -119,7 +119,7 @@ def _line(pattern: str, words: Iterable[str], indent: int = 4, before: str = "")
 
 def _choices(flag: Flag) -> list[str]:
     """The values that a flag is known to take."""
-    named = {"data": DATA_NAMES, "model": MODELS, "attacks": _attacks()}
+    named: dict[str, Iterable[str]] = {"data": DATA_NAMES, "model": MODELS, "attacks": _attacks()}
     if flag.name in named:
         return list(named[flag.name])
     return list(dict.fromkeys(_literals(flag.type)))

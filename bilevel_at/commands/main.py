@@ -1,4 +1,4 @@
-"""``bilevel-at run | evaluate | report | export``: the commands under one name."""
+"""``bilevel-at run | evaluate | report | export | completion``: the commands under one name."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COMMANDS = {
     "export": (".export", "command", "write the weights of a run to a .safetensors file, to share"),
     "completion": (".completion", "command", "print a script with which bash completes all of this"),
 }
-"""Name -> the module and the function, and what it does; ``python -m bilevel_at.NAME`` is the same, but for the last two."""
+"""Name -> the module and the function, and what it does; the first three are ``python -m bilevel_at.NAME``, too."""
 
 
 def main() -> int:

@@ -66,7 +66,7 @@ def test_every_flag_is_completed(source):
 
 
 def test_other_shells_are_not_claimed(capsys):
-    for shell in ("zsh", "tcsh", "fish", "sh"):
+    for shell in ("zsh", "tcsh", "fish"):
         with pytest.raises(ba.InputError, match="there is one for bash"):
             command([shell])
         assert shell not in main._usage()
