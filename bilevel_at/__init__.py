@@ -42,6 +42,8 @@ __version__ = "0.1.0"
 
 _ON_DEMAND = {
     "distributed": ("bilevel_at.distributed", None),
+    "card": ("bilevel_at.runs.shared", "card"),
+    "export": ("bilevel_at.runs.shared", "export"),
     "load": ("bilevel_at.runs", "load"),
     "testing": ("bilevel_at.testing", None),
 }
@@ -90,8 +92,10 @@ __all__ = [
     "UpperProblem",
     "Zero",
     "attack_mode",
+    "card",
     "cross_entropy",
     "distributed",
+    "export",
     "input_gradient",
     "kl_divergence",
     "load",

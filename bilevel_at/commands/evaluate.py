@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import math
 import signal
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import nn
 
@@ -24,7 +20,6 @@ from ..evaluate.active import checks_asked
 from ..evaluate.attacks import ATTACKS, Attack
 from ..evaluate.evaluation import attacks_at
 from ..evaluate.result import Finding, Score, result_name
-from ..evaluate.robust import Trace
 from ..evaluate.threat import SEEN, Threat, ball, check_set, norm_of
 from ..runs.commands import remember_command
 from ..runs.doubts import record_checks
@@ -34,9 +29,10 @@ from ..runs.lock import locked
 from ..runs.named_files import NamedFiles
 from ..train.finite import first_not_finite
 from . import flags
+from .attacking import AttackBars
 from .device import resolve_device
 from .headline import caption
-from .options import EvaluateOptions
+from .options import EVALUATE_GROUPS, EvaluateOptions, arranged
 from .processes import agreed, joined
 from .signals import Signals, Stopped
 from .target import Target, find_target
@@ -50,6 +46,18 @@ USAGE = f"""usage: python -m {PROG} RUN [flags]
 RUN is a directory that bilevel_at.run made; WEIGHTS.pt a state_dict of a network known by name.
 python -m {PROG} RUN --help lists the flags; --list the attacks."""
 
+GROUPS = {
+    "attack": "In the run's own threat, where no flag says otherwise. Inputs are in [0, 1], and so is ε: 0.03 and "
+    "8/255 are numbers.",
+    "data": "The run's own test images, where no flag says otherwise.",
+    "network": "What is attacked: of a run, its checkpoints.",
+    "output": "Results go into the run's directory; what is there already is not computed again.",
+}
+EXAMPLES = f"""examples:
+  python -m {PROG} runs/fastbat-digits-seed0 --attacks clean pgd-50-10 autoattack
+  python -m {PROG} runs/fastbat-digits-seed0 --attacks pgd-50-10 --epsilon 0.1 0.2 0.3 --which last
+  python -m {PROG} weights.pt --model resnet18 --data cifar10 --epsilon 8/255 --attacks autoattack"""
+
 
 def command(args: Sequence[str]) -> int:
     """Run the command, and return exit status 0.
@@ -62,8 +70,12 @@ def command(args: Sequence[str]) -> int:
 
 
 def _command(args: Sequence[str]) -> int:
-    if not args or args[0] in ("-h", "--help"):
+    if not args:
         print(USAGE)
+        return 0
+    if args[0] in ("-h", "--help"):
+        with contextlib.suppress(SystemExit):
+            _options(["RUN", "--help"])
         return 0
     if args[0] == "--list":
         width = max(map(len, ATTACKS))
@@ -84,10 +96,13 @@ def _command(args: Sequence[str]) -> int:
 def _options(args: Sequence[str]) -> EvaluateOptions:
     if args[0].startswith("-"):
         raise InputError(f"the run comes first: python -m {PROG} RUN {' '.join(args[:2])}")
-    about = "Attack the networks of a run, or weights from elsewhere."
-    return EvaluateOptions(
-        **flags.parse(flags.flags_of(EvaluateOptions), args[1:], f"python -m {PROG} {args[0]}", about)
+    about = (
+        "Attack the networks of a run, or weights from elsewhere: RUN is a directory that bilevel_at.run made, or a "
+        "file of weights, with --model NAME --data NAME --epsilon 8/255. --list prints the attacks."
     )
+    known = arranged(flags.flags_of(EvaluateOptions), EVALUATE_GROUPS, "attack")
+    prog = f"python -m {PROG} {args[0]}"
+    return EvaluateOptions(**flags.parse(known, args[1:], prog, about, groups=GROUPS, epilogue=lambda: EXAMPLES))
 
 
 def _attacks(
@@ -193,39 +208,31 @@ class Job:
             data=self.data,
             twins=list(self.said),
         )
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.fields[said]}"),
-            TimeElapsedColumn(),
-        )
         scores: dict[str, Score] = {}
-        with Progress(*columns, console=self.console, disable=not self.console.is_terminal, transient=True) as bars:
+        with AttackBars(self.console) as bars:
             for attack in self.attacks:
-                bar = bars.add_task(escape(f"{name}: {attack.name}"), total=None, said="")
-                key, score = store.score(attack, functools.partial(_show, bars, bar, name), self.options.again)
-                bars.remove_task(bar)
+                key, score = bars.score(store, attack, self.options.again)
                 took = f"the weights of {store.copied[key]}" if key in store.copied else f"{score.seconds:.1f} s"
                 line = f"{name}  {key}  {score.accuracy:.1%}  ({took})"
                 self.console.print(line, highlight=False, markup=False)
                 scores[key] = score
-            bar = bars.add_task(f"{name}: checks", total=None, said="")
             checked = self._checked()
             other = bool(self.spaces) and norm_of(checked) not in (None, self.usual.norm)
             passive, active = checks_asked(self.options.checks)
             key = f"{name}-{norm_of(checked)}" if other else name
-            self.said[name] = record_checks(
-                self.target.run,
-                store,
-                self.images,
-                checked,
-                passive,
-                active=active,
-                attacks=self.attacks,
-                key=key,
-                again=self.options.again,
-                progress=lambda what: bars.update(bar, said=what),
-            )
+            with bars.bar(f"{name}: checks") as show:
+                self.said[name] = record_checks(
+                    self.target.run,
+                    store,
+                    self.images,
+                    checked,
+                    passive,
+                    active=active,
+                    attacks=self.attacks,
+                    key=key,
+                    again=self.options.again,
+                    progress=show,
+                )
         worst = store.worst_case()
         if worst is not None:
             self.worst[name] = worst
@@ -273,9 +280,3 @@ class Job:
                 table.add_row(escape(key), *cells)
             tables.append(table)
         return tables
-
-
-def _show(bars: Progress, bar: Any, which: str, name: str, stage: str, done: int, of: int, trace: Trace) -> None:
-    standing = trace.correct.sum().item() if trace.stage else math.nan
-    status = f"{stage}" + ("" if math.isnan(standing) else f"  {standing / len(trace.broken):.1%} standing")
-    bars.update(bar, description=escape(f"{which}: {name}"), completed=done, total=of, said=status)

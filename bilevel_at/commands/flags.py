@@ -51,19 +51,32 @@ def _float_rule(info: constructors.PrimitiveTypeInfo) -> constructors.PrimitiveC
 
 @dataclasses.dataclass(frozen=True)
 class Flag:
-    """One flag: ``--name`` with underscores as dashes, a type, a default, and a line of help."""
+    """One flag: ``--name`` with underscores as dashes, a type, a default, and a line of help.
+
+    otherwise: what the help says in place of the default.
+    unit: what the value counts, in place of INT or NUMBER.
+    group: the title under which the help has it.
+    """
 
     name: str
     type: Any
     default: Any = dataclasses.MISSING
     help: str = ""
     otherwise: str = ""
+    unit: str = ""
+    group: str = ""
 
     def hint(self) -> str | Callable[[str], str]:
         """The default in the help text: ``otherwise`` if it is given, nothing for None."""
         if self.otherwise:
             return f"({self.otherwise})"
         return "" if self.default in (None, ()) else lambda default: f"(default: {default})"
+
+
+def _plain(text: str) -> str:
+    """A docstring's text without reStructuredText's marks."""
+    text = re.sub(r":\w+:`~?(?:[\w.]*\.)?(\w+)`", r"\1", text)
+    return text.replace("``", "")
 
 
 def _readable(kind: Any) -> bool:
@@ -149,11 +162,24 @@ def flags_of(
 
 
 def parse(
-    flags: Sequence[Flag], args: Sequence[str], prog: str, description: str, lenient: bool = False
+    flags: Sequence[Flag],
+    args: Sequence[str],
+    prog: str,
+    description: str,
+    lenient: bool = False,
+    groups: Mapping[str, str] | None = None,
+    epilogue: Callable[[], str] = lambda: "",
 ) -> dict[str, Any]:
     """Values by flag name. Prints help and exits 0 for ``--help``; raises :class:`InputError` for a mistake.
 
-    ``lenient`` reads the flags it knows and passes over the rest, ``--help`` included.
+    Args:
+        flags: the flags.
+        args: the arguments.
+        prog: the program, for the help text.
+        description: of the program, for the help text.
+        lenient: read the flags that are known and pass over the rest, ``--help`` included.
+        groups: titles of groups of flags, in order, and what the help says below each.
+        epilogue: called for the text below the help.
     """
     seen: set[str] = set()
     for flag in flags:
@@ -162,17 +188,9 @@ def parse(
                 f"--{flag.name.replace('_', '-')} would mean two things: rename that argument of the problem file"
             )
         seen.add(flag.name)
-    fields = []
-    for flag in sorted(flags, key=lambda f: f.default is not dataclasses.MISSING):
-        shown = tyro.conf.arg(
-            help=flag.help.replace("%", "%%"), metavar=_metavar(flag.type), help_behavior_hint=flag.hint()
-        )
-        kind: Any = Annotated[flag.type, shown]
-        default = flag.default
-        if isinstance(default, list):
-            default = tuple(default)
-        fields.append((flag.name, kind, dataclasses.field(default=default)))
-    options = dataclasses.make_dataclass("Options", fields)
+    if hidden := next((word for word in args if word.startswith("--tyro-")), None):
+        raise InputError(f"{hidden} is not a flag here; completion for bash is printed by: bilevel-at completion bash")
+    options = _options(flags, groups or {})
     parsed: Any
     heard, printed = io.StringIO(), io.StringIO()
     try:
@@ -188,12 +206,43 @@ def parse(
             )
     except SystemExit as exit:
         if exit.code in (0, None):
-            sys.stdout.write(printed.getvalue())
+            below = epilogue()
+            sys.stdout.write(printed.getvalue().rstrip() + "\n" + (f"\n{below}\n" if below else ""))
             raise
         raise InputError(_one_line(heard.getvalue() or printed.getvalue())) from None
     if unknown and not lenient:
         raise InputError(_unknown(unknown[0], flags))
-    return {flag.name: getattr(parsed, flag.name) for flag in flags}
+    return {flag.name: getattr(getattr(parsed, _attribute(flag.group), parsed), flag.name) for flag in flags}
+
+
+def _attribute(group: str) -> str:
+    """tyro's name of a group, which its help has as the title ``GROUP options``."""
+    return re.sub(r"\W", "_", group)
+
+
+def _options(flags: Sequence[Flag], groups: Mapping[str, str]) -> type:
+    """A dataclass with a field for each flag, and a dataclass of its own for those of each group."""
+    own = _dataclass("Options", [flag for flag in flags if flag.group not in groups], "")
+    nested: list[Any] = []
+    for group, about in groups.items():
+        if members := [flag for flag in flags if flag.group == group]:
+            part: Any = _dataclass(_attribute(group), members, about)
+            nested.append((_attribute(group), Annotated[part, tyro.conf.OmitArgPrefixes]))
+    return dataclasses.make_dataclass("Options", nested, bases=(own,), kw_only=True)
+
+
+def _dataclass(name: str, flags: Sequence[Flag], about: str) -> type:
+    fields = []
+    for flag in sorted(flags, key=lambda f: f.default is not dataclasses.MISSING):
+        shown = tyro.conf.arg(
+            help=_plain(flag.help), metavar=flag.unit or _metavar(flag.type), help_behavior_hint=flag.hint()
+        )
+        kind: Any = Annotated[flag.type, shown]
+        default = flag.default
+        if isinstance(default, list):
+            default = tuple(default)
+        fields.append((flag.name, kind, dataclasses.field(default=default)))
+    return dataclasses.make_dataclass(name, fields, namespace={"__doc__": about})
 
 
 def _one_line(box: str) -> str:

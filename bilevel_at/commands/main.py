@@ -1,4 +1,4 @@
-"""``bilevel-at run | evaluate | report | conformance``: the commands under one name."""
+"""``bilevel-at run | evaluate | report | conformance | export | completion``: the commands under one name."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ COMMANDS = {
     "evaluate": (".evaluate", "command", "attack the networks of a run, or weights from elsewhere"),
     "report": (".report", "command", "make one page about runs"),
     "conformance": (".conformance", "command", "compare hypergradients with closed forms, other libraries' too"),
+    "export": (".export", "command", "write the weights of a run to a .safetensors file, to share"),
+    "completion": (".completion", "command", "print a script with which bash completes all of this"),
 }
-"""Name -> the module and the function, which is the one of ``python -m bilevel_at.NAME``, and what it does."""
+"""Name -> the module and the function, and what it does; but for the last two, also ``python -m bilevel_at.NAME``."""
 
 
 def main() -> int:

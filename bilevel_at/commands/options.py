@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_origin
 
 from ..errors import InputError, at_least, positive
 from ..evaluate.active import checks_asked
@@ -12,8 +13,64 @@ from ..models import ActivationName
 from ..runs.networks import Which
 from ..runs.recipe import Recipe
 from ..solvers import PlainName, SolverName
+from .flags import Flag
 
-__all__ = ["EvaluateOptions", "RunOptions"]
+__all__ = ["EvaluateOptions", "RunOptions", "arranged"]
+
+RUN_GROUPS = {
+    "solver": ("solver", "inner"),
+    "data": (
+        *("data", "data_dir", "download", "extra", "extra_fraction"),
+        *("examples", "test_examples", "held_out", "augment"),
+    ),
+    "output": ("out", "attacks", "resume", "save_every", "logger", "dry_run", "tflops"),
+}
+"""The groups of ``run --help`` besides ``problem`` and ``training``, which has the rest."""
+
+EVALUATE_GROUPS = {
+    "data": ("data", "data_dir", "download", "examples"),
+    "network": ("which", "model", "activation", "mean", "std", "problem_file"),
+    "output": ("out", "again"),
+}
+"""The groups of ``evaluate --help`` besides ``attack``, which has the rest."""
+
+UNITS = {
+    "epochs": "EPOCHS",
+    "epsilon_warmup": "EPOCHS",
+    "average_from": "EPOCH",
+    "milestones": "EPOCH",
+    "batch_size": "IMAGES",
+    "accumulate": "BATCHES",
+    "replays": "UPDATES",
+    "held_out": "IMAGES",
+    "examples": "IMAGES",
+    "test_examples": "IMAGES",
+    "extra_fraction": "SHARE",
+    "save_every": "MINUTES",
+    "tflops": "TFLOPS",
+    "images": "POSITION",
+    "attacks": "ATTACK",
+    "select": "ATTACK",
+    "data_dir": "FOLDER",
+    "out": "FOLDER",
+    "problem_file": "FILE",
+    "extra": "FILE.npz",
+    "data": "NAME|FILE.npz",
+    "model": "NAME",
+    "device": "DEVICE",
+}
+"""What the values of flags count or name, for the help."""
+
+
+def arranged(flags: Sequence[Flag], groups: Mapping[str, Sequence[str]], otherwise: str) -> list[Flag]:
+    """The flags with their units, and with their groups; ``otherwise`` is that of those in none."""
+    of = {name: group for group, names in groups.items() for name in names}
+    return [dataclasses.replace(flag, group=of.get(flag.name, otherwise), unit=_unit(flag)) for flag in flags]
+
+
+def _unit(flag: Flag) -> str:
+    unit = UNITS.get(flag.name, "")
+    return f"{unit} [{unit} ...]" if unit and get_origin(flag.type) is tuple else unit
 
 
 @dataclass(frozen=True)
@@ -46,6 +103,8 @@ class RunOptions(Recipe):
     skip_nonfinite: leave out updates whose loss or gradient is not finite, and count them in metrics.jsonl, instead of
         stopping; each is looked at first, which waits for a GPU.
     dry_run: print what would be trained and what a step costs (operations, memory), and train and write nothing.
+    logger: also log epochs and final accuracies to tensorboard (RUN/tensorboard) or wandb; metrics.jsonl and
+        results.json are always written.
     tflops: of --dry-run, measured operations in 10¹² a second, for the time of an epoch.
     """
 
@@ -72,6 +131,7 @@ class RunOptions(Recipe):
     save_every: float = 10.0
     skip_nonfinite: bool = False
     dry_run: bool = False
+    logger: tuple[Literal["tensorboard", "wandb"], ...] = ()
     tflops: float | None = None
 
     def __post_init__(self) -> None:

@@ -8,20 +8,22 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from ..errors import InputError
-from ..report.build import report
-from ..report.diagnosis import FIRST_IMAGES
 from . import flags
+from .options import arranged
 
 __all__ = ["PROG", "command"]
 
 PROG = "bilevel_at.report"
 ABOUT = "One self-contained HTML page about runs, and its figures as PNG files."
+EXAMPLES = f"""examples:
+  python -m {PROG} runs/fastbat-digits-seed0
+  python -m {PROG} runs/fastbat-digits-seed* runs/minmax-digits-seed* --out comparison"""
 
 
 def _options(
     out: str | None = None,
     measure: bool = True,
-    images: tuple[int, ...] = FIRST_IMAGES,
+    images: tuple[int, ...] = (0, 1, 2, 3),
     problem_file: tuple[str, ...] = (),
 ) -> None:
     """The flags.
@@ -41,9 +43,12 @@ def command(args: Sequence[str]) -> int:
     """
     runs = list(itertools.takewhile(lambda word: not word.startswith("-"), args))
     usage = f"python -m {PROG} RUN [RUN ...]"
-    options = flags.parse(flags.flags_of(_options), list(args[len(runs) :]), usage, ABOUT)
+    known = arranged(flags.flags_of(_options), {}, "")
+    options = flags.parse(known, list(args[len(runs) :]), usage, ABOUT, epilogue=lambda: EXAMPLES)
     if not runs:
         raise InputError(f"no run is given: {usage} [--out FOLDER]; runs come before flags")
+    from ..report.build import report  # here: --help needs no matplotlib
+
     console = Console()
     with console.status("reading") as status:
         page = report(runs, **options, progress=lambda name: status.update(f"report: {name}"))

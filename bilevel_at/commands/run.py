@@ -7,6 +7,7 @@ The file's ``problem(...)``, and its ``solver(...)`` if there is one, define fla
 
 from __future__ import annotations
 
+import contextlib
 import signal
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -33,9 +34,11 @@ from ..runs.metrics import Epoch, catastrophic_overfitting, rank
 from ..runs.networks import load_weights
 from ..train import Trainer
 from ..train.memory_format import MemoryFormat
+from .attacking import AttackBars
 from .dry_run import dry_run
 from .headline import caption
 from .layout import memory_format_of
+from .logs import Logs
 from .plan import Plan, understand
 from .prepare import Prepared, kink_note, prepare
 from .processes import agreed, joined
@@ -65,6 +68,7 @@ def _run(args: Sequence[str], signals: Signals) -> int:
             if is_first:
                 dry_run(plan, console)
             return 0
+        agreed(lambda: Logs.check(plan.options.logger))
         prepared = agreed(lambda: prepare(plan))
         if shares.count() > 1:  # a network of a user's own may draw its weights from any generator
             broadcast(prepared.model, shares.group())
@@ -86,22 +90,35 @@ def _in_directory(plan: Plan, prepared: Prepared, run_dir: RunDir, signals: Sign
     if note := kink_note(plan, prepared.model):
         console.print(f"note: {note}", highlight=False, markup=False)
     saver = trainer.between = Saver(trainer, run_dir, signals, plan.options.save_every)
+    say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
+    with contextlib.closing(Logs(plan.options.logger if shares.rank() == 0 else (), say)) as logs:
+        scores, worst = _train_and_evaluate(plan, prepared, trainer, run_dir, saver, logs, console)
+    if shares.rank() == 0:
+        _close(scores, worst, prepared, plan.file.path, run_dir, console)
+    return 0
+
+
+def _train_and_evaluate(
+    plan: Plan, prepared: Prepared, trainer: Trainer, run_dir: RunDir, saver: Saver, logs: Logs, console: Console
+) -> tuple[dict[str, dict[str, Score]], dict[str, WorstCase]]:
+    """Train, attack, and draw; what stops that says how to go on."""
+    signals = saver.signals
     try:
+        logs.begin(run_dir)
         with signals.waiting():
-            _train(trainer, run_dir, saver, console)
+            _train(trainer, run_dir, saver, logs, console)
         scores, worst, attacked = _evaluate(trainer, run_dir, prepared, console)
-        if shares.rank() > 0:
-            return 0
-        with shares.alone():
-            _draw(plan, prepared, run_dir, attacked)
+        logs.results(trainer.done, scores)
+        if shares.rank() == 0:
+            with shares.alone():
+                _draw(plan, prepared, run_dir, attacked)
     except KeyboardInterrupt as stop:
         number = stop.number if isinstance(stop, Stopped) else signal.SIGINT
         raise Stopped(number, _how_to_go_on(plan, run_dir, saver)) from None
     except BilevelError as error:
         where = f"(epoch {trainer.done + 1}; what was done is in {run_dir})"
         raise BilevelError(f"{plan.file.path.stem}: {error} {where}", error.samples) from error
-    _close(scores, worst, prepared, plan.file.path, run_dir, console)
-    return 0
+    return scores, worst
 
 
 def _size(threat: Threat) -> str:
@@ -137,7 +154,7 @@ def _opening(plan: Plan, prepared: Prepared) -> str:
     )
 
 
-def _train(trainer: Trainer, run: RunDir, saver: Saver, console: Console) -> None:
+def _train(trainer: Trainer, run: RunDir, saver: Saver, logs: Logs, console: Console) -> None:
     """Train all epochs and save each one. Progress is a bar on a terminal, otherwise a line for each epoch."""
     keeper = Keeper(run)
     columns = (
@@ -153,6 +170,7 @@ def _train(trainer: Trainer, run: RunDir, saver: Saver, console: Console) -> Non
             state = trainer.state_dict()  # every process has a part in it
             collapse = shares.first(partial(keeper.keep, epoch, state, trainer.recorder.arrays()))
             saver.close_epoch()
+            logs.follow(keeper.lines if shares.rank() == 0 else ())
             if collapse is not None:
                 console.print(f"{collapse}; last_good.pt keeps epoch {collapse.last_good}", highlight=False)
             progress.update(task, completed=epoch.epoch, measured=_measured(epoch))
@@ -180,7 +198,7 @@ def _evaluate(
     scores: dict[str, dict[str, Score]] = {}
     worst: dict[str, WorstCase] = {}
     attacked = None
-    with console.status("evaluating") as status:
+    with AttackBars(console) as bars:
         for which in CHECKPOINTS:
             if not shares.first(partial(_load, which, trainer, run, prepared)):
                 continue
@@ -189,8 +207,7 @@ def _evaluate(
             store = Store(run, which, trainer.model, test, usual=prepared.threat, data=data)
             scores[which] = {}
             for attack in prepared.attacks:
-                status.update(f"{which} epoch: {attack.name}")
-                name, scores[which][attack.name] = store.score(attack)
+                name, scores[which][attack.name] = bars.score(store, attack)
                 if which == "best" and attack is prepared.strongest:
                     attacked = store.traces[name].pictured
             if (headline := shares.first(store.worst_case)) is not None:

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable
 from typing import Any
 
+from ..directions import Direction
+from ..evaluate.radius import radius_text
+from ..policy import Policy, Schedule
+from ..problem import LowerProblem
 from ..solver import Solver
+from ..steps import Constant
 
-__all__ = ["defaults_of", "settings_of", "solver_defaults"]
+__all__ = ["defaults_of", "lower_settings", "settings_of", "solver_defaults"]
+
+LOWER = ("anchor", "direction", "step", "mode")  # attributes that the lower problems of this library have
 
 
 def settings_of(solver: Solver) -> dict[str, Any]:
@@ -28,6 +36,34 @@ def settings_of(solver: Solver) -> dict[str, Any]:
         else:
             settings[name] = value
     return settings
+
+
+def lower_settings(lower: LowerProblem) -> dict[str, Any]:
+    """The lower problem's name, and its anchor, direction, step and mode where it has them: in words, or numbers."""
+    known = {name: getattr(lower, name) for name in LOWER if getattr(lower, name, None) is not None}
+    return {"name": type(lower).__name__} | {name: _words(value) for name, value in known.items()}
+
+
+def _words(value: Any) -> Any:
+    """A number or a name as it is; an object by its class, and the arguments that differ from their defaults."""
+    if isinstance(value, (bool, int, float, str)) or value is None:
+        return value
+    if isinstance(value, Direction):
+        return value.name
+    if isinstance(value, Constant):
+        return _words(value.value)
+    if not dataclasses.is_dataclass(value) or isinstance(value, (type, Schedule)):
+        return type(value).__name__
+    parts = []
+    for field in dataclasses.fields(value):
+        own = getattr(value, field.name, None)
+        default = field.default_factory() if callable(field.default_factory) else field.default
+        if field.init and field.repr and not callable(own) and _words(own) != _words(default):
+            shown = _words(own)
+            parts.append(f"{field.name}={radius_text(shown) if isinstance(shown, float) else shown}")
+        elif isinstance(own, (Direction, Policy)):
+            parts.append(f"{field.name}={_words(own)}")
+    return f"{type(value).__name__}({', '.join(parts)})" if parts else type(value).__name__
 
 
 def defaults_of(function: Callable[..., Any]) -> dict[str, Any]:

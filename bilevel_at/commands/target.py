@@ -15,11 +15,13 @@ from ..data import ImageSet, load_data
 from ..distributed import broadcast
 from ..errors import InputError
 from ..evaluate.threat import Threat
-from ..models import BEYOND, MODELS
+from ..models import BEYOND, MODELS, TRAINED
+from ..models.activations import ACTIVATIONS
 from ..runs.directory import RunDir
 from ..runs.named_files import NamedFiles
 from ..runs.networks import described, load_weights, untrained
 from ..runs.provenance import today, versions
+from ..runs.shared import card, file_of, is_shared
 from .options import EvaluateOptions
 from .processes import agreed
 from .weights import network_with_weights
@@ -94,8 +96,11 @@ def find_target(path: Path, options: EvaluateOptions, files: NamedFiles) -> tupl
     found: list[ImageSet] = []
 
     def find() -> Target:
-        if not path.exists():
-            raise InputError(f"{path} does not exist; give a run directory, or a file of weights with --model")
+        if not path.exists() and str(path) not in TRAINED:
+            raise InputError(
+                f"{path} does not exist; give a run directory, a file of weights, or {' or '.join(TRAINED)}, which "
+                "this package has"
+            )
         target, images = _run(path, options, files) if path.is_dir() else _weights(path, options)
         found.append(images)
         return target
@@ -161,7 +166,15 @@ def _recorded(path: Path, config: Any) -> tuple[str, str, int | None, Threat | N
 
 
 def _weights(path: Path, options: EvaluateOptions) -> tuple[Target, ImageSet]:
-    """The network that a file of weights is for; results go beside the file, or where ``--out`` says."""
+    """The network that a file of weights is for; results go beside the file, or where ``--out`` says.
+
+    A ``.safetensors`` file says itself what it is of, where no flag says otherwise. Results of a network that this
+    package has go to ``runs/NAME-evaluation``.
+    """
+    named = str(path)
+    if is_shared(path):
+        options, path = _as_described(path, options), file_of(path)
+    packaged = str(path) != named
     if options.model is None:
         raise InputError(f"{path} is a file of weights; say whose with --model: {', '.join([*MODELS, *BEYOND])}")
     if options.which:
@@ -173,7 +186,8 @@ def _weights(path: Path, options: EvaluateOptions) -> tuple[Target, ImageSet]:
     data = options.data or "digits"
     source = (data, options.data_dir or "data", None)
     images = _images(options, *source)
-    run = RunDir(options.out or path.with_name(f"{path.stem}-evaluation"))
+    beside = Path("runs", f"{named}-evaluation") if packaged else path.with_name(f"{path.stem}-evaluation")
+    run = RunDir(options.out or beside)
     if run.path.exists() and not run.path.is_dir():
         raise InputError(f"--out {run} is a file; it must be a directory, or not exist")
     network = network_with_weights(path, images, options.model, options.activation, options.mean, options.std)
@@ -183,7 +197,7 @@ def _weights(path: Path, options: EvaluateOptions) -> tuple[Target, ImageSet]:
         "constraint": Threat(options.norm or "linf", epsilon).asdict(),
         "model": options.model,
         "activation": options.activation,
-        "checkpoint": str(path.resolve()),
+        "checkpoint": named if packaged else str(path.resolve()),
         "shape": list(images.shape),
         "classes": images.classes,
         "evaluated": today(),
@@ -195,3 +209,20 @@ def _weights(path: Path, options: EvaluateOptions) -> tuple[Target, ImageSet]:
     before = Threat.read(known.get("constraint")) or Threat("linf")
     threat = replace(before, epsilon=epsilon) if before.epsilon is None else before
     return Target(run, ["model"], about, source, threat, network), images
+
+
+def _as_described(path: Path, options: EvaluateOptions) -> EvaluateOptions:
+    """The flags, with what the file says of network, data and threat in place of those that are not given."""
+    about = card(path)
+    model, data, activation = (about.get(name) for name in ("model", "data", "activation"))
+    threat = Threat.read(about.get("constraint"))
+    given: dict[str, Any] = {}
+    if options.model is None and isinstance(model, str) and model in MODELS:
+        given["model"] = model
+        if activation in ACTIVATIONS:
+            given["activation"] = activation
+    if options.data is None and isinstance(data, str):
+        given["data"] = data
+    if not options.epsilon and options.norm is None and threat is not None and threat.epsilon and threat.is_ball:
+        given |= {"epsilon": (threat.epsilon,), "norm": threat.norm}
+    return replace(options, **given)

@@ -14,6 +14,7 @@ from ..data import ImageSet
 from ..errors import InputError
 from ..models import ActivationName, Normalized, build_model
 from ..runs.checkpoints import load_tensors
+from ..runs.shared import SUFFIX, read_shared
 
 __all__ = ["network_with_weights"]
 
@@ -42,7 +43,7 @@ def network_with_weights(
     Raises:
         InputError: if the weights do not fit, or the file contains anything else.
     """
-    content = load_tensors(path)
+    content = read_shared(path)[0] if path.suffix == SUFFIX else load_tensors(path)
     state = _state_dict(content)
     if not state:
         raise InputError(f"{path} holds {type(content).__name__} without a state_dict; save model.state_dict()")

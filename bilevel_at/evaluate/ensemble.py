@@ -56,6 +56,14 @@ class Component:
     def rows(self, classes: int) -> int:
         return 1
 
+    def passes(self, classes: int) -> int:
+        targets = min(9, classes - 1) if self.part in ("apgd-t", "fab-t") else 1
+        starts = 5 if self.version == "plus" and targets == 1 else 1
+        averaged = 20 if self.version == "rand" else 1
+        queries = 5_000 if self.queries is None else self.queries
+        # A query is a forward pass, a third of a gradient; the others take 100 iterations.
+        return queries // 3 if self.part == "square" else 100 * targets * starts * averaged
+
     def check(self, batch: Batch, classes: int) -> None:
         """Check that the network and the batch suit this part.
 

@@ -84,6 +84,9 @@ class Nearest:
     def rows(self, classes: int) -> int:
         return 1
 
+    def passes(self, classes: int) -> int:
+        return (self.steps + 3) * (min(self.classes, classes - 1) + 1)
+
     def __call__(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> Tensor:
         attacked, standing = self._descend(model, batch, minus(cross_entropy), generator)
         left = standing.nonzero().flatten()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from matplotlib.ticker import MaxNLocator
@@ -140,29 +141,44 @@ def gradient_norms(history: History, path: Path, groups: Deciles | None = None) 
     save(figure, path)
 
 
-def coupling(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
+def coupling(
+    metrics: Sequence[Mapping[str, Any]], path: Path, others: Sequence[Sequence[Mapping[str, Any]]] = ()
+) -> None:
     """By epoch, ‖implicit term‖ / ‖direct gradient‖, and the angle between ZeroIG's direction and the KKT one.
 
     metrics: the lines of a run's ``metrics.jsonl``. Both are of the epoch's means of the ratio and of the cosine
     (:func:`bilevel_at.diagnose.kkt_angle`). Raises :class:`InputError` where the run has no implicit term, or its lines
     do not say in which direction it pointed.
+    others: those of the same training with other seeds; then each is a thin line, and their mean a thick one.
     """
-    if not any(line["implicit_ratio"] > 0 for line in metrics):
+    runs = [metrics, *others]
+    if not any(line["implicit_ratio"] > 0 for lines in runs for line in lines):
         raise InputError(
             "this run has no implicit term: implicit_ratio is 0 in every epoch, so there is nothing to draw"
         )
-    if not all("implicit_cosine" in line for line in metrics):
+    if not all("implicit_cosine" in line for lines in runs for line in lines):
         raise InputError("these metrics have no implicit_cosine; runs of this version record it")
-    epochs = [line["epoch"] for line in metrics]
-    ratios = [line["implicit_ratio"] if line["implicit_ratio"] > 0 else math.nan for line in metrics]
-    angles = [kkt_angle(line["implicit_ratio"], line["implicit_cosine"]) for line in metrics]
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.5), layout="constrained")
-    left.plot(epochs, ratios, color=BLUE, marker="o", markersize=4)
+    for axes, quantity, color, marker in ((left, _ratio, BLUE, "o"), (right, _angle, ORANGE, "s")):
+        each = [{line["epoch"]: quantity(line) for line in lines} for lines in runs]
+        epochs = sorted(set.intersection(*map(set, each)))
+        if others:
+            for values in each:
+                axes.plot(epochs, [values[epoch] for epoch in epochs], color=color, linewidth=0.7, alpha=0.5)
+        mean = [fmean(values[epoch] for values in each) for epoch in epochs]
+        axes.plot(epochs, mean, color=color, marker=marker, markersize=4)
     left.set(xlabel="epoch", ylabel="‖implicit term‖ / ‖∇θ f‖", yscale="log")
-    right.plot(epochs, angles, color=ORANGE, marker="s", markersize=4)
     right.set(xlabel="epoch", ylabel="angle of KKT to ZeroIG (degrees)", ylim=(0, None))
     for axes in (left, right):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(which="both", axis="y", linewidth=0.4, alpha=0.5)
     figure.suptitle("How much the implicit term changes the gradient", fontsize=10)
     save(figure, path)
+
+
+def _ratio(line: Mapping[str, Any]) -> float:
+    return float(line["implicit_ratio"]) if line["implicit_ratio"] > 0 else math.nan  # of a logarithmic scale
+
+
+def _angle(line: Mapping[str, Any]) -> float:
+    return kkt_angle(line["implicit_ratio"], line["implicit_cosine"])

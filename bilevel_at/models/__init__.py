@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,19 @@ from .residual import preact_resnet, resnet, small_resnet
 from .small import one_layer_cnn, small_cnn
 from .wide import wide_resnet
 
-__all__ = ["BEYOND", "MODELS", "ActivationName", "Architecture", "Normalized", "build_model", "libraries_of"]
+__all__ = [
+    "BEYOND",
+    "MODELS",
+    "TRAINED",
+    "ActivationName",
+    "Architecture",
+    "Normalized",
+    "build_model",
+    "libraries_of",
+]
+
+TRAINED = {"digits-fastbat": Path(__file__).parent / "trained" / "digits-fastbat.safetensors"}
+"""Trained networks in the package, by name: ``ba.load("digits-fastbat")``. ``benchmarks/shipped.py`` makes them."""
 
 STATISTICS_FROM = 2_000  # images; more change the third digit at most
 

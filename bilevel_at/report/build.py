@@ -21,6 +21,8 @@ from .page import Notes, Section, page
 from .pictures import pictures
 from .radii import radii
 from .repeat import repeat
+from .settings import facts as settings_of
+from .settings import settings
 from .training import training
 
 __all__ = ["SECTIONS", "default_out", "report"]
@@ -31,6 +33,7 @@ Maker = Callable[[Sequence[Group], Path], Section | None]
 SECTIONS: tuple[Maker, ...] = (
     concerns,
     accuracy,
+    settings,
     training,
     radii,
     cost,
@@ -131,6 +134,7 @@ def _facts(runs: Sequence[Run]) -> list[tuple[str, str]]:
         "network": [str(run.config.get("model") or "") for run in runs],
         "threat": [str(run.threat) for run in runs if run.epsilon is not None or not run.threat.is_ball],
         "trained in": [run.feasible_set or "" for run in runs],
+        **_settings(runs),
         "seeds": [_seeds(runs)],
         "trained": [_dates(runs)],
         "device": [device(run) for run in runs if "device" in run.part("machine")],
@@ -139,6 +143,13 @@ def _facts(runs: Sequence[Run]) -> list[tuple[str, str]]:
         "report by": [f"bilevel-at {__version__}"],
     }
     return [(name, text) for name, values in facts.items() if (text := ", ".join(filter(None, dict.fromkeys(values))))]
+
+
+def _settings(runs: Sequence[Run]) -> dict[str, list[str]]:
+    """The settings that all runs share; a table has those in which trainings differ."""
+    each = [settings_of(run) for run in runs]
+    names = dict.fromkeys(name for known in each for name in known)
+    return {name: [each[0][name]] for name in names if len({known.get(name) for known in each}) == 1}
 
 
 def _dates(runs: Sequence[Run]) -> str:

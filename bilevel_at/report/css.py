@@ -42,6 +42,7 @@ nav ul { list-style: none; display: flex; flex-wrap: wrap; gap: .25rem 1.1rem; p
 nav { font-size: .9rem; }
 figure { margin: 1.25rem 0 1.75rem; }
 .paper { background: #ffffff; border: 1px solid var(--line); border-radius: 8px; padding: .6rem; text-align: center; }
+.paper { overflow-x: auto; }
 .paper img { max-width: 100%; height: auto; vertical-align: bottom; }
 figcaption { margin-top: .55rem; font-size: .92rem; max-width: 48rem; }
 figcaption { color: var(--soft); line-height: 1.5; }
@@ -59,7 +60,8 @@ th, td { padding: .34rem .6rem; text-align: right; vertical-align: baseline; whi
 th:first-child { padding-left: 0; }
 .word { text-align: left; }
 th.word[scope=row] { white-space: normal; min-width: 6.5rem; max-width: 22rem; overflow-wrap: anywhere; }
-td code { font-size: .78rem; }
+td.word { white-space: normal; max-width: 22rem; }
+td code { font-size: .78rem; white-space: nowrap; }
 thead th { font-weight: 600; border-bottom: 1.5px solid var(--ink); vertical-align: bottom; white-space: normal; }
 tbody th { font-weight: 500; }
 tbody tr.first > * { border-top: 1px solid var(--line); }
@@ -83,8 +85,10 @@ summary { cursor: pointer; color: var(--link); }
   h1 { font-size: 1.4rem; }
   .facts { grid-template-columns: 1fr 1fr; padding: .8rem; }
   .paper { padding: .3rem; }
+  /* Letters of 9 pt on paper have 9 CSS pixels or more: a wide figure scrolls inside its frame. */
+  .paper img { max-width: none; width: max(100%, calc(var(--width) * .75)); }
   th, td { padding: .34rem .5rem; }
-  th.word[scope=row] { min-width: 4.5rem; }
+  th.word[scope=row] { min-width: 5.8rem; }
 }
 @media print {
   :root { color-scheme: light; --ink: #000; --soft: #333; --line: #bbb; --paper: #fff; --shade: #f4f4f4; }
@@ -92,6 +96,7 @@ summary { cursor: pointer; color: var(--link); }
   body { max-width: none; padding: 0; font-size: 10pt; }
   nav { display: none; }
   figure, table, .notes li { break-inside: avoid; }
+  .paper { overflow: visible; }
   h2 { break-after: avoid; }
   pre { white-space: pre-wrap; }
   .scroll { overflow: visible; }

@@ -29,7 +29,7 @@ from ..figures.landscape import filters as draw_filters
 from ..figures.landscape import landscapes as draw_landscapes
 from .groups import Group
 from .networks import MOST, subjects
-from .numbers import percent, radius
+from .numbers import Spread, percent, radius
 from .page import Figure, Part, Section, Table
 
 __all__ = ["examples_in_training", "filters", "implicit_term", "loss_around_images", "perturbations"]
@@ -38,31 +38,38 @@ ATTACK = "pgd-20-1"
 FIRST_IMAGES = (0, 1, 2, 3)
 AT_ONCE = 64  # test images in a pass: networks may be large
 SEEN = 256  # the number of test images in measurements
+FREE = "Where training's own attacker leaves no coordinate free, the implicit term is 0."
 
 
 def implicit_term(groups: Sequence[Group], folder: Path) -> Section | None:
     """How much a KKT solver's gradient differs from ZeroIG's, by epoch; of groups that have an implicit term."""
     parts: list[Part] = []
     for place, group in enumerate(groups):
-        lines = group.runs[0].metrics
-        if len(parts) == MOST or not lines or not all("implicit_cosine" in line for line in lines):
+        runs = [run.metrics for run in group.runs if run.metrics and all("implicit_cosine" in m for m in run.metrics)]
+        if len(parts) == MOST or not runs or len(runs) < len(group.runs):
             continue
-        if not any(line["implicit_ratio"] > 0 for line in lines):
+        if not any(line["implicit_ratio"] > 0 for lines in runs for line in lines):
             continue
         path = folder / f"implicit-{place}.png"
-        figures.coupling(lines, path)
-        angles = [kkt_angle(line["implicit_ratio"], line["implicit_cosine"]) for line in lines]
-        first, last = lines[0]["implicit_ratio"], lines[-1]["implicit_ratio"]
+        figures.coupling(runs[0], path, runs[1:])
+        angles = [kkt_angle(line["implicit_ratio"], line["implicit_cosine"]) for lines in runs for line in lines]
+        first, last = (_of_seeds([lines[at]["implicit_ratio"] for lines in runs]) for at in (0, -1))
+        seeds = f" Thin: each of {len(runs)} seeds; thick: their mean." if len(runs) > 1 else ""
         parts.append(
             Figure(
                 path,
-                f"{group.label}: the implicit term is {first:.2g} of the direct gradient's length in the first epoch "
-                f"and {last:.2g} in the last, and turns it by at most {max(angles):.2g}° (epoch means). At 0° a KKT "
-                "solver would move θ in ZeroIG's direction.",
+                f"{group.label}: the implicit term is {first} of the direct gradient's length in the first epoch "
+                f"and {last} in the last, and turns it by at most {max(angles):.2g}° (epoch means). At 0° a KKT "
+                f"solver would move θ in ZeroIG's direction.{seeds}",
                 f"Size and angle of the implicit term, {group.label}",
             )
         )
     return Section("What the implicit term changes", parts) if parts else None
+
+
+def _of_seeds(values: Sequence[float]) -> str:
+    spread = Spread(tuple(values))
+    return f"{spread.mean:.2g}" + ("" if spread.std is None else f" ± {spread.std:.1g}")
 
 
 def loss_around_images(groups: Sequence[Group], folder: Path, images: Sequence[int] = FIRST_IMAGES) -> Section | None:
@@ -101,15 +108,18 @@ def loss_around_images(groups: Sequence[Group], folder: Path, images: Sequence[i
             )
         )
         seen = subject.images.sample(SEEN)
-        for which, model in subject.checkpoints():
-            aligned = gradient_alignment(model, seen, subject.space).nanmean().item()
-            rows.append([f"{subject.group.label}, {which.replace('_', ' ')} epoch", subject.threat, f"{aligned:.3f}"])
+        for which, models in subject.checkpoints():
+            each = Spread(tuple(gradient_alignment(m, seen, subject.space).nanmean().item() for m in models))
+            name = f"{subject.group.label}, {which.replace('_', ' ')} epoch"
+            rows.append([name, subject.threat, f"{each.mean:.3f}" + ("" if each.std is None else f" ± {each.std:.3f}")])
     if not parts:
         return Section("The loss around images", left_out) if unusable else None
     caption = (
         f"Cosine of the input gradients at x and at a random point of the ball, mean of up to {SEEN} test images; "
         "near 0 after catastrophic overfitting."
     )
+    if any(len(subject.group.runs) > 1 for subject in looked_at):
+        caption += " Of several seeds, mean ± standard deviation."
     for ball in dict.fromkeys(subject.threat for subject in looked_at):
         own = [[network, value] for network, of, value in rows if of == ball]
         parts.append(Table(["network", "gradient alignment"], own, f"{caption} The ball: {ball}."))
@@ -137,6 +147,8 @@ def perturbations(groups: Sequence[Group], folder: Path) -> Section | None:
                 f"Histograms of perturbation sizes, {subject.said}",
             )
         )
+        if place == 0 and sizes.on_sphere is None:
+            parts.append(FREE)
         if place == 0 and isinstance(subject.space, LinfBall):
             parts.append(_random_step(subject.model, few, subject.space.radius, subject.said, folder))
     return Section("How large perturbations are", [*parts, *left_out]) if parts or unusable else None
@@ -148,8 +160,8 @@ def _held(sizes: Perturbations, epsilon: float) -> str:
         return f"{percent(sizes.on_sphere)}% of the examples end on the sphere of radius {radius(epsilon)}, {at_range}."
     free = 1 - sizes.at_bound - sizes.at_range
     return (
-        f"{percent(sizes.at_bound)}% of all coordinates end at ε = {radius(epsilon)} and {at_range}. The "
-        f"{percent(free)}% between are free; where training's own attacker leaves none free, the implicit term is 0."
+        f"{percent(sizes.at_bound)}% of all coordinates end at ε = {radius(epsilon)} and {at_range}; the "
+        f"{percent(free)}% between are free."
     )
 
 
@@ -159,11 +171,12 @@ def _random_step(model: torch.nn.Module, images: object, epsilon: float, subject
     figures.random_step(norms, path)
     place = min(range(len(norms[0].steps)), key=lambda i: abs(norms[0].steps[i].item() - 1.25 * epsilon))
     measured, bound = norms[0].mean[place].item(), norms[0].bound()[place].item()
+    share = measured / (math.sqrt(norms[0].dimension) * epsilon)
     return Figure(
         path,
-        f"{subject}: at the step 1.25 ε an FGSM perturbation from a random start is {measured:.3g} long, "
-        f"{100 * (measured / bound - 1):+.1f}% from what GradAlign's Lemma 1 gives for signs that do not depend on the "
-        "start; without a random start it is as long as the dashed line.",
+        f"{subject}: at the step 1.25 ε an FGSM perturbation from a random start is {share:.2f} times as long as one "
+        f"without (dashed), {100 * (measured / bound - 1):+.1f}% from what GradAlign's Lemma 1 gives for signs that do "
+        "not depend on the start (line). Squares: projected into the input range as well.",
         "Length of FGSM-RS perturbations against the step, and Lemma 1",
     )
 
@@ -184,9 +197,9 @@ def examples_in_training(groups: Sequence[Group], folder: Path) -> Section | Non
         parts.append(
             Figure(
                 path,
-                f"{group.label}: over training, the tenth of the examples with the largest input gradients has {ratio}"
-                f"those of the smallest (means {high:.2g} and {low:.2g}). Tenths are by the average over epochs; "
-                "where their lines cross, norms belong to the epoch more than to the example.",
+                f"{group.of_first}: over training, the tenth of the examples with the largest input gradients has "
+                f"{ratio}those of the smallest (means {high:.2g} and {low:.2g}). Tenths are by the average over "
+                "epochs; where their lines cross, norms belong to the epoch more than to the example.",
                 f"Gradient norms of training examples by decile, {group.label}",
             )
         )

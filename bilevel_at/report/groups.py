@@ -87,6 +87,12 @@ class Group:
         sizes = [e.get("n") for results in entries for name, e in results.items() if attack in (None, name)]
         return {n for n in sizes if isinstance(n, int)}
 
+    @property
+    def of_first(self) -> str:
+        """The label, and of several runs the seed of the first, for what is shown of that one alone."""
+        seed = self.runs[0].part("options").get("seed")
+        return f"{self.label}, seed {seed}" if len(self.runs) > 1 and isinstance(seed, int) else self.label
+
     def seeds(self) -> str:
         """'1 run', '5 seeds'."""
         return f"{len(self.runs)} seeds" if len(self.runs) > 1 else "1 run"

@@ -37,20 +37,25 @@ class Subject:
 
     @property
     def said(self) -> str:
-        return f"{self.group.label}, {self.which.replace('_', ' ')} epoch"
+        return f"{self.group.of_first}, {self.which.replace('_', ' ')} epoch"
 
     @property
     def threat(self) -> str:
         """The ball in words, ``ℓ∞, ε = 8/255``."""
         return str(self.group.threat)
 
-    def checkpoints(self) -> Iterator[tuple[str, nn.Module]]:
-        """Yield every saved network of the run, with the checkpoint's name."""
+    def checkpoints(self) -> Iterator[tuple[str, Iterator[nn.Module]]]:
+        """Yield the name of every saved checkpoint of the first run, and the networks of all seeds that have it."""
         for which in get_args(Which):
-            if which == self.which:
-                yield which, self.model
-            elif which in self.run.checkpoints:
-                yield which, NamedFiles(self.run.problem_files).load(self.run.path, which).to(self.images.device)
+            if which in self.run.checkpoints:
+                yield which, self._of_all_seeds(which)
+
+    def _of_all_seeds(self, which: Which) -> Iterator[nn.Module]:
+        for run in self.group.runs:
+            if run is self.run and which == self.which:
+                yield self.model
+            elif which in run.checkpoints:
+                yield NamedFiles(run.problem_files).load(run.path, which).to(self.images.device)
 
 
 class Subjects(NamedTuple):
@@ -69,8 +74,6 @@ def subjects(groups: Sequence[Group]) -> Subjects:
     left_out = [f"Not measured: {label}: {why}." for label, why in missing.items()]
     if beyond:
         left_out.append(f"Not measured: {', '.join(beyond)}; the first {MOST} trainings with a ball are.")
-    if any(len(subject.group.runs) > 1 for subject in measured):
-        left_out.append("Of several seeds, the first is shown.")
     return Subjects(measured, left_out, bool(missing))
 
 

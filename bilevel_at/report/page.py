@@ -188,8 +188,10 @@ def _figure(figure: Figure) -> str:
     shown = round(width * POINTS_PER_INCH / FIGURE_DPI), round(height * POINTS_PER_INCH / FIGURE_DPI)
     source = base64.b64encode(data).decode("ascii")
     return (
-        f'<figure><div class="paper"><img src="data:image/png;base64,{source}" width="{shown[0]}" height="{shown[1]}" '
-        f'alt="{text(figure.alt or figure.caption)}"></div><figcaption>{_prose(figure.caption)}</figcaption></figure>'
+        f'<figure><div class="paper" tabindex="0" role="region" aria-label="Figure">'
+        f'<img src="data:image/png;base64,{source}" width="{shown[0]}" height="{shown[1]}" '
+        f'style="--width: {shown[0]}px" alt="{text(figure.alt or figure.caption)}"></div>'
+        f"<figcaption>{_prose(figure.caption)}</figcaption></figure>"
     )
 
 

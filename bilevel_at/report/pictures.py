@@ -8,8 +8,8 @@ from pathlib import Path
 
 from ..runs.record import Run
 from .groups import Group
-from .numbers import percent
-from .page import Figure, Section
+from .numbers import Spread
+from .page import Figure, Part, Section
 
 __all__ = ["pictures"]
 
@@ -18,7 +18,7 @@ MOST = 2
 
 def pictures(groups: Sequence[Group], folder: Path) -> Section | None:
     """``figures/examples.png`` of the first run of each group, where the run drew it; at most two."""
-    figures = []
+    parts: list[Part] = []
     for place, group in enumerate(groups[:MOST]):
         run = group.runs[0]
         drawn = run.examples
@@ -28,19 +28,33 @@ def pictures(groups: Sequence[Group], folder: Path) -> Section | None:
         folder.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)  # a link there would lead the copy to another file
         shutil.copyfile(drawn, path)
-        figures.append(Figure(path, _caption(group, run), f"Images, perturbations and their sums, {group.label}"))
-    return Section("What the attack does", figures) if figures else None
+        parts.append(Figure(path, _caption(group, run), f"Images, perturbations and their sums, {group.label}"))
+        parts += _of_all(group, run)
+    return Section("What the attack does", parts) if parts else None
+
+
+def _attack(run: Run) -> str | None:
+    """The attack of the figure, if it was recorded."""
+    attacks = [a for a in run.part("options").get("attacks", []) if isinstance(a, str) and a != "clean"]
+    return attacks[-1] if attacks else None
 
 
 def _caption(group: Group, run: Run) -> str:
-    attacks = [a for a in run.part("options").get("attacks", []) if isinstance(a, str) and a != "clean"]
-    entry = run.under_threat("best").get(attacks[-1]) if attacks else None
-    begin = f"{run.name}, best epoch: test images, the perturbation"
-    if entry is None:
-        return f"{begin} an attack finds for each, and their sum, with what the network says of both."
+    attack = _attack(run)
     known = run.epsilon is not None or not run.threat.is_ball
-    at = f" {run.threat.at}" if known else ""
+    by = "an attack" if attack is None else attack
+    at = f" {run.threat.at}" if known and attack is not None else ""
     return (
-        f"{begin} {attacks[-1]} finds for each{at}, and their sum, with what the network says. Of all test images "
-        f"{percent(1 - entry['accuracy'])}% are answered wrongly under it."
+        f"{group.of_first}, best epoch: test images, the perturbation {by} finds for each{at}, and their sum, with "
+        "what the network says of the first and the last."
     )
+
+
+def _of_all(group: Group, run: Run) -> list[str]:
+    attack = _attack(run)
+    right = None if attack is None else group.accuracy("best", attack)
+    if right is None:
+        return []
+    wrong = Spread(tuple(1 - value for value in right.values))
+    seeds = f", over {len(right.values)} seeds" if len(right.values) > 1 else ""
+    return [f"Of all test images {wrong}% are answered wrongly under {attack}{seeds}."]

@@ -90,7 +90,10 @@ def _above(difference: float) -> str:
 
 def _of_several(curves: Mapping[str, Sequence[Sequence[Mapping[str, object]]]], attack: str | None) -> str:
     """The caption for several trainings. ``attack`` is that of the held-out accuracies; None if they differ."""
-    sentences = ["Thick: mean over seeds; thin: each seed."] if any(len(runs) > 1 for runs in curves.values()) else []
+    seeds = [len(runs) for runs in curves.values()]
+    sentences = ["Thick: mean over seeds; thin: each seed."] if max(seeds) > 1 else []
+    if len(seeds) == 1:
+        sentences = [f"Thick: mean over {seeds[0]} seeds; thin: each seed."] if seeds[0] > 1 else []
     robust = {label: c for label, runs in curves.items() if (c := mean_curve(runs, "robust"))}
     ends = {label: c[max(c)] for label, c in robust.items()}
     if attack is None:
@@ -111,12 +114,14 @@ def _of_several(curves: Mapping[str, Sequence[Sequence[Mapping[str, object]]]], 
             gaps[label] = train[max(common)] - robust[label][max(common)]
     wide = max(gaps, key=lambda k: gaps[k], default="")
     if wide and gaps[wide] > 0:
+        who = wide if len(curves) > 1 else "Training"
         sentences.append(
-            f"{wide} ends {percent(gaps[wide])} points higher on training examples, as it attacks them, than on "
+            f"{who} ends {percent(gaps[wide])} points higher on training examples, as it attacks them, than on "
             f"held-out images under {attack or 'attack'}" + (", the widest gap here." if len(gaps) > 1 else ".")
         )
     alignment = {label: min(c.values()) for label, runs in curves.items() if (c := mean_curve(runs, "alignment"))}
     if alignment:
         low = min(alignment, key=lambda k: alignment[k])
-        sentences.append(f"The lowest gradient alignment of any epoch is {alignment[low]:.2f}, in {low}.")
+        whose = f", in {low}" if len(curves) > 1 else ""
+        sentences.append(f"The lowest gradient alignment of any epoch is {alignment[low]:.2f}{whose}.")
     return " ".join(sentences)

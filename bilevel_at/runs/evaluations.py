@@ -134,6 +134,7 @@ class Store:
         attack: Attack,
         progress: Callable[[str, str, int, int, Trace], None] = lambda *_: None,
         again: bool = False,
+        begun: Callable[[str, Trace], None] = lambda *_: None,
     ) -> tuple[str, Score]:
         """The score of an attack: the stored one if it is current; otherwise it is computed.
 
@@ -143,6 +144,7 @@ class Store:
             attack: the attack.
             progress: called after each batch with the result's name, the stage, batches done, batches to do, the trace.
             again: ignore stored results and compute the score again.
+            begun: called with the result's name and the trace where there is something to compute, before it is.
 
         Returns:
             The name of the result and the score.
@@ -150,6 +152,7 @@ class Store:
         found = shares.first(lambda: self._find(attack, again))
         trace, score = found.trace.to(self.images.device), found.score
         if score is None:
+            begun(found.name, trace)
             self._attack(found.name, attack, trace, progress)
             score = shares.first(lambda: self._score(found.name, attack, trace))
         if found.twin is not None:

@@ -16,6 +16,7 @@ from ..problem import BilevelProblem
 from .directory import RunDir
 from .networks import Which, described, load
 from .problem_file import ProblemFile
+from .shared import is_shared
 
 __all__ = ["NamedFiles"]
 
@@ -141,4 +142,4 @@ class NamedFiles:
         Raises:
             InputError: if the network cannot be loaded, or no named file has the recorded SHA-256.
         """
-        return load(run, which, self.network(run, RunDir(run).config()))
+        return load(run, which, None if is_shared(run) else self.network(run, RunDir(run).config()))

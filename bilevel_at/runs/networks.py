@@ -11,43 +11,21 @@ from torch import nn
 from ..errors import InputError, reason
 from ..models import build_model
 from .checkpoints import weights
+from .described import described
 from .directory import RunDir
+from .shared import is_shared, load_shared
 
 __all__ = ["Which", "described", "load", "load_weights", "untrained"]
 
 Which = Literal["best", "last", "last_good"]
 
 
-def described(run: str | Path, config: Any) -> tuple[str, tuple[int, int, int], int]:
-    """The network that a ``config.json`` describes.
-
-    Args:
-        run: the directory, for messages.
-        config: the content of ``config.json``.
-
-    Returns:
-        The network's name, the shape (C, H, W) of its inputs, and the number of classes.
-
-    Raises:
-        InputError: if the configuration describes no network.
-    """
-    try:
-        name, (channels, height, width), classes = config["model"], config["shape"], config["classes"]
-    except (KeyError, TypeError, ValueError):
-        raise InputError(f"{run}/config.json is not one of bilevel_at.run") from None
-    sizes = (channels, height, width, classes)
-    if not isinstance(name, str) or not all(type(size) is int and size > 0 for size in sizes):
-        raise InputError(
-            f"{run}/config.json is not one of bilevel_at.run: model, shape and classes describe no network"
-        )
-    return name, (channels, height, width), classes
-
-
 def load(run_dir: str | Path, which: Which = "best", model: nn.Module | None = None) -> nn.Module:
     """The model of a run, in eval mode. It maps images in [0, 1] to logits, as RobustBench and AutoAttack expect.
 
     Args:
-        run_dir: the run directory.
+        run_dir: the run directory; or a ``.safetensors`` file of weights to share, or "digits-fastbat", a trained
+            network that this package has.
         which: "best" (by held-out robust accuracy), "last", or "last_good", the epoch before catastrophic overfitting,
             if that happened.
         model: the network to load the weights into; required only if the run's problem file defines its own network.
@@ -57,6 +35,10 @@ def load(run_dir: str | Path, which: Which = "best", model: nn.Module | None = N
     """
     if which not in get_args(Which):
         raise InputError(f"which is {which!r}; choose 'best', 'last' or 'last_good'")
+    if is_shared(run_dir):
+        if which != "best":
+            raise InputError(f"{run_dir} is one network; which={which!r} is for runs")
+        return load_shared(run_dir, model)
     run = RunDir(run_dir)
     config = run.config()
     model = untrained(run_dir, config) if model is None else model

@@ -98,7 +98,7 @@ def test_damaged_state_files():
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        (["nowhere"], "nowhere does not exist; give a run directory, or a file of weights"),
+        (["nowhere"], "nowhere does not exist; give a run directory, a file of weights, or digits-fastbat"),
         (["empty"], "empty has no config.json"),
         (["--attacks", "clean"], "the run comes first"),
         (["run", "--attacks", "autoatack"], "attack 'autoatack' is not known"),

@@ -23,7 +23,7 @@ def test_every_command_is_that_of_its_module(monkeypatch):
     ):
         monkeypatch.setattr(module, function, lambda args, name=name: print(name, args) or 7)
         assert main.command([name, "a", "--b"]) == 7
-    assert set(main.COMMANDS) == {"run", "evaluate", "report", "conformance"}
+    assert set(main.COMMANDS) == {"run", "evaluate", "report", "conformance", "export", "completion"}
 
 
 def test_help_and_version(capsys):

@@ -77,7 +77,7 @@ def test_where_it_goes_and_how_to_repeat_it(capsys):
     assert "report/index.html" in capsys.readouterr().out
     assert main([str(a), str(b)]) == 0 and Path("runs/report/index.html").is_file()
     said = Text(Path("runs/report/index.html").read_text(encoding="utf-8")).said
-    assert "python -m bilevel_at.run problems/fastat.py --seed 1" in said
+    assert "python -m bilevel_at.run fastat.py --seed 1 --out runs/b" in said
     assert "python -m bilevel_at.evaluate runs/a --attacks 'a b'" in said
     assert "python -m bilevel_at.report runs/a runs/b" in said and "ab" * 32 in said and "2.9" in said
     with pytest.raises(SystemExit) as exit:

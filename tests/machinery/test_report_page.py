@@ -124,3 +124,35 @@ def test_page_needs_nothing_else(drawn):
     source = report([make("a"), make("b", seed=1)], "out").read_text(encoding="utf-8")
     assert "<script" not in source and not re.search(r"""(?:src|href)=["'](?!data:|\#)""", source)
     assert 'lang="en"' in source and 'name="viewport"' in source and "<title>" in source
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", [1, 2], ids=["several", "one"])
+def test_on_a_telephone_tables_scroll_inside_themselves_and_letters_can_be_read(real, chromium, which):
+    tab = chromium.new_page(viewport={"width": 390, "height": 844})
+    tab.goto(real[which].resolve().as_uri())
+    inside = "[...document.querySelectorAll('{}')].map(e => ({{left: e.getBoundingClientRect().left, "
+    inside += "right: e.getBoundingClientRect().right, wide: e.scrollWidth, shown: e.clientWidth, "
+    inside += "way: getComputedStyle(e).overflowX}}))"
+    tables, figures = (tab.evaluate(inside.format(kind)) for kind in (".scroll", ".paper"))
+    for region in (*tables, *figures, *tab.evaluate(inside.format("pre"))):
+        assert region["left"] >= 0 and region["right"] <= 390, region
+        assert region["wide"] <= region["shown"] + 1 or region["way"] == "auto", region
+    assert any(region["wide"] > region["shown"] for region in tables)
+    moved = "e => { e.scrollLeft = 1e6; return e.scrollLeft + e.clientWidth >= e.scrollWidth - 1 }"
+    assert all(tab.eval_on_selector_all(".scroll, .paper", f"all => all.map({moved})"))  # the end can be reached
+    # Figures are drawn with letters of 8 pt or more, at 130 dots an inch.
+    scale = tab.eval_on_selector_all(
+        "figure img", "all => all.map(i => i.getBoundingClientRect().width / i.naturalWidth)"
+    )
+    assert scale and all(8 / 72 * 130 * share >= 8 for share in scale), scale
+    tab.close()
+
+
+@pytest.mark.slow
+def test_on_a_desk_nothing_scrolls_sideways_but_what_must(real, chromium):
+    tab = chromium.new_page(viewport={"width": 1280, "height": 900})
+    tab.goto(real[2].resolve().as_uri())
+    wide = tab.eval_on_selector_all(".paper", "all => all.map(e => e.scrollWidth - e.clientWidth)")
+    assert wide and max(wide) <= 1
+    tab.close()
