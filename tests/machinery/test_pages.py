@@ -31,6 +31,7 @@ PUBLIC = [
     "models",
     "data",
     "distributed",
+    "conformance",
 ]
 
 
