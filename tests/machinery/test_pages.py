@@ -31,7 +31,6 @@ PUBLIC = [
     "models",
     "data",
     "distributed",
-    "conformance",
 ]
 
 
@@ -137,6 +136,9 @@ def test_directives_are_names():
                 value = importlib.import_module(".".join(parts[:cut]))
             except ModuleNotFoundError:
                 continue
+            except ImportError as error:
+                assert "needs betty-ml" in str(error)  # its names are looked at where it is installed
+                break
             for name in parts[cut:]:
                 value = getattr(value, name)
             break
