@@ -17,7 +17,15 @@ from .lockstep import places, raised_alike, rows_of_all
 from .losses import AnyLoss, CrossEntropy, as_loss, minus
 from .lower import Linearized, Proximal
 from .modes import attack_mode, same_buffers
-from .problem import BilevelProblem, CurvedPart, LowerProblem, UpperProblem, attack_mode_of, objective_gradient
+from .problem import (
+    BilevelProblem,
+    CurvedPart,
+    LowerProblem,
+    UpperProblem,
+    attack_mode_of,
+    base_at,
+    objective_gradient,
+)
 from .solution import Solution
 from .solver import Attacked, Solver, Terms
 
@@ -93,8 +101,7 @@ class KKTSolver(Solver):
     @staticmethod
     def active(lower: LowerProblem, model: nn.Module, solution: Solution) -> ActiveSet:
         """The constraints that bind at δ*."""
-        with torch.no_grad():
-            base = lower.base(model, solution.batch)
+        base = base_at(lower, model, solution.batch)
         gradient = None if solution.gradient is None else solution.gradient.detach()
         return lower.constraint.active(solution.delta, base, gradient)
 

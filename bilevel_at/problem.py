@@ -196,6 +196,14 @@ def _check_anchor(anchor: Tensor, base: Tensor, batch: Batch) -> None:
         raise InputError(f"the anchor has shape {tuple(anchor.shape)}; δ needs {tuple(base.shape)}")
 
 
+def base_at(lower: LowerProblem, model: nn.Module, batch: Batch) -> Tensor:
+    """:meth:`LowerProblem.base` as attack passes see it: in their mode, without a graph."""
+    if type(lower).base is LowerProblem.base:
+        return batch.x
+    with torch.no_grad(), attack_mode(model, attack_mode_of(lower)):
+        return lower.base(model, batch)
+
+
 def attack_mode_of(lower: LowerProblem) -> Mode:
     """The mode in which the lower problem's passes see the model."""
     mode: Mode = getattr(lower, "mode", "eval")

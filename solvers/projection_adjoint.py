@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from bilevel_at.batch import per_sample
 from bilevel_at.constraints import Constraint
 from bilevel_at.kkt import CrossAt, KKTSolver
-from bilevel_at.problem import BilevelProblem
+from bilevel_at.problem import BilevelProblem, base_at
 from bilevel_at.solution import Solution
 
 __all__ = ["ProjectionAdjoint"]
@@ -55,7 +55,7 @@ class ProjectionAdjoint(KKTSolver):
         lam = self.proximal(solution)
         self.refuse_flat(lower, solution.lam, lam)
         with torch.no_grad():
-            base = lower.base(model, solution.batch).detach()
+            base = base_at(lower, model, solution.batch).detach()
             u = solution.delta - gradient.detach() / per_sample(lam, gradient)
             if u.dtype in (torch.float16, torch.bfloat16):  # half precisions have no digits to take differences of
                 u, base = u.float(), base.float()

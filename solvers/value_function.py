@@ -15,7 +15,7 @@ from bilevel_at.draws import Draws
 from bilevel_at.errors import ConvergenceError, InputError, at_least, name_samples, positive, whole_number
 from bilevel_at.lockstep import largest, smallest
 from bilevel_at.modes import attack_mode, full_precision, same_buffers
-from bilevel_at.problem import LowerProblem, attack_mode_of
+from bilevel_at.problem import LowerProblem, attack_mode_of, base_at
 from bilevel_at.solution import Gradients, Solution
 from bilevel_at.solver import Attacked, Solver, Terms
 
@@ -91,8 +91,7 @@ class ValueFunction(Solver):
 
     def _difference(self, attacked: Attacked, draws: Draws) -> Gradients:
         lower, model, solution = attacked.problem.lower, attacked.model, attacked.solution
-        with torch.no_grad():
-            base = lower.base(model, solution.batch).detach()
+        base = base_at(lower, model, solution.batch).detach()
         lower_part = self._lower_part(attacked)
         examples, s = len(attacked.batch), self._weight(solution)
         share = shares.current()
