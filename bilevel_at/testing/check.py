@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from dataclasses import replace
-from typing import Literal
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
 from ..batch import Batch
-from ..errors import InputError
+from ..errors import InputError, one_of, positive, whole_number
 from ..modes import same_buffers
 from ..problem import BilevelProblem
-from ..solution import Gradients, Hypergradient, Solution
 from ..solver import Solver
-from .causes import explain, reference
-from .conditions import activity_margin, outside
-from .differences import slope
-from .fixed import Along, Fixed, Sources, with_fixed_step
-from .purity import Fault, Watched, mean_over_samples, pieces, reproducible, watching
-from .report import DegenerateActivity, Direction, HypergradReport, dot, norm_of
+from .checking import Check, Mode
+from .purity import Fault, Watched, watching
+from .report import HypergradReport
 
 __all__ = ["hypergradcheck", "hypergradreport"]
-
-Mode = Literal["directional", "full"]
 
 
 def hypergradcheck(
@@ -128,230 +119,33 @@ def hypergradreport(
     Raises:
         DegenerateActivity, InputError: as :func:`hypergradcheck` does.
     """
-    _check_dtypes(model, batch)
+    _check_arguments(model, batch, eps, mode, directions)
     if generator is None:
         generator = torch.Generator(batch.x.device).manual_seed(0)
-    check = _Check(problem, solver, model, batch, generator, eps, rtol, atol)
-    try:
-        check.prepare(anchor)
-        if min_margin:
-            margin = activity_margin(check.fixed.problem, model, batch, check.fixed.solution.anchor)
-            if margin < min_margin:
-                raise DegenerateActivity(f"activity margin {margin:.2g} is below min_margin={min_margin:g}")
-        return check.run(mode, directions, 10 * rtol if min_implicit is None else min_implicit)
-    except Fault as fault:
-        return check.report(False, fault.cause, fault.text)
-    finally:
-        check.leave()
+    check = Check(problem, solver, model, batch, generator, eps, rtol, atol)
+    watched = Watched(model, batch, anchor)
+    # Whatever a callback does, and wherever it raises, the caller's objects have their values afterwards.
+    with same_buffers(model), check.sources.fixed():
+        try:
+            check.prepare(anchor, watched)
+            if min_margin:
+                check.refuse_degenerate(min_margin)
+            check.run(mode, directions, 10 * rtol if min_implicit is None else min_implicit)
+            with watching(watched, "a call after the first ones"):
+                return check.report(True)
+        except Fault as fault:
+            return check.report(False, fault.cause, fault.text)
+        finally:
+            watched.restore()
+            generator.set_state(check.after)
 
 
-def _check_dtypes(model: nn.Module, batch: Batch) -> None:
+def _check_arguments(model: nn.Module, batch: Batch, eps: float, mode: str, directions: int) -> None:
     low = [(n, p.dtype) for n, p in model.named_parameters() if p.requires_grad and p.dtype != torch.float64]
     if low:
         raise InputError(f"parameter {low[0][0]} is {low[0][1]}; hypergradcheck needs float64 (model.double())")
     if batch.x.is_floating_point() and batch.x.dtype != torch.float64:
         raise InputError(f"batch.x is {batch.x.dtype}; hypergradcheck needs float64 (x.double())")
-
-
-class _Check:
-    """One check, from its first hypergradient to its report."""
-
-    fixed: Fixed
-    step: Hypergradient
-
-    def __init__(
-        self,
-        problem: BilevelProblem,
-        solver: Solver,
-        model: nn.Module,
-        batch: Batch,
-        generator: torch.Generator,
-        eps: float,
-        rtol: float,
-        atol: float,
-    ) -> None:
-        self.problem, self.solver, self.model, self.batch = problem, solver, model, batch
-        self.generator, self.eps, self.rtol, self.atol = generator, eps, rtol, atol
-        self.draws = generator.get_state()
-        self.after: Tensor | None = None
-        self.sources = Sources(batch.x.device)
-        self.measured: list[Direction] = []
-        self.free: float | None = None
-        self.implicit_share: float | None = None
-        self.norm = math.nan
-
-    def leave(self) -> None:
-        """The generator goes on from where one hypergradient leaves it."""
-        if self.after is not None:
-            self.generator.set_state(self.after)
-
-    def prepare(self, anchor: Tensor | None) -> None:
-        """The anchor, the hypergradient, and what F is with everything fixed.
-
-        Raises:
-            Fault: where F is no function of θ, or something is edited in place.
-        """
-        watched = Watched(self.model, self.batch, anchor)
-        try:
-            first = self._hypergradient(anchor)
-            self.after = self.generator.get_state()
-            z = anchor if anchor is not None else first.solution.anchor
-            fault: Fault | None = None
-            try:
-                watched.check(f"{type(self.solver).__name__}.hypergradient")
-            except Fault as seen:
-                fault = seen
-        finally:
-            watched.restore()
-        z = z.detach().clone()
-        step = self._hypergradient(z.clone())
-        watched.restore()
-        differentiable = self.solver.implicit and any(module.training for module in self.model.modules())
-        lower = with_fixed_step(self.problem.lower, step.solution)
-        self.step = step
-        self.fixed = Fixed(
-            BilevelProblem(self.problem.upper, lower),
-            self.model,
-            self.batch,
-            # Its δ* and anchor are copies: an edit in place must not change what everything is held against.
-            _copied(step.solution, z),
-            self.generator,
-            self.draws,
-            self.sources,
-            differentiable,
-        )
-        if fault is not None:
-            pieces(self.fixed, Watched(self.model, self.batch, self.fixed.solution.anchor))  # names the piece
-            raise fault
-        watched = Watched(self.model, self.batch, self.fixed.solution.anchor)
-        with watching(watched, "evaluating F"):
-            pieces(self.fixed, watched)
-            self.value = reproducible(self.fixed)
-        mean_over_samples(self.problem, self.fixed)
-        gap = outside(self.problem.lower, self.model, self.fixed.solution).max().item()
-        if not gap <= 1e-7:
-            raise Fault("infeasible", f"δ* is outside its constraint: ‖δ* − P_C(δ*)‖ is {gap:.3g} in its largest value")
-
-    def _hypergradient(self, anchor: Tensor | None, solver: Solver | None = None) -> Hypergradient:
-        self.generator.set_state(self.draws)
-        with same_buffers(self.model), self.sources.fixed():
-            return (solver or self.solver).hypergradient(
-                self.problem, self.model, self.batch, anchor=anchor, generator=self.generator
-            )
-
-    def run(self, mode: Mode, directions: int, min_implicit: float) -> HypergradReport:
-        """Differences along every direction; of a failure, the cause.
-
-        Raises:
-            Fault: where the implicit term is too small to be checked, or F has no derivative.
-        """
-        step, named = self.step, dict(self.model.named_parameters())
-        self.norm = norm_of(step.grads)
-
-        def compute(solver: Solver) -> Hypergradient:
-            return self._hypergradient(self.fixed.solution.anchor.clone(), solver)
-
-        exact = reference(step, self.solver, compute)
-        self._shares(exact)
-        allowed = self.rtol * self.norm + self.atol
-        seed = torch.Generator().manual_seed(0)  # on the CPU, wherever the model is
-        tried: list[tuple[str, Along]] = []
-        for name, parameter in named.items():
-            if parameter.requires_grad:
-                tried += [(name, {name: unit}) for unit in _directions(parameter, mode, directions, seed)]
-        tried += list(_telling(step, exact))
-        for name, along in tried:
-            analytic = dot(step.grads, along)
-            numeric = slope(self.fixed.total, self.model, along, self.eps, analytic, allowed)
-            self.measured.append(Direction(name, along, analytic, numeric.value, numeric.uncertainty, allowed))
-        failed = [direction for direction in self.measured if not direction.agrees]
-        if failed:
-            cause, text = explain(self.problem, self.solver, self.fixed, step, exact, self.measured, self.eps, compute)
-            return self.report(False, cause, text)
-        if self.implicit_share is not None and self.implicit_share < min_implicit:
-            return self.report(False, "vacuous", self._vacuous(min_implicit))
-        return self.report(True)
-
-    def _shares(self, exact: Hypergradient | None) -> None:
-        """How much there is to check: the share of directions in which δ* may move, and of the implicit term."""
-        if exact is None:
-            if self.step.implicit and self.norm > 0:
-                self.implicit_share = norm_of(self.step.implicit) / self.norm
-            return
-        self.free = _free_share(self.problem, self.model, exact)
-        whole = norm_of(exact.grads)
-        if exact.implicit:
-            self.implicit_share = norm_of(exact.implicit) / whole if whole > 0 else 0.0
-
-    def _vacuous(self, least: float) -> str:
-        share = f"the implicit term is {self.implicit_share:.2g} of the hypergradient, below min_implicit={least:.2g}"
-        if self.free is None:
-            return f"{share}: whether it is right cannot be told here"
-        return (
-            f"{share}, with {100 * self.free:.3g} % of the directions of δ* free: whether it is right cannot be told "
-            "here. Take a smaller step 1/λ or a larger ε, so that less of δ* is at a bound; min_implicit=0 checks the "
-            "rest"
-        )
-
-    def report(self, passed: bool, cause: str | None = None, text: str = "") -> HypergradReport:
-        return HypergradReport(
-            passed=passed,
-            solver=type(self.solver).__name__,
-            directions=tuple(self.measured),
-            norm=self.norm,
-            rtol=self.rtol,
-            free=self.free,
-            implicit_share=self.implicit_share,
-            cause=cause,
-            explanation=text,
-        )
-
-
-def _copied(solution: Solution, anchor: Tensor) -> Solution:
-    return replace(solution, delta=solution.delta.clone(), anchor=anchor)
-
-
-def _free_share(problem: BilevelProblem, model: nn.Module, exact: Hypergradient) -> float | None:
-    """The share of dimensions along which δ* may move without leaving an active constraint."""
-    solution = exact.solution
-    try:
-        with torch.no_grad():
-            base = problem.lower.base(model, solution.batch)
-            active = problem.lower.constraint.active(solution.delta, base, solution.gradient)
-    except (InputError, AttributeError):
-        return None
-    free = active.free.flatten(1).sum(1).double()
-    if active.normals is not None:
-        free = free - active.normals.flatten(1).square().sum(1)  # orthonormal rows, or rows of zeros
-    return (free.sum() / active.free.numel()).item()
-
-
-def _directions(parameter: Tensor, mode: str, directions: int, seed: torch.Generator) -> Iterator[Tensor]:
-    if mode == "full":
-        for i in range(parameter.numel()):
-            unit = torch.zeros_like(parameter).flatten()
-            unit[i] = 1.0
-            yield unit.reshape(parameter.shape)
-        return
-    for _ in range(directions):
-        unit = torch.randn(parameter.shape, dtype=parameter.dtype, generator=seed).to(parameter.device)
-        yield unit / unit.norm()
-
-
-def _telling(step: Hypergradient, exact: Hypergradient | None) -> Iterator[tuple[str, Along]]:
-    """Unit directions along which an error shows whole, where along a random one it shows divided by √n."""
-    vectors: list[tuple[str, Gradients]] = [("the hypergradient", step.grads), ("its implicit term", step.implicit)]
-    if exact is not None:
-        differs = {name: _minus(step.grads.get(name), g) for name, g in exact.grads.items()}
-        vectors.append(("what it differs by from the implicit function theorem's", differs))
-    whole = norm_of(step.grads)
-    for name, vector in vectors:
-        length = norm_of(vector)
-        if math.isfinite(length) and length > 1e-12 * whole:
-            yield name, {n: g.detach() / length for n, g in vector.items() if g is not None}
-
-
-def _minus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    if a is None or b is None:
-        return a if b is None else -b
-    return a - b
+    positive("eps", eps)
+    one_of("mode", mode, get_args(Mode))
+    whole_number("directions", directions, 1)

@@ -8,23 +8,29 @@ from torch import Tensor, nn
 from ..batch import Batch, per_sample
 from ..errors import InputError
 from ..modes import attack_mode, same_buffers
-from ..problem import BilevelProblem, LowerProblem, attack_mode_of, objective_gradient
+from ..problem import BilevelProblem, LowerProblem, attack_mode_of, base_at, objective_gradient
 from ..solution import Solution
 
 __all__ = ["activity_margin", "kkt_residual", "outside"]
 
 
-def activity_margin(problem: BilevelProblem, model: nn.Module, batch: Batch, anchor: Tensor) -> float:
+def activity_margin(
+    problem: BilevelProblem,
+    model: nn.Module,
+    batch: Batch,
+    anchor: Tensor,
+    generator: torch.Generator | None = None,
+) -> float:
     """The least slack of an inactive constraint or multiplier of an active one, over the batch.
 
     At 0 strict complementarity fails and dδ*/dθ does not exist. Property tests should stay away from it.
     """
     lower = problem.lower
     with same_buffers(model):
-        solution = lower.solve(model, batch, anchor=anchor, differentiable=True)
+        solution = lower.solve(model, batch, anchor, generator, differentiable=True)
     if solution.gradient is None:
         raise InputError(f"{type(lower).__name__} finds a δ* without a derivative; it has no activity margin")
-    base = lower.base(model, solution.batch).detach()
+    base = base_at(lower, model, solution.batch).detach()
     return lower.constraint.strict_complementarity(solution.delta, base, solution.gradient.detach()).min().item()
 
 
@@ -34,8 +40,9 @@ def outside(lower: LowerProblem, model: nn.Module, solution: Solution) -> Tensor
     constraint = getattr(lower, "constraint", None)
     if constraint is None:
         return torch.zeros(len(delta), dtype=delta.dtype, device=delta.device)
-    with torch.no_grad(), attack_mode(model, attack_mode_of(lower)):
-        base = lower.base(model, solution.batch)
+    with same_buffers(model):
+        base = base_at(lower, model, solution.batch)
+    with torch.no_grad():
         gap: Tensor = (delta - constraint.project(delta, base)).abs().flatten(1).amax(1)
     return gap
 

@@ -93,12 +93,16 @@ class Fixed:
     def total(self, moved: tuple[str, ...] = ()) -> float:
         """F at the network's present θ: the mean of f(θ, δ*(θ)), every δ* solved anew."""
         with self.again(moved):
-            return self._loss_at(self._solve, None)
+            return self.compute()
 
-    def direct(self) -> float:
-        """The mean of f(θ, δ*) at the network's present θ, with the δ* of :attr:`solution`."""
+    def compute(self) -> float:
+        """F, within :meth:`again`."""
+        return self._loss_at(self._solve, None)
+
+    def direct(self, delta: Tensor | None = None) -> float:
+        """The mean of f(θ, δ) at the network's present θ, with the δ* of :attr:`solution` if δ is not given."""
         with self.again():
-            return self._loss_at(self._solve, self.solution.delta)
+            return self._loss_at(self._solve, self.solution.delta if delta is None else delta)
 
     def implicit(self, home: Along) -> float:
         """The mean of f(θ₀, δ*(θ)) at the network's present θ, with θ₀ of ``home``."""

@@ -15,7 +15,7 @@ from ..solution import Hypergradient, Solution
 from ..solver import Solver
 from .conditions import kkt_residual, outside
 from .fixed import Fixed, Sources
-from .purity import Fault, Watched, pieces, reproducible, watching
+from .purity import Fault, Watched, network_draws, pieces, reproducible, watching
 
 __all__ = ["assert_feasible", "assert_kkt", "assert_reproducible"]
 
@@ -70,7 +70,7 @@ def assert_kkt(
         NotImplementedError: where the lower problem has no ``objective``.
     """
     solution = _solved(problem, model, batch, anchor, generator)
-    with same_buffers(model):
+    with same_buffers(model), Sources(batch.x.device).fixed():
         residual = kkt_residual(problem.lower, model, solution)
     _at_most(residual, _tol(solution, tol), "δ* does not minimise g over its constraint", "‖δ* − P_C(δ* − ∇g/λ)‖_∞")
 
@@ -99,9 +99,9 @@ def assert_reproducible(
     generator = torch.Generator(batch.x.device).manual_seed(0) if generator is None else generator
     draws, sources = generator.get_state(), Sources(batch.x.device)
 
-    def step(anchor: Tensor | None = None) -> Hypergradient:
+    def step(anchor: Tensor | None = None, moved: tuple[str, ...] = ()) -> Hypergradient:
         generator.set_state(draws)
-        with same_buffers(model), sources.fixed():
+        with same_buffers(model), sources.fixed(moved):
             return solver.hypergradient(problem, model, batch, anchor=anchor, generator=generator)
 
     remembered = _flat(problem.state_dict())
@@ -114,6 +114,8 @@ def assert_reproducible(
             pieces(fixed, Watched(model, batch, one.solution.anchor))
             reproducible(fixed)
         _same_bits(one, step())
+        if not network_draws(fixed):
+            _same_bits(one, step(moved=Sources.NAMES), " with other seeds of the global generators")
         again = step(one.solution.anchor.clone())
         if not torch.equal(again.solution.delta, one.solution.delta):
             raise Fault("hidden state", "solve from the anchor that it handed back gives another δ*")
@@ -135,7 +137,7 @@ def _solved(
     anchor: Tensor | None,
     generator: torch.Generator | None,
 ) -> Solution:
-    with same_buffers(model):
+    with same_buffers(model), Sources(batch.x.device).fixed():
         return problem.lower.solve(model, batch, anchor, generator)
 
 
@@ -149,14 +151,15 @@ def _at_most(values: Tensor, tol: float, what: str, measure: str) -> None:
         raise AssertionError(f"{what} on {name_samples(bad)}: {measure} is {values.max():.3g}, allowed {tol:.3g}")
 
 
-def _same_bits(one: Hypergradient, other: Hypergradient) -> None:
+def _same_bits(one: Hypergradient, other: Hypergradient, when: str = "") -> None:
+    cause = "hidden randomness" if when else "hidden state"
     if not torch.equal(one.solution.delta, other.solution.delta):
-        raise Fault("hidden state", "two solves with the same draws give different δ*")
+        raise Fault(cause, f"two solves with the same draws give different δ*{when}")
     if not torch.equal(one.losses, other.losses):
-        raise Fault("hidden state", "two calls with the same draws give different losses")
+        raise Fault(cause, f"two calls with the same draws give different losses{when}")
     for name, gradient in one.grads.items():
         if not _equal(gradient, other.grads[name]):
-            raise Fault("hidden state", f"two calls with the same draws give different gradients of {name}")
+            raise Fault(cause, f"two calls with the same draws give different gradients of {name}{when}")
 
 
 def _equal(one: object, other: object) -> bool:

@@ -15,7 +15,7 @@ from ..modes import attack_mode
 from ..problem import BilevelProblem, attack_mode_of
 from .fixed import Fixed, Sources
 
-__all__ = ["Fault", "Watched", "mean_over_samples", "pieces", "reproducible", "watching"]
+__all__ = ["Fault", "Watched", "mean_over_samples", "network_draws", "pieces", "reproducible", "watching"]
 
 ROUNDING = 1e-12
 """Relative; on a GPU sums of the same numbers differ by less between two calls."""
@@ -30,7 +30,7 @@ class Fault(Exception):
 
 
 class Watched:
-    """The tensors that the caller owns: parameters, the batch, the anchor, and what ``.grad`` holds.
+    """What the caller owns: parameters, flags, the batch, the anchor, and what ``.grad`` holds.
 
     Args:
         model: the network.
@@ -40,35 +40,54 @@ class Watched:
 
     def __init__(self, model: nn.Module, batch: Batch, anchor: Tensor | None = None) -> None:
         of_batch = {"x": batch.x, "y": batch.y, "index": batch.index, **batch.more}
-        tensors = {f"batch.{name}": value for name, value in of_batch.items()}
-        tensors |= {f"parameter {name}": p.data for name, p in model.named_parameters()} | {"the anchor": anchor}
-        self.model = model
-        self.before = {n: (value, value.clone()) for n, value in tensors.items() if isinstance(value, Tensor)}
-        self.grads = {n: (p, p.grad, _copy(p.grad)) for n, p in model.named_parameters()}
+        tensors = {f"batch.{name}": value for name, value in of_batch.items()} | {"the anchor": anchor}
+        self.tensors = {n: (t, t.detach().clone(), t.requires_grad) for n, t in tensors.items() if t is not None}
+        self.parameters = {n: (p, p.data, p.detach().clone(), p.requires_grad) for n, p in model.named_parameters()}
+        self.grads = {n: (p, p.grad, None if p.grad is None else p.grad.clone()) for n, p in model.named_parameters()}
+        self.modes = {n: (module, module.training) for n, module in model.named_modules()}
 
     def restore(self) -> None:
-        """Give every tensor the values it had."""
+        """Give everything the values it had."""
         with torch.no_grad():
-            for value, before in self.before.values():
+            for value, before, flag in self.tensors.values():
+                value.requires_grad_(flag)
                 if not _same(value, before):
                     value.copy_(before)
-            for parameter, grad, copy in self.grads.values():
-                if grad is not None and copy is not None and not _same(grad, copy):
-                    grad.copy_(copy)
+            for parameter, data, before, flag in self.parameters.values():
+                parameter.data = data  # it may have been given another tensor
+                parameter.requires_grad_(flag)
+                if not _same(data, before):
+                    data.copy_(before)
+            for parameter, grad, before in self.grads.values():
+                if grad is not None and before is not None and not _same(grad, before):
+                    grad.copy_(before)
                 parameter.grad = grad
+        for module, training in self.modes.values():
+            module.training = training
 
     def check(self, who: str) -> None:
         """Raise :class:`Fault` where one of them has changed, in which ``who`` is named."""
-        for name, (value, before) in self.before.items():
+        copy = "work on a copy (x = x.clone())"
+        for name, (value, before, flag) in self.tensors.items():
             if not _same(value, before):
-                raise Fault("edit in place", f"{who} changes {name} in place; work on a copy (x = x.clone())")
-        for name, (parameter, grad, copy) in self.grads.items():
-            if parameter.grad is not grad or (grad is not None and copy is not None and not _same(grad, copy)):
+                raise Fault("edit in place", f"{who} changes {name} in place; {copy}")
+            if value.requires_grad != flag:
+                raise Fault("edit in place", f"{who} changes requires_grad of {name}; {copy}")
+        for name, (parameter, _, before, flag) in self.parameters.items():
+            if not _same(parameter.detach(), before) or parameter.requires_grad != flag:
+                raise Fault(
+                    "edit in place", f"{who} changes parameter {name}, or whether it requires a gradient; {copy}"
+                )
+        for name, (parameter, grad, before) in self.grads.items():
+            if parameter.grad is not grad or (grad is not None and before is not None and not _same(grad, before)):
                 raise Fault("fills .grad", f"{who} fills .grad of {name}; use torch.autograd.grad, not backward()")
-
-
-def _copy(value: Tensor | None) -> Tensor | None:
-    return None if value is None else value.clone()
+        for name, (module, training) in self.modes.items():
+            if module.training != training:
+                raise Fault(
+                    "edit in place",
+                    f"{who} leaves {name or 'the network'} in {'train' if module.training else 'eval'} mode; use "
+                    "ba.attack_mode(model, ...)",
+                )
 
 
 def _same(value: Tensor, copy: Tensor) -> bool:
@@ -120,7 +139,7 @@ def reproducible(fixed: Fixed) -> float:
         for source in Sources.NAMES:
             if not _differ(value, fixed.total(moved=(source,))):
                 continue
-            if source == Sources.NAMES[0] and _network_draws(fixed):
+            if source == Sources.NAMES[0] and network_draws(fixed):
                 continue  # dropout: it has no other generator, and it is given the same draws every time
             raise Fault(
                 "hidden randomness",
@@ -133,21 +152,38 @@ def _differ(one: float, other: float) -> bool:
     return one == one and abs(one - other) > ROUNDING * max(abs(one), abs(other), 1e-3)
 
 
-def _network_draws(fixed: Fixed) -> bool:
-    """Whether the network's own passes draw from torch's global generator."""
-    outputs = []
-    for moved in ((), Sources.NAMES):
-        with fixed.again(moved), torch.no_grad():
-            outputs.append(_tensors(fixed.model(fixed.batch.x)))
-    return any(not _same(a, b) for a, b in zip(*outputs, strict=True))
+def network_draws(fixed: Fixed) -> bool:
+    """Whether the network, and nothing else, draws from torch's global generator while F is computed."""
+    device, inside, outside, drawn = fixed.sources.device, 0, False, False
 
+    def state() -> Tensor:
+        parts = [torch.get_rng_state()]
+        return torch.cat([*parts, torch.cuda.get_rng_state(device)]) if device.type == "cuda" else parts[0]
 
-def _tensors(output: Any) -> list[Tensor]:
-    if isinstance(output, Tensor):
-        return [output]
-    if isinstance(output, Mapping):
-        output = list(output.values())
-    return [t for part in output for t in _tensors(part)] if isinstance(output, list | tuple) else []
+    last = state()
+
+    def enter(*_: Any) -> None:
+        nonlocal inside, outside
+        outside = outside or (inside == 0 and not torch.equal(state(), last))
+        inside += 1
+
+    def leave(*_: Any) -> None:
+        nonlocal inside, last, drawn
+        inside -= 1
+        if inside == 0:
+            now = state()
+            drawn, last = drawn or not torch.equal(now, last), now
+
+    hooks = [module.register_forward_pre_hook(enter) for module in fixed.model.modules()]
+    hooks += [module.register_forward_hook(leave, always_call=True) for module in fixed.model.modules()]
+    try:
+        with fixed.again():
+            last = state()
+            fixed.compute()
+            return drawn and not outside and torch.equal(state(), last)
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _values_of_parts(problem: BilevelProblem) -> dict[str, Any]:
@@ -212,7 +248,10 @@ def mean_over_samples(problem: BilevelProblem, fixed: Fixed) -> None:
     whole, one_number = gradient(slice(None))
     if not one_number:
         return
-    alone, _ = gradient(slice(0, 1))
+    try:
+        alone, _ = gradient(slice(0, 1))
+    except Exception:  # a loss of the user's own that cannot be had of one sample couples them
+        return
     if alone.norm() > 0 and (whole * n - alone).norm() <= 1e-9 * alone.norm():
         raise Fault(
             "mean over samples",

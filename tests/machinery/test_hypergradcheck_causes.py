@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from networks import ATK, batch_of, dense, proximal, taylor, with_batch_norm
+from running import ROOT
 from torch import nn
 from wrong_problems import WRONG, OwnLower, own, relu
 
@@ -187,3 +188,10 @@ def test_wrong_solvers_are_noticed_in_random_problems(kind, pairs):
 
     look()
     assert sum(noticed) == pairs, f"{len(noticed)} tried"
+
+
+def test_the_page_lists_every_cause():
+    page = (ROOT / "docs" / "testing.md").read_text(encoding="utf-8")
+    assert [
+        line for line in page.splitlines() if line in {f"| {name} | {text} |" for name, text in CAUSES.items()}
+    ] == [f"| {name} | {text} |" for name, text in CAUSES.items()]
