@@ -58,9 +58,9 @@ class Watched:
                 parameter.requires_grad_(flag)
                 if not _same(data, before):
                     data.copy_(before)
-            for parameter, grad, before in self.grads.values():
-                if grad is not None and before is not None and not _same(grad, before):
-                    grad.copy_(before)
+            for parameter, grad, was in self.grads.values():
+                if grad is not None and was is not None and not _same(grad, was):
+                    grad.copy_(was)
                 parameter.grad = grad
         for module, training in self.modes.values():
             module.training = training
@@ -78,8 +78,8 @@ class Watched:
                 raise Fault(
                     "edit in place", f"{who} changes parameter {name}, or whether it requires a gradient; {copy}"
                 )
-        for name, (parameter, grad, before) in self.grads.items():
-            if parameter.grad is not grad or (grad is not None and before is not None and not _same(grad, before)):
+        for name, (parameter, grad, was) in self.grads.items():
+            if parameter.grad is not grad or (grad is not None and was is not None and not _same(grad, was)):
                 raise Fault("fills .grad", f"{who} fills .grad of {name}; use torch.autograd.grad, not backward()")
         for name, (module, training) in self.modes.items():
             if module.training != training:
