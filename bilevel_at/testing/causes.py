@@ -214,8 +214,8 @@ def _slope_in_delta(fixed: Fixed, step: Hypergradient) -> tuple[str, str] | None
     if abs(claimed - measured) <= 1e-4 * max(abs(measured), step.v.norm().item() / step.scale) + 1e-8:
         return None
     return "upper term without δ", (
-        f"with θ fixed, F changes by {measured:.6g} along a random direction in δ, and autograd's ∇_δ f is {claimed:.6g}: "
-        "part of the upper loss is detached from δ (delta.detach(), .data, no_grad, NumPy)"
+        f"with θ fixed, F changes by {measured:.6g} along a random direction in δ, and autograd's ∇_δ f is "
+        f"{claimed:.6g}: part of the upper loss is detached from δ (delta.detach(), .data, no_grad, NumPy)"
     )
 
 
