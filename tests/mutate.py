@@ -72,9 +72,16 @@ MUTATIONS = [
     (
         "the mean over the batch",
         "bilevel_at/solver.py",
-        "losses.mean() * self.scale",
+        "shares.mean(losses) * self.scale",
         "losses.sum() * self.scale",
         PROPERTIES,
+    ),
+    (
+        "the statistics that the attack has seen",
+        "bilevel_at/solver.py",
+        "full_precision(gradient.device), attacked.statistics.again():",
+        "full_precision(gradient.device):",
+        ("tests/language/test_solver.py",),
     ),
     ("the last epoch's exception", "bilevel_at/anchors.py", " and epoch != epochs - 1", "", ANCHORS),
     (

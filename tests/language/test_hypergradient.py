@@ -13,12 +13,14 @@ test of this file, or of the file named with it:
 8. the diagonal of the conjugate gradients' operator (``solvers/linear.py``: not added)
 9. the Hessian (``solvers/full_kkt.py``: the curved part taken as zero)
 10. the mean over the batch (``solver.py``: a sum)
-11. the last epoch's exception (``anchors.py``: ATAS redraws in the last epoch too): ``test_anchors.py``
-12. that a step is observed (``solver.py``: ``backward`` does not): ``test_policy.py``
-13. that each policy is told once (``policy.py``: once for each path): ``test_policy.py``
-14. v during the warm-up (``steps.py``: always followed): ``test_steps.py``
-15. the class of what is remembered (``targeted.py``: only the example): ``test_targeted.py``
-16. the reference of the divergence (``problem.py``: with a graph that no solve needs): ``test_losses.py``
+11. the statistics that the attack has seen (``solver.py``: those that the upper loss has moved): ``test_solver.py``
+12. the last epoch's exception (``anchors.py``: ATAS redraws in the last epoch too): ``test_anchors.py``
+13. that a step is observed (``solver.py``: ``backward`` does not): ``test_policy.py``
+14. that each policy is told once (``policy.py``: once for each path): ``test_policy.py``
+15. couplings between samples of the same parity (``solvers/linear.py``): ``test_hypergradient.py``
+16. v during the warm-up (``steps.py``: always followed): ``test_steps.py``
+17. the class of what is remembered (``targeted.py``: only the example): ``test_targeted.py``
+18. the reference of the divergence (``problem.py``: with a graph that no solve needs): ``test_losses.py``
 """
 
 from __future__ import annotations
