@@ -17,7 +17,7 @@ test of this file, or of the file named with it:
 12. the last epoch's exception (``anchors.py``: ATAS redraws in the last epoch too): ``test_anchors.py``
 13. that a step is observed (``solver.py``: ``backward`` does not): ``test_policy.py``
 14. that each policy is told once (``policy.py``: once for each path): ``test_policy.py``
-15. couplings between samples of the same parity (``solvers/linear.py``): ``test_hypergradient.py``
+15. couplings between samples of the same parity (``solvers/linear.py``): ``tests/solvers/test_full_kkt.py``
 16. v during the warm-up (``steps.py``: always followed): ``test_steps.py``
 17. the class of what is remembered (``targeted.py``: only the example): ``test_targeted.py``
 18. the reference of the divergence (``problem.py``: with a graph that no solve needs): ``test_losses.py``
