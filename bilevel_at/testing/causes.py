@@ -1,26 +1,24 @@
-"""Why a hypergradient disagrees with differences: what they differ by, held against what goes wrong in practice."""
+"""Why a hypergradient disagrees with differences: what they differ by, compared with what goes wrong in practice."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
 
 from bilevel_at.solvers import FullKKT, HessianFreeKKT, ProjectionAdjoint
 
-from ..batch import per_sample
 from ..errors import BilevelError, InputError
-from ..kkt import KKTSolver
 from ..problem import BilevelProblem
-from ..solution import Gradients, Hypergradient, Solution
+from ..solution import Gradients, Hypergradient
 from ..solver import Solver
 from .conditions import activity_margin
 from .differences import slope
 from .fixed import Fixed, at, moved_by
 from .lower_faults import lower_fault
-from .report import Direction, dot, norm_of
+from .report import Direction, dot
+from .solver_faults import Compute, named_factor, solver_fault
 
 __all__ = ["CAUSES", "explain", "reference"]
 
@@ -57,8 +55,6 @@ CAUSES = {
     "unexplained": "none of these fits",
 }
 """What a check may find, by name (``error.cause``), and what each means."""
-
-Compute = Callable[[Solver], Hypergradient]
 
 
 def reference(step: Hypergradient, solver: Solver, compute: Compute) -> Hypergradient | None:
@@ -146,7 +142,7 @@ def explain(
         return "upper term", (
             "δ* does not move with θ, and ∇_θ f is right, but the solver's hypergradient is something else"
         )
-    return _solver(problem, solver, step, exact, compute)
+    return solver_fault(problem, solver, step, exact, compute)
 
 
 def _jump(fixed: Fixed, direction: Direction, eps: float) -> float:
@@ -195,7 +191,7 @@ def _upper(
     where = f"with δ* fixed, F changes by {value:.6g} along {direction.name}"
     if abs(autograd - value) <= direction.allowed:
         factor = mine / value if value else math.inf
-        known = f", {_named(factor, fixed, None)} times that" if math.isfinite(factor) else ""
+        known = f", {named_factor(factor, fixed, None)} times that" if math.isfinite(factor) else ""
         return "upper term", f"{where}, and the solver's ∇_θ f is {mine:.6g}{known}"
     return "upper term without θ", (
         f"{where}, and autograd's ∇_θ f is {autograd:.6g}: part of the upper loss is detached from θ (detach, .data, "
@@ -224,116 +220,3 @@ def _plain_direct(fixed: Fixed, solver: Solver) -> Gradients:
         anchor = fixed.solution.anchor.clone()
         step = solver.hypergradient(fixed.problem, fixed.model, fixed.batch, anchor=anchor, generator=fixed.generator)
     return step.direct
-
-
-class _Adjoint(KKTSolver):
-    """The implicit term with a w of its own: what a mistake in the adjoint would give."""
-
-    def __init__(self, w: Callable[[KKTSolver, BilevelProblem, nn.Module, Solution, Tensor], Tensor]) -> None:
-        self.w = w
-
-    def adjoint(self, problem: BilevelProblem, model: nn.Module, solution: Solution, v: Tensor) -> Tensor:
-        return self.w(self, problem, model, solution, v)
-
-
-def _alternatives() -> Iterator[tuple[str, str, Solver]]:
-    """(cause, what the solver's term then is, a solver that makes this mistake)."""
-
-    def tangent(s: KKTSolver, problem: BilevelProblem, model: nn.Module, solution: Solution, v: Tensor) -> Tensor:
-        return s.active(problem.lower, model, solution).tangent(v)
-
-    def over_lam(s: KKTSolver, solution: Solution, v: Tensor) -> Tensor:
-        return v / per_sample(s.proximal(solution), v)
-
-    # Of two that are the same here, the first counts.
-    yield "Hessian", "the one with λI in place of the Hessian of g", HessianFreeKKT()
-    without_mu = _Adjoint(
-        lambda s, problem, model, solution, v: over_lam(s, solution, tangent(s, problem, model, solution, v))
-    )
-    yield "boundary", "the one without the boundary's curvature μ", without_mu
-    no_mask = _Adjoint(lambda s, problem, model, solution, v: over_lam(s, solution, v))
-    yield "mask", "the one without the mask of active constraints", no_mask
-    bound = _Adjoint(
-        lambda s, problem, model, solution, v: over_lam(s, solution, v - tangent(s, problem, model, solution, v))
-    )
-    yield "mask", "the one of the coordinates that are not free", bound
-    yield "Hessian", "the one with the Hessian of g taken as I", _Adjoint(tangent)
-    moved = "its cross derivative at δ* in place of z"
-    yield "cross derivative at δ*", f"the one with {moved}", FullKKT(cross_at="solution")
-    yield "cross derivative at δ*", f"the Hessian-free one with {moved}", HessianFreeKKT(cross_at="solution")
-
-
-def _solver(
-    problem: BilevelProblem, solver: Solver, step: Hypergradient, exact: Hypergradient, compute: Compute
-) -> tuple[str, str]:
-    """The implicit function theorem agrees with differences, so the solver does not."""
-    term = step.implicit or _difference(step.grads, exact.direct)
-    right = norm_of(exact.implicit)
-    share = right / max(norm_of(exact.grads), 1e-300)
-    if norm_of(term) <= 1e-9 * right:
-        return "implicit term missing", (
-            f"the solver has no implicit term, which is {100 * share:.3g} % of the hypergradient"
-        )
-    factor, rest = _fit(term, exact.implicit) if right > 0 else (0.0, 1.0)
-    best = (rest, factor, "factor", "the right one")
-    if rest > 1e-6:
-        for cause, what, other in _alternatives():
-            try:
-                alternative = compute(other).implicit
-            except (InputError, BilevelError, NotImplementedError, ArithmeticError):
-                continue
-            if norm_of(alternative) > 0:
-                factor, rest = _fit(term, alternative)
-                if rest < best[0] / 2:
-                    best = (rest, factor, cause, what)
-    rest, factor, cause, what = best
-    if rest > 1e-3:
-        names = [n for n, g in _difference(term, exact.implicit).items() if g is not None and g.norm() > 1e-6 * right]
-        if len(names) < sum(g is not None for g in exact.implicit.values()):
-            return "some parameters", f"the solver's implicit term is right but for {', '.join(names)}"
-        return "unexplained", (
-            "the solver's implicit term is neither a multiple of the right one nor of one that leaves out the mask, "
-            f"the Hessian or μ, or takes the cross derivative elsewhere (the nearest, {what}, leaves {rest:.2g} of it)"
-        )
-    named = _named(factor, None, step)
-    weight = getattr(solver, "ig_weight", 1.0)
-    because = f", as ig_weight={weight:g} says" if weight != 1.0 and math.isclose(factor, weight, rel_tol=1e-6) else ""
-    if cause == "factor" and math.isclose(factor, -1, rel_tol=1e-6):
-        return "sign", "the solver's implicit term is minus the right one"
-    if cause != "factor" and math.isclose(factor, 1, rel_tol=1e-4):
-        return cause, f"the solver's implicit term is {what}"
-    return cause, f"the solver's implicit term is {named} times {what}{because}"
-
-
-def _named(factor: float, fixed: Fixed | None, step: Hypergradient | None) -> str:
-    """The factor, and what it is where it is known: λ, the size of the batch, ..."""
-    solution = step.solution if step is not None else (fixed.solution if fixed is not None else None)
-    known: dict[str, float] = {}
-    if solution is not None:
-        rows = len(solution.delta)
-        known = {"B, the size of the batch": rows, "1/B, B the size of the batch": 1 / rows}
-        lam = solution.lam
-        every = torch.as_tensor(lam).flatten()
-        one = every[0].item() if bool((every == every[0]).all()) else 0.0
-        if one > 0:
-            known |= {"λ": one, "1/λ": 1 / one, "λ²": one**2, "1/λ²": one**-2}
-    for name, value in known.items():
-        for sign in (1, -1):
-            if math.isclose(factor, sign * value, rel_tol=1e-5) and not math.isclose(value, 1):
-                return f"{factor:.6g} ({'−' if sign < 0 else ''}{name})"
-    return f"{factor:.6g}"
-
-
-def _fit(term: Gradients, candidate: Gradients) -> tuple[float, float]:
-    """(c, ‖term − c·candidate‖ / ‖term‖) for the c that fits best."""
-    factor = dot(term, {n: g for n, g in candidate.items() if g is not None}) / norm_of(candidate) ** 2
-    scaled = {name: None if g is None else factor * g for name, g in candidate.items()}
-    return factor, norm_of(_difference(term, scaled)) / norm_of(term)
-
-
-def _difference(a: Gradients, b: Gradients) -> dict[str, Tensor | None]:
-    out: dict[str, Tensor | None] = {}
-    for name in {**a, **b}:
-        one, other = a.get(name), b.get(name)
-        out[name] = one if other is None else (-other if one is None else one - other)
-    return out

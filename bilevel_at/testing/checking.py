@@ -16,12 +16,13 @@ from ..modes import same_buffers
 from ..problem import BilevelProblem, base_at
 from ..solution import Gradients, Hypergradient
 from ..solver import Solver
-from .causes import Compute, explain, reference
+from .causes import explain, reference
 from .conditions import activity_margin, outside
 from .differences import slope
 from .fixed import Along, Fixed, Sources, with_fixed_step
 from .purity import Fault, Watched, mean_over_samples, network_draws, pieces, reproducible, watching
 from .report import DegenerateActivity, Direction, HypergradReport, dot, norm_of
+from .solver_faults import Compute
 
 __all__ = ["Check", "Mode"]
 
