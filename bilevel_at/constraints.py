@@ -128,7 +128,7 @@ class Constraint(Composite):
         if not (bounds[0] <= low and high <= bounds[1]):
             raise InputError(
                 f"x has values from {low:g} to {high:g}; this constraint takes inputs in [{bounds[0]:g}, "
-                f"{bounds[1]:g}] (normalise inside the model)"
+                f"{bounds[1]:g}] (normalise inside the model); bounds=None is for inputs without a range"
             )
 
     def unbounded(self) -> Constraint:

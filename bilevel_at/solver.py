@@ -223,6 +223,12 @@ class Solver(Policy):
         with full_precision(gradient.device), attacked.statistics.again():
             solution = replace(attacked.solution, gradient=gradient)
             w = raised_alike(attacked.model, lambda: self.adjoint(attacked.problem, attacked.model, solution, v))
+            if not isinstance(w, Tensor) or w.shape != gradient.shape:
+                got = f"shape {tuple(w.shape)}" if isinstance(w, Tensor) else f"a {type(w).__name__}"
+                raise InputError(
+                    f"{type(self).__name__}.adjoint returns {got}; w is a tensor shaped like δ*, "
+                    f"{tuple(gradient.shape)}"
+                )
             cross = torch.autograd.grad(gradient, list(named.values()), -self.ig_weight * w, allow_unused=True)
         return dict(zip(named, cross, strict=True))
 

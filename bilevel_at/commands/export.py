@@ -35,7 +35,8 @@ def command(args: Sequence[str]) -> int:
     usage = f"{PROG} RUN FILE.safetensors"
     options = flags.parse(flags.flags_of(_options), list(args[len(paths) :]), usage, ABOUT, epilogue=lambda: EXAMPLES)
     if len(paths) < 2:
-        raise InputError(f"a run and a file are needed: {usage}; they come before flags")
+        order = "; they come before flags" if args[len(paths) :] else ""
+        raise InputError(f"a run and a file are needed: {usage}{order}")
     from ..runs.shared import card, export  # here: --help needs no network
 
     path = export(paths[0], paths[1], **options)

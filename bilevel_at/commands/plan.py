@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from ..constraints import Constraint
+from ..constraints import Constraint, LinfBall
 from ..data import DATA_NAMES, ImageSet
 from ..errors import InputError
 from ..evaluate import Threat, set_name
@@ -178,11 +178,23 @@ def understand(args: Sequence[str]) -> Plan:
     given = [{n: values[f.name] for n, f in part.items() if values[f.name] is not None} for part in of_solver]
     solver = _with_fields(solver, given)
     trained = problem
+    _refuse_beyond_the_range(problem.threat)
     if options.epsilon_warmup:
         trained = _warming_up(file, problem_arguments, problem, options.epsilon_warmup / options.epochs)
     if options.compile:
         _refuse_graphs_of_each_step(trained, solver)
     return Plan(file, options, trained, problem, solver, problem_arguments, [PROG, *args])
+
+
+def _refuse_beyond_the_range(threat: Constraint) -> None:
+    """Raise :class:`InputError` where an ℓ∞ ball is larger than all that inputs may be: 8 in place of 8/255."""
+    if isinstance(threat, LinfBall) and threat.bounds is not None:
+        low, high = threat.bounds
+        if threat.radius > high - low:
+            raise InputError(
+                f"epsilon is {threat.radius:g}, and inputs are in [{low:g}, {high:g}], where every image would be any "
+                f"other; for 8-bit images write {threat.radius:g}/255"
+            )
 
 
 def _spelled_out(args: Sequence[str]) -> list[str]:
@@ -282,6 +294,7 @@ def known_names() -> str:
         "methods": {path.stem: summary for path, summary in packaged_problems()},
         "models": {**{name: architecture.about for name, architecture in MODELS.items()}, **BEYOND},
         "data": {**DATA_NAMES, "FILE.npz": "your own: x_train, y_train, x_test, y_test"},
+        "solvers": {name: str(kind.__doc__).strip().splitlines()[0] for name, kind in (SOLVERS | WRAPPERS).items()},
     }
     width = max(len(name) for names in groups.values() for name in names)
     lines = []

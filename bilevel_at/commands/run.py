@@ -270,7 +270,7 @@ def _close(
     more = "--attacks autoattack" if prepared.threat.norm else f"--attacks pgd-100-20 --problem-file {file}"
     console.print(
         f"{run}: config.json, metrics.jsonl, results.json, best.pt, last.pt, figures/; stronger attacks: "
-        f"python -m bilevel_at.evaluate {run} {more}",
+        f"python -m bilevel_at.evaluate {run} {more}; as a page: python -m bilevel_at.report {run}",
         highlight=False,
         markup=False,
         soft_wrap=True,

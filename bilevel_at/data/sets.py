@@ -26,7 +26,10 @@ def check_images(x: Tensor, y: Tensor, classes: int | None = None) -> None:
         raise InputError(f"x is {x.dtype}; images are floating point in [0, 1] (divide uint8 by 255)")
     low, high = x.min().item(), x.max().item()
     if not (low >= 0 and high <= 1):
-        raise InputError(f"x has values from {low:g} to {high:g}; images lie in [0, 1] (normalise in the model)")
+        raise InputError(
+            f"x has values from {low:g} to {high:g}; images lie in [0, 1] (normalise in the model); "
+            "of inputs that are no images, attack with problem.lower.solve (docs/beyond_images.md)"
+        )
     if y.dtype != torch.int64 or y.shape != (len(x),):
         raise InputError(f"y is {y.dtype} of shape {tuple(y.shape)}; labels are int64 [{len(x)}] (y.long())")
     least, most = int(y.min()), int(y.max())

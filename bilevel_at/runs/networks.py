@@ -39,6 +39,14 @@ def load(run_dir: str | Path, which: Which = "best", model: nn.Module | None = N
         if which != "best":
             raise InputError(f"{run_dir} is one network; which={which!r} is for runs")
         return load_shared(run_dir, model)
+    place = Path(run_dir)
+    if place.is_file():
+        raise InputError(
+            f"{place} is a file, and no run: weights of a network of your own are loaded by "
+            "model.load_state_dict(torch.load(FILE, weights_only=True))"
+        )
+    if not place.exists():
+        raise InputError(f"there is no run {place}: no such place")
     run = RunDir(run_dir)
     config = run.config()
     model = untrained(run_dir, config) if model is None else model

@@ -71,7 +71,7 @@ class ProblemFile:
         if given.stem in packaged and given.parent in (Path(), Path("problems")):
             return packaged[given.stem]
         close = difflib.get_close_matches(given.stem, names, 1)
-        hint = f"did you mean problems/{close[0]}.py?" if close else f"packaged problems are {', '.join(names)}"
+        hint = f"did you mean {close[0]}?" if close else f"packaged problems are {', '.join(names)}"
         raise InputError(f"problem file {path} does not exist; {hint}")
 
     def _import(self, source: bytes) -> ModuleType:

@@ -1,6 +1,6 @@
 """Readings of five sensors, which an attacker may shift within an l2 ball: a problem of one's own, in one file.
 
-python -m bilevel_at.run my_problem.py --data readings.npz
+The run command trains on images; train this with ``solver.backward`` in a loop (docs/beyond_images.md).
 """
 
 from torch import Tensor, nn

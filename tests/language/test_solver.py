@@ -190,3 +190,13 @@ def test_the_implicit_term_is_that_of_the_statistics_which_the_attack_has_seen(s
     reference = with_batch_norm()
     reference(batch.x + step.solution.delta)
     assert torch.equal(reference[2].running_mean, moving[2].running_mean)
+
+
+@pytest.mark.parametrize(("w", "got"), [(lambda v: v.mean(0), r"shape \(6,\)"), (lambda v: None, "a NoneType")])
+def test_an_adjoint_of_another_shape_is_refused_by_name(w, got):
+    class Mine(HessianFreeKKT):
+        def adjoint(self, problem, model, solution, v):
+            return w(v)
+
+    with pytest.raises(ba.InputError, match=rf"Mine.adjoint returns {got}; w is .* shaped like δ\*, \(4, 6\)"):
+        Mine().hypergradient(taylor(), dense(6, 5, 3), batch_of(4, 6))

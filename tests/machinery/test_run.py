@@ -193,8 +193,11 @@ def test_loading_refuses_what_is_not_a_checkpoint():
     assert not Path("evil").exists()
     with pytest.raises(ba.InputError, match="which is 'first'"):
         ba.load("out", "first")
-    with pytest.raises(ba.InputError, match="nowhere has no config.json"):
+    with pytest.raises(ba.InputError, match="there is no run nowhere"):
         ba.load("nowhere")
+    Path("net.pt").touch()
+    with pytest.raises(ba.InputError, match=r"net.pt is a file, and no run: .* model.load_state_dict"):
+        ba.load("net.pt")
 
 
 def test_batches_of_one():

@@ -20,6 +20,7 @@ pytestmark = pytest.mark.usefixtures("elsewhere")
     ("args", "says"),
     [
         (["--epsilon", "-0.1"], "epsilon is -0.1; it must be a finite number, at least 0"),
+        (["--epsilon", "8"], "epsilon is 8, and inputs are in [0, 1], where every image would be any other; for 8-bit"),
         (["--epsilon", "8/0"], "--epsilon: '8/0' is not a number"),
         (["--epsilon", "big"], "--epsilon: 'big' is not a number (0.03 and 8/255 are)"),
         (["--epsilon", "nan"], "epsilon is nan"),
