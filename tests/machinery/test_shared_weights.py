@@ -174,7 +174,11 @@ def test_a_network_of_a_problem_file():
 
 @pytest.mark.parametrize(
     ("name", "why"),
-    [("nothing.safetensors", "does not exist"), (NAME + "x", "not a run|config.json"), (NAME, "is for runs")],
+    [
+        ("nothing.safetensors", "does not exist"),
+        (NAME + "x", "there is no run|not a run|config.json"),
+        (NAME, "is for runs"),
+    ],
 )
 def test_mistakes_are_one_line(elsewhere, name, why):
     with pytest.raises(ba.InputError, match=why) as error:
