@@ -93,9 +93,9 @@ def solver_fault(
             "the solver's implicit term is neither a multiple of the right one nor of one that leaves out the mask, "
             f"the Hessian or μ, or takes the cross derivative elsewhere (the nearest, {what}, leaves {rest:.2g} of it)"
         )
-    named = named_factor(factor, None, step)
     weight = getattr(solver, "ig_weight", 1.0)
     because = f", as ig_weight={weight:g} says" if weight != 1.0 and math.isclose(factor, weight, rel_tol=1e-6) else ""
+    named = f"{factor:.6g}" if because else named_factor(factor, None, step)
     if cause == "factor" and math.isclose(factor, -1, rel_tol=1e-6):
         return "sign", "the solver's implicit term is minus the right one"
     if cause != "factor" and math.isclose(factor, 1, rel_tol=1e-4):

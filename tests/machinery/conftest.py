@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import shutil
 from pathlib import Path
 
@@ -12,13 +11,12 @@ from attempting import alarmed
 from benchmarking import FOLDER, small_data
 from evaluating import cnn, mlp, trained
 from matplotlib.figure import Figure
+from reporting import PIXEL
 from running import unchecked
 
 import bilevel_at as ba
 from bilevel_at import run as run_module
 from bilevel_at.data import downloads
-
-PIXEL = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNoAAAAggCBd81ytgAAAABJRU5ErkJggg==")
 
 
 @pytest.fixture(autouse=True)

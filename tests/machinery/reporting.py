@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from html.parser import HTMLParser
 from pathlib import Path
@@ -13,6 +14,9 @@ from bilevel_at.commands.report import command as main
 from bilevel_at.report import report
 
 NASTY = "<script>alert('x')</script> & \"q\" $x^2$"
+
+PIXEL = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNoAAAAggCBd81ytgAAAABJRU5ErkJggg==")
+"""A PNG file of one pixel."""
 
 
 def entry(accuracy, epsilon=0.2, n=100, **more):

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from reporting import entry, epochs, made, make, row
+from reporting import PIXEL, entry, epochs, made, make, row
 from running import ROOT
 
 from bilevel_at import run as run_module
@@ -189,8 +189,6 @@ def test_results_of_pictures_are_over_all_seeds():
         for seed, r in enumerate(results)
     ]
     (runs[0] / "figures").mkdir()
-    from conftest import PIXEL
-
     (runs[0] / "figures" / "examples.png").write_bytes(PIXEL)
     text = made(*runs)
     assert "Of all test images 40.0 ± 14.1% are answered wrongly under pgd-50-10, over 2 seeds." in text.said

@@ -91,7 +91,7 @@ def test_the_hypergradient_of_an_attacker_that_has_a_derivative():
 
 
 def test_a_file_that_is_not_there():
-    with pytest.raises(ba.InputError, match="problem file fastbta does not exist; did you mean problems/fastbat.py"):
+    with pytest.raises(ba.InputError, match=r"problem file fastbta does not exist; did you mean fastbat\?"):
         qub.problem(EPS, of="fastbta")
 
 
