@@ -5,17 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-import torch
-
-from bilevel_at.solvers import FullKKT, HessianFreeKKT, ProjectionAdjoint
+from bilevel_at.solvers import FullKKT, HessianFreeKKT, ProjectionAdjoint, ZeroIG
 
 from ..errors import BilevelError, InputError
-from ..problem import BilevelProblem
 from ..solution import Gradients, Hypergradient
 from ..solver import Solver
 from .conditions import activity_margin
 from .differences import slope
-from .fixed import Fixed, at, moved_by
+from .fixed import Fixed, at, moved_by, unit_like
 from .lower_faults import lower_fault
 from .report import Direction, dot
 from .solver_faults import Compute, named_factor, solver_fault
@@ -84,7 +81,6 @@ def _the_same(solver: Solver, candidate: Solver) -> bool:
 
 
 def explain(
-    problem: BilevelProblem,
     solver: Solver,
     fixed: Fixed,
     step: Hypergradient,
@@ -96,7 +92,7 @@ def explain(
     """(cause, explanation) of a check that has failed.
 
     Args:
-        problem, solver: what is checked.
+        solver: what is checked.
         fixed: F, everything but θ fixed.
         step: the solver's hypergradient.
         exact: the one by the implicit function theorem, where there is one.
@@ -122,7 +118,7 @@ def explain(
     for direction in chosen:
         value = numeric(fixed.direct, direct, direction)
         if abs(value - dot(direct, direction.along)) > direction.allowed:
-            return _upper(fixed, step, exact, direction, value)
+            return _upper(step, compute, direction, value)
     fault = _slope_in_delta(fixed, step)
     if fault is not None:
         return fault
@@ -131,7 +127,7 @@ def explain(
     for direction in chosen:
         value = numeric(lambda: fixed.implicit(home), right, direction)
         if abs(value - dot(right, direction.along)) > direction.allowed:
-            fault = lower_fault(fixed, direction.along, exact)
+            fault = lower_fault(fixed, direction.along)
             if fault is not None:
                 return fault
             return "unexplained", (
@@ -142,7 +138,7 @@ def explain(
         return "upper term", (
             "δ* does not move with θ, and ∇_θ f is right, but the solver's hypergradient is something else"
         )
-    return solver_fault(problem, solver, step, exact, compute)
+    return solver_fault(solver, step, exact, compute)
 
 
 def _jump(fixed: Fixed, direction: Direction, eps: float) -> float:
@@ -179,19 +175,13 @@ def _no_derivative(fixed: Fixed, direction: Direction, jump: float, eps: float) 
     )
 
 
-def _upper(
-    fixed: Fixed, step: Hypergradient, exact: Hypergradient | None, direction: Direction, value: float
-) -> tuple[str, str]:
+def _upper(step: Hypergradient, compute: Compute, direction: Direction, value: float) -> tuple[str, str]:
     """∇_θ f disagrees with differences at a fixed δ*."""
-    from bilevel_at.solvers import ZeroIG
-
-    own = step.direct
-    plain = _plain_direct(fixed, ZeroIG())
-    mine, autograd = dot(own, direction.along), dot(plain, direction.along)
+    mine, autograd = dot(step.direct, direction.along), dot(compute(ZeroIG()).direct, direction.along)
     where = f"with δ* fixed, F changes by {value:.6g} along {direction.name}"
     if abs(autograd - value) <= direction.allowed:
         factor = mine / value if value else math.inf
-        known = f", {named_factor(factor, fixed, None)} times that" if math.isfinite(factor) else ""
+        known = f", {named_factor(factor, step.solution)} times that" if math.isfinite(factor) else ""
         return "upper term", f"{where}, and the solver's ∇_θ f is {mine:.6g}{known}"
     return "upper term without θ", (
         f"{where}, and autograd's ∇_θ f is {autograd:.6g}: part of the upper loss is detached from θ (detach, .data, "
@@ -202,9 +192,7 @@ def _upper(
 def _slope_in_delta(fixed: Fixed, step: Hypergradient) -> tuple[str, str] | None:
     """What is wrong where ∇_δ f by autograd is not that by differences."""
     delta, h = fixed.solution.delta, 1e-6
-    seed = torch.Generator().manual_seed(0)
-    noise = torch.randn(delta.shape, dtype=delta.dtype, generator=seed).to(delta.device)
-    noise = noise / noise.norm()
+    noise = unit_like(delta)
     measured = (fixed.direct(delta + h * noise) - fixed.direct(delta - h * noise)) / (2 * h)
     claimed = (step.v / step.scale * noise).sum().item()
     if abs(claimed - measured) <= 1e-4 * max(abs(measured), step.v.norm().item() / step.scale) + 1e-8:
@@ -213,10 +201,3 @@ def _slope_in_delta(fixed: Fixed, step: Hypergradient) -> tuple[str, str] | None
         f"with θ fixed, F changes by {measured:.6g} along a random direction in δ, and autograd's ∇_δ f is "
         f"{claimed:.6g}: part of the upper loss is detached from δ (delta.detach(), .data, no_grad, NumPy)"
     )
-
-
-def _plain_direct(fixed: Fixed, solver: Solver) -> Gradients:
-    with fixed.again():
-        anchor = fixed.solution.anchor.clone()
-        step = solver.hypergradient(fixed.problem, fixed.model, fixed.batch, anchor=anchor, generator=fixed.generator)
-    return step.direct

@@ -21,7 +21,7 @@ from .conditions import activity_margin, outside
 from .differences import slope
 from .fixed import Along, Fixed, Sources, with_fixed_step
 from .purity import Fault, Watched, mean_over_samples, network_draws, pieces, reproducible, watching
-from .report import DegenerateActivity, Direction, HypergradReport, dot, norm_of
+from .report import DegenerateActivity, Direction, HypergradReport, difference, dot, norm_of
 from .solver_faults import Compute
 
 __all__ = ["Check", "Mode"]
@@ -199,9 +199,7 @@ class Check:
     def _explained(self, exact: Hypergradient | None, compute: Compute) -> Fault:
         try:
             reproducible(self.fixed)  # a state may have begun to count late
-            return Fault(
-                *explain(self.problem, self.solver, self.fixed, self.step, exact, self.measured, self.eps, compute)
-            )
+            return Fault(*explain(self.solver, self.fixed, self.step, exact, self.measured, self.eps, compute))
         except Fault as fault:
             return fault
         except Exception as error:  # the verdict stands, whatever the user's code raises while its cause is looked for
@@ -250,8 +248,7 @@ class Check:
 
 def _far(one: Gradients, other: Gradients) -> bool:
     """Whether gradients differ by more than sums in another order do."""
-    whole = norm_of(other)
-    return any(norm_of({name: _minus(g, other.get(name))}) > 1e-9 * whole + 1e-300 for name, g in one.items())
+    return norm_of(difference(one, other)) > 1e-9 * norm_of(other) + 1e-300
 
 
 def _free_share(problem: BilevelProblem, model: nn.Module, exact: Hypergradient) -> float | None:
@@ -285,16 +282,10 @@ def _telling(step: Hypergradient, exact: Hypergradient | None) -> Iterator[tuple
     """Unit directions along which an error shows whole, where along a random one it shows divided by √n."""
     vectors: list[tuple[str, Gradients]] = [("the hypergradient", step.grads), ("its implicit term", step.implicit)]
     if exact is not None:
-        differs = {name: _minus(step.grads.get(name), g) for name, g in exact.grads.items()}
+        differs = difference(step.grads, exact.grads)
         vectors.append(("what it differs by from the implicit function theorem's", differs))
     whole = norm_of(step.grads)
     for name, vector in vectors:
         length = norm_of(vector)
         if math.isfinite(length) and length > 1e-12 * whole:
             yield name, {n: g.detach() / length for n, g in vector.items() if g is not None}
-
-
-def _minus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    if a is None or b is None:
-        return a if b is None else -b
-    return a - b

@@ -11,7 +11,7 @@ from ..modes import attack_mode, same_buffers
 from ..problem import BilevelProblem, LowerProblem, attack_mode_of, base_at, objective_gradient
 from ..solution import Solution
 
-__all__ = ["activity_margin", "kkt_residual", "outside"]
+__all__ = ["activity_margin", "kkt_residual", "lam_of_rows", "outside"]
 
 
 def activity_margin(
@@ -47,6 +47,11 @@ def outside(lower: LowerProblem, model: nn.Module, solution: Solution) -> Tensor
     return gap
 
 
+def lam_of_rows(lam: Tensor | float, like: Tensor) -> Tensor:
+    """λ for each row of ``like``, ``[B]``."""
+    return torch.as_tensor(lam, dtype=like.dtype, device=like.device).expand(len(like))
+
+
 def kkt_residual(lower: LowerProblem, model: nn.Module, solution: Solution) -> Tensor:
     """max |δ* − P_C(δ* − s ∇_δ g(θ, δ*; z))| per row, ``[B]``, with s = 1/λ (1 where λ is 0).
 
@@ -57,7 +62,7 @@ def kkt_residual(lower: LowerProblem, model: nn.Module, solution: Solution) -> T
         slope = objective_gradient(lower, model, solution.batch, solution.delta, solution.anchor).detach()
         with torch.no_grad():
             base = lower.base(model, solution.batch)
-            lam = torch.as_tensor(solution.lam, dtype=slope.dtype, device=slope.device).expand(len(slope))
+            lam = lam_of_rows(solution.lam, slope)
             size = per_sample(torch.where(lam > 0, 1 / lam.clamp(min=1e-30), 1.0), slope)
             moved = lower.constraint.project(solution.delta - size * slope, base)
             return (solution.delta - moved).abs().flatten(1).amax(1)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,7 +18,7 @@ from ..problem import BilevelProblem, LowerProblem
 from ..solution import Solution
 from ..steps import Constant, Step
 
-__all__ = ["Along", "Fixed", "Sources", "with_fixed_step"]
+__all__ = ["Along", "Fixed", "Sources", "at", "moved_by", "unit_like", "with_fixed_step"]
 
 Along = Mapping[str, Tensor]
 """A direction in θ: a tensor by parameter name; parameters that are not named do not move."""
@@ -97,34 +97,34 @@ class Fixed:
 
     def compute(self) -> float:
         """F, within :meth:`again`."""
-        return self._loss_at(self._solve, None)
+        return self._loss_at(None)
 
     def direct(self, delta: Tensor | None = None) -> float:
         """The mean of f(θ, δ) at the network's present θ, with the δ* of :attr:`solution` if δ is not given."""
         with self.again():
-            return self._loss_at(self._solve, self.solution.delta if delta is None else delta)
+            return self._loss_at(self.solution.delta if delta is None else delta)
 
     def implicit(self, home: Along) -> float:
         """The mean of f(θ₀, δ*(θ)) at the network's present θ, with θ₀ of ``home``."""
         with self.again():
-            delta = self._solve(self.generator).delta
+            delta = self._solve().delta
         with self.again(), at(self.model, home):
-            return self._loss_at(self._solve, delta)
+            return self._loss_at(delta)
 
     def attacked(self, differentiable: bool = False) -> Solution:
         """The lower level's solution at the network's present θ."""
         with self.again():
             self.problem.upper.prepare(self.model, self.batch, self.generator)
-            return self._solve(self.generator, differentiable)
+            return self._solve(differentiable)
 
-    def _solve(self, generator: torch.Generator, differentiable: bool = False) -> Solution:
+    def _solve(self, differentiable: bool = False) -> Solution:
         lower, z = self.problem.lower, self.solution.anchor.clone()
-        return lower.solve(self.model, self._aimed(), z, generator, differentiable or self.differentiable)
+        return lower.solve(self.model, self._aimed(), z, self.generator, differentiable or self.differentiable)
 
-    def _loss_at(self, solve: Callable[[torch.Generator], Solution], delta: Tensor | None) -> float:
+    def _loss_at(self, delta: Tensor | None) -> float:
         upper = self.problem.upper
         seen = upper.prepare(self.model, self.batch, self.generator)
-        solution = solve(self.generator)
+        solution = self._solve()
         if delta is not None:
             solution = replace(solution, delta=delta)
         return upper.loss_at(self.model, seen, solution, self.generator).mean().item()
@@ -142,10 +142,11 @@ def at(model: nn.Module, theta: Along) -> Iterator[None]:
     """The named parameters have these values within."""
     named = dict(model.named_parameters())
     before = {name: named[name].detach().clone() for name in theta}
-    with ExitStack() as stack:
-        stack.callback(_set, named, before)
+    try:
         _set(named, theta)
         yield
+    finally:
+        _set(named, before)
 
 
 def _set(named: Mapping[str, nn.Parameter], theta: Along) -> None:
@@ -158,3 +159,9 @@ def moved_by(model: nn.Module, along: Along, h: float) -> dict[str, Tensor]:
     """θ + h·u on the parameters that ``along`` names."""
     named = dict(model.named_parameters())
     return {name: named[name].detach() + h * u for name, u in along.items()}
+
+
+def unit_like(values: Tensor) -> Tensor:
+    """A random direction shaped like ``values``, of norm 1 over all of it; the same every time, on every device."""
+    noise = torch.randn(values.shape, dtype=values.dtype, generator=torch.Generator().manual_seed(0))
+    return (noise / noise.norm()).to(values.device)

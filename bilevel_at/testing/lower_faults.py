@@ -11,9 +11,9 @@ from torch import Tensor
 from ..batch import per_sample
 from ..modes import attack_mode
 from ..problem import attack_mode_of, base_at
-from ..solution import Hypergradient, Solution
-from .conditions import kkt_residual
-from .fixed import Along, Fixed, at, moved_by
+from ..solution import Solution
+from .conditions import kkt_residual, lam_of_rows
+from .fixed import Along, Fixed, at, moved_by, unit_like
 
 __all__ = ["lower_fault"]
 
@@ -21,13 +21,12 @@ H = 1e-4
 """Of second differences of g, whose rounding is 1e-16 / H² and whose error H²."""
 
 
-def lower_fault(fixed: Fixed, along: Along, exact: Hypergradient | None) -> tuple[str, str] | None:
+def lower_fault(fixed: Fixed, along: Along) -> tuple[str, str] | None:
     """(cause, explanation) of the first thing that does not hold of the lower problem; None where all of them do.
 
     Args:
         fixed: F, everything but θ fixed.
         along: a direction in θ along which δ* moves otherwise.
-        exact: the hypergradient by the implicit function theorem, where there is one.
     """
     lower = _Lower(fixed, along)
     for look in (
@@ -55,9 +54,7 @@ class _Lower:
         self.fixed, self.along = fixed, along
         self.problem, self.model = fixed.problem.lower, fixed.model
         self.here = fixed.attacked(differentiable=True)
-        seed = torch.Generator().manual_seed(0)
-        self.noise = torch.randn(self.here.delta.shape, dtype=self.here.delta.dtype, generator=seed)
-        self.noise = (self.noise / self.noise.norm()).to(self.here.delta.device)
+        self.noise = unit_like(self.here.delta)
 
     @contextmanager
     def attacking(self) -> Iterator[None]:
@@ -159,7 +156,7 @@ class _Lower:
                 return None
             along = along / along.norm()
             part, lam = self.problem.curvature(self.model, here)
-            lam = torch.as_tensor(lam, dtype=along.dtype, device=along.device).expand(len(along))
+            lam = lam_of_rows(lam, along)
             claimed = (lam * along.flatten(1).square().sum(1)).sum().item()
             if part is not None:
                 claimed += _second(part, here, along)
@@ -181,7 +178,7 @@ class _Lower:
             base, slope = base_at(self.problem, self.model, here.batch), here.gradient.detach()
             constraint = self.problem.constraint
             active = constraint.active(here.delta, base, slope)
-            lam = torch.as_tensor(here.lam, dtype=slope.dtype, device=slope.device).expand(len(slope))
+            lam = lam_of_rows(here.lam, slope)
             u = here.delta - slope / per_sample(torch.where(lam > 0, lam, 1.0), slope)
             moved = (constraint.project(u + k * self.noise, base) - constraint.project(u - k * self.noise, base)) / (
                 2 * k

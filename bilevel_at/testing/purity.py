@@ -118,8 +118,8 @@ def pieces(fixed: Fixed, watched: Watched) -> float:
             return upper.loss_at(model, seen, solution, generator).mean().item()
 
 
-def reproducible(fixed: Fixed) -> float:
-    """F at θ, which is the same whenever it is computed, and draws from the generator alone.
+def reproducible(fixed: Fixed) -> None:
+    """Ask whether F is the same whenever it is computed at θ, and draws from the generator alone.
 
     Raises:
         Fault: "hidden randomness" or "hidden state".
@@ -145,7 +145,6 @@ def reproducible(fixed: Fixed) -> float:
                 "hidden randomness",
                 f"F depends on {source}; draw from the generator that draw, prepare and loss_at are given",
             )
-    return value
 
 
 def _differ(one: float, other: float) -> bool:

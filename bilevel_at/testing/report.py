@@ -147,6 +147,15 @@ def dot(gradients: Gradients, along: Along) -> float:
     return total
 
 
+def difference(a: Gradients, b: Gradients) -> dict[str, Tensor | None]:
+    """a − b by parameter name, a gradient that is None counting as 0."""
+    out: dict[str, Tensor | None] = {}
+    for name in {**a, **b}:
+        one, other = a.get(name), b.get(name)
+        out[name] = one if other is None else (-other if one is None else one - other)
+    return out
+
+
 def norm_of(gradients: Mapping[str, Tensor | None]) -> float:
     """The Euclidean norm over all parameters."""
     norms = [g.detach().norm() for g in gradients.values() if g is not None]

@@ -16,8 +16,7 @@ from ..kkt import KKTSolver
 from ..problem import BilevelProblem
 from ..solution import Gradients, Hypergradient, Solution
 from ..solver import Solver
-from .fixed import Fixed
-from .report import dot, norm_of
+from .report import difference, dot, norm_of
 
 __all__ = ["Compute", "named_factor", "solver_fault"]
 
@@ -61,11 +60,9 @@ def _alternatives() -> Iterator[tuple[str, str, Solver]]:
     yield "cross derivative at δ*", f"the Hessian-free one with {moved}", HessianFreeKKT(cross_at="solution")
 
 
-def solver_fault(
-    problem: BilevelProblem, solver: Solver, step: Hypergradient, exact: Hypergradient, compute: Compute
-) -> tuple[str, str]:
+def solver_fault(solver: Solver, step: Hypergradient, exact: Hypergradient, compute: Compute) -> tuple[str, str]:
     """The implicit function theorem agrees with differences, so the solver does not."""
-    term = step.implicit or _difference(step.grads, exact.direct)
+    term = step.implicit or difference(step.grads, exact.direct)
     right = norm_of(exact.implicit)
     share = right / max(norm_of(exact.grads), 1e-300)
     if norm_of(term) <= 1e-9 * right:
@@ -86,7 +83,7 @@ def solver_fault(
                     best = (rest, factor, cause, what)
     rest, factor, cause, what = best
     if rest > 1e-3:
-        names = [n for n, g in _difference(term, exact.implicit).items() if g is not None and g.norm() > 1e-6 * right]
+        names = [n for n, g in difference(term, exact.implicit).items() if g is not None and g.norm() > 1e-6 * right]
         if len(names) < sum(g is not None for g in exact.implicit.values()):
             return "some parameters", f"the solver's implicit term is right but for {', '.join(names)}"
         return "unexplained", (
@@ -95,7 +92,7 @@ def solver_fault(
         )
     weight = getattr(solver, "ig_weight", 1.0)
     because = f", as ig_weight={weight:g} says" if weight != 1.0 and math.isclose(factor, weight, rel_tol=1e-6) else ""
-    named = f"{factor:.6g}" if because else named_factor(factor, None, step)
+    named = f"{factor:.6g}" if because else named_factor(factor, step.solution)
     if cause == "factor" and math.isclose(factor, -1, rel_tol=1e-6):
         return "sign", "the solver's implicit term is minus the right one"
     if cause != "factor" and math.isclose(factor, 1, rel_tol=1e-4):
@@ -103,18 +100,14 @@ def solver_fault(
     return cause, f"the solver's implicit term is {named} times {what}{because}"
 
 
-def named_factor(factor: float, fixed: Fixed | None, step: Hypergradient | None) -> str:
+def named_factor(factor: float, solution: Solution) -> str:
     """The factor, and what it is where it is known: λ, the size of the batch, ..."""
-    solution = step.solution if step is not None else (fixed.solution if fixed is not None else None)
-    known: dict[str, float] = {}
-    if solution is not None:
-        rows = len(solution.delta)
-        known = {"B, the size of the batch": rows, "1/B, B the size of the batch": 1 / rows}
-        lam = solution.lam
-        every = torch.as_tensor(lam).flatten()
-        one = every[0].item() if bool((every == every[0]).all()) else 0.0
-        if one > 0:
-            known |= {"λ": one, "1/λ": 1 / one, "λ²": one**2, "1/λ²": one**-2}
+    rows = len(solution.delta)
+    known: dict[str, float] = {"B, the size of the batch": rows, "1/B, B the size of the batch": 1 / rows}
+    every = torch.as_tensor(solution.lam).flatten()
+    one = every[0].item() if bool((every == every[0]).all()) else 0.0
+    if one > 0:
+        known |= {"λ": one, "1/λ": 1 / one, "λ²": one**2, "1/λ²": one**-2}
     for name, value in known.items():
         for sign in (1, -1):
             if math.isclose(factor, sign * value, rel_tol=1e-5) and not math.isclose(value, 1):
@@ -126,12 +119,4 @@ def _fit(term: Gradients, candidate: Gradients) -> tuple[float, float]:
     """(c, ‖term − c·candidate‖ / ‖term‖) for the c that fits best."""
     factor = dot(term, {n: g for n, g in candidate.items() if g is not None}) / norm_of(candidate) ** 2
     scaled = {name: None if g is None else factor * g for name, g in candidate.items()}
-    return factor, norm_of(_difference(term, scaled)) / norm_of(term)
-
-
-def _difference(a: Gradients, b: Gradients) -> dict[str, Tensor | None]:
-    out: dict[str, Tensor | None] = {}
-    for name in {**a, **b}:
-        one, other = a.get(name), b.get(name)
-        out[name] = one if other is None else (-other if one is None else one - other)
-    return out
+    return factor, norm_of(difference(term, scaled)) / norm_of(term)
