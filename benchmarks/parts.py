@@ -16,11 +16,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from pages import at_least_one
+from parts_page import write_page
 from parts_rows import ROWS, Row
+from parts_settings import SETTINGS, Setting
 from pieces import in_pieces
 from rich.console import Console
 from trials import Trial, perform_all, read
@@ -28,43 +30,6 @@ from trials import Trial, perform_all, read
 from bilevel_at.commands import flags
 from bilevel_at.data import load_data
 from bilevel_at.errors import InputError
-
-CHEAP = "nearest-40-3-2"
-NAMES = {"clean": "clean", "pgd-50-10": "PGD-50-10", CHEAP: "nearest", "autoattack": "AutoAttack"}
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A data set with its ε, recipe and attacks.
-
-    epochs: of a row that does not say otherwise.
-    flags: of the main job.
-    attacks: number of test images by attack; 0 for all.
-    seeds: at least so many are needed for a difference to be claimed.
-    """
-
-    name: str
-    title: str
-    epsilon: float
-    epochs: int
-    flags: str
-    attacks: dict[str, int]
-    seeds: int
-
-
-SMALL = (
-    "--data cifar10 --model small_resnet --examples 10500 --held-out 500 --select pgd-10-1 --precision bfloat16 "
-    "--memory-format channels_last --epochs 10"
-)
-ON_CIFAR = {"clean": 1000, "pgd-50-10": 200, CHEAP: 1000, "autoattack": 200}
-SETTINGS = {
-    setting.name: setting
-    for setting in (
-        Setting("digits", "Digits, ε = 0.2", 0.2, 30, "--data digits", dict.fromkeys(NAMES, 0), 5),
-        Setting("cifar10-8", "CIFAR-10, ε = 8/255", 8 / 255, 10, SMALL, ON_CIFAR, 3),
-        Setting("cifar10-16", "CIFAR-10, ε = 16/255", 16 / 255, 10, SMALL, ON_CIFAR, 3),
-    )
-}
 
 
 def slug(name: str) -> str:
@@ -130,8 +95,6 @@ def benchmark(
         if not page_only:
             perform_all([without_autoattack(trial) for trial in trials], lines, Path(folder), jobs)
             perform_all(trials, lines, Path(folder), jobs)  # which takes as long as all the rest
-        from parts_page import write_page
-
         write_page(list(read(lines).values()), target)
         Console().print(f"done: {target / 'parts.md'}", highlight=False)
 

@@ -43,13 +43,13 @@ PARTS = (
     Row("step 1.25 ε", "step", BASE, "--step 1.25ε"),
     Row("step 2 ε", "step", BASE, "--step 2ε"),
     Row("remembered, adaptive", "step", "remembered", "--anchor remembered --adaptive"),
-    Row("PGD-2", "number of steps", "step 0.5 ε", "--steps 2 --step 0.5ε"),
-    Row("PGD-7", "number of steps", BASE, "--steps 7"),
+    Row("PGD-2, of 0.5 ε", "number of steps", "step 0.5 ε", "--steps 2 --step 0.5ε"),
+    Row("PGD-7, of 0.25 ε", "number of steps", "PGD-2, of 0.5 ε", "--steps 7 --step 0.25ε"),
     Row("one unsigned step", "direction", BASE, "--direction taylor"),
     Row("two unsigned steps", "direction", "from a gradient step", TAYLOR2),
     Row("QUB", "upper loss", BASE, "--upper qub"),
     Row("TRADES' loss", "upper loss", BASE, "--upper trades"),
-    Row("GradAlign", "upper loss", BASE, "--upper gradalign"),
+    Row("GradAlign 0.2", "upper loss", BASE, "--upper gradalign --weight 0.2"),
     Row("implicit term × 0.1 (Fast-BAT)", "solver", "two unsigned steps", f"{TAYLOR2} --solver hessian-free-kkt"),
     Row(
         "the same in every 4th step",
@@ -95,7 +95,8 @@ COMPOSITIONS = (
         "--anchor remembered --adaptive --upper qub",
     ),
     Row("from a sign step, QUB", "composition", "from a sign step", "--anchor sign-step --upper qub"),
-    Row("PGD-2, QUB", "composition", "PGD-2", "--steps 2 --step 0.5ε --upper qub"),
+    Row("from a gradient step, QUB", "composition", "from a gradient step", "--anchor gradient-step --upper qub"),
+    Row("PGD-2, QUB", "composition", "PGD-2, of 0.5 ε", "--steps 2 --step 0.5ε --upper qub"),
     Row(
         "remembered, QUB, averaged",
         "composition",
@@ -120,7 +121,7 @@ COMPOSITIONS = (
         "remembered, adaptive",
         "--anchor remembered --adaptive --epochs 2E",
     ),
-    Row("PGD-7, QUB", "composition", "PGD-7", "--steps 7 --upper qub"),
+    Row("PGD-7, QUB", "composition", "PGD-7, of 0.25 ε", "--steps 7 --step 0.25ε --upper qub"),
 )
 """Combinations of parts, searched for one that does better at Fast-BAT's cost."""
 

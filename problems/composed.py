@@ -3,9 +3,9 @@
     δ*(θ) = P_C(z − step · D(∇_δ ℓ_atk(θ, z))),      ℓ_atk = −ℓ_CE            (Fast-BAT paper, equations 5 to 9)
     min_θ  mean_i f(θ, δ*_i)
 
-z is ``--anchor``, after ``--steps`` − 1 projected steps with the same D; D is ``--direction``, the step ``--step`` (sign)
-or ``--taylor-step`` (1/λ), f ``--upper`` and, with ``--gamma``, at the weights that raise it (awp.py). As they stand the
-flags are Fast-AT's attack with a step of ε, in eval mode. Methods of other files are compositions:
+z is ``--anchor``, after ``--steps`` − 1 projected steps with the same D; D is ``--direction``, the step ``--step``
+(sign) or ``--taylor-step`` (1/λ), f ``--upper`` and, with ``--gamma``, at the weights that raise it (awp.py). As they
+stand the flags are Fast-AT's attack with a step of ε, in eval mode. Methods of other files are compositions:
 
     --anchor zero                                                    FGSM (fgsm.py)
     --anchor noise                                                   N-FGSM (nfgsm.py): not projected onto the ball
@@ -61,7 +61,9 @@ def anchor_of(name: AnchorName, epsilon: float, noise: float, reset_every: int, 
     return anchors[name]
 
 
-def upper_of(name: UpperName, epsilon: float, weight: float | None, loss: ba.CrossEntropy, mode: Mode) -> ba.UpperProblem:
+def upper_of(
+    name: UpperName, epsilon: float, weight: float | None, loss: ba.CrossEntropy, mode: Mode
+) -> ba.UpperProblem:
     """f by its name; ``weight`` of the divergence (6) or of the alignment (GradAlign's for this ε)."""
     one_of("upper", name, ("cross-entropy", "qub", "trades", "gradalign"))
     if weight is not None and name not in ("trades", "gradalign"):
