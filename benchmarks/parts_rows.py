@@ -1,4 +1,4 @@
-"""The rows of ``parts.py``: compositions as flags of ``problems/composed.py``, each with the row it is compared with."""
+"""The rows of ``parts.py``: flags of ``problems/composed.py``, each with the row that it is compared with."""
 
 from __future__ import annotations
 
