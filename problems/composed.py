@@ -113,9 +113,11 @@ def problem(
         mode: train or eval batch statistics in attack passes.
     """
     taylor = published_step(epsilon) if taylor_step is None else positive("taylor_step", taylor_step)
-    signed = direction == "sign"
+    signed = one_of("direction", direction, ("sign", "taylor")) == "sign"
     if step is not None and not signed:
         raise ba.InputError(f"step is {step:g}, and direction taylor takes taylor_step; give that instead")
+    if step is not None and adaptive:
+        raise ba.InputError(f"step is {step:g}, and adaptive steps have a rule of their own; leave it out")
     length = taylor if not signed else step if step is not None else epsilon if steps == 1 else epsilon / 4
     policy: ba.Step | float = length
     if adaptive and signed:

@@ -145,6 +145,7 @@ PUBLISHED = {
     "yopo": ("preact_resnet18", 36, 256, 0.04, "multistep", (30, 34), 5e-4),
     "subat": ("preact_resnet18", 105, 128, 0.1, "constant", (), 0.0),
     "fgsm_sdi": ("preact_resnet18", 110, 128, 0.1, "multistep", (100, 105), 5e-4),
+    "composed": ("preact_resnet18", 20, 128, 0.2, "linear", (), 5e-4),
 }
 
 
@@ -161,6 +162,7 @@ EVAL_MODE_ATTACKS = {
     "nuat",
     "gat",
     "qub",
+    "composed",
 }
 
 
