@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import settings
 
 
 def fast(values, chosen):
@@ -10,6 +11,11 @@ def fast(values, chosen):
     values = list(values)
     assert set(chosen) <= set(values), set(chosen) - set(values)
     return [value if value in chosen else _slow(value) for value in values]
+
+
+def thorough():
+    """Whether tests are to look at everything: ``pytest --hypothesis-profile thorough``."""
+    return settings.default.max_examples > 50
 
 
 def _slow(value):

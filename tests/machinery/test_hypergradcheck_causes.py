@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
+from marks import thorough
 from networks import ATK, batch_of, dense, proximal, taylor, with_batch_norm
 from running import ROOT
 from torch import nn
@@ -174,10 +175,13 @@ def _noticed(s):
 
 
 @pytest.mark.parametrize("kind", ["box", "l2", "polyhedron"])
-@pytest.mark.parametrize("pairs", [10, pytest.param(170, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("pairs", [10, pytest.param(50, marks=pytest.mark.slow)])
 def test_wrong_solvers_are_noticed_in_random_problems(kind, pairs):
-    """Two wrong solvers, one without its implicit term and one with 0.9 of it, in each of ``pairs`` random problems."""
-    noticed = []
+    """Two wrong solvers, one without its implicit term and one with 0.9 of it, in each of ``pairs`` random problems.
+
+    170 of each kind in the thorough profile, which is 1,020 wrong solvers.
+    """
+    noticed, pairs = [], 170 if thorough() else pairs
     constraint = {"box": lambda shape: bst.boxes(), "l2": lambda shape: bst.l2_balls(), "polyhedron": bst.polyhedra}
 
     @settings(max_examples=3 * pairs, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
