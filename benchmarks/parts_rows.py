@@ -70,10 +70,10 @@ PARTS = (
         f"{TAYLOR2} --solver hessian-free-kkt --ig-weight 1",
     ),
     Row(
-        "Hessian-aware × 0.1, damped",
+        "Hessian-aware × 0.1, damped where needed",
         "solver",
         "implicit term × 0.1 (Fast-BAT)",
-        f"{TAYLOR2} --solver gauss-newton-kkt --damping 1 --ig-weight 0.105",
+        f"{TAYLOR2} --solver gauss-newton-kkt --damping auto",
     ),
     Row("attacks in train mode", "recipe", BASE, "--mode train"),
     Row("averaged weights", "recipe", BASE, "--ema 0.99"),
@@ -120,6 +120,18 @@ COMPOSITIONS = (
         "composition",
         "remembered, adaptive",
         "--anchor remembered --adaptive --epochs 2E",
+    ),
+    Row(
+        "remembered, twice the epochs",
+        "composition",
+        "remembered",
+        "--anchor remembered --epochs 2E",
+    ),
+    Row(
+        "remembered, QUB, 1.4 × the epochs",
+        "composition",
+        "remembered, QUB",
+        "--anchor remembered --upper qub --epochs 1.4E",
     ),
     Row("PGD-7, QUB", "composition", "PGD-7, of 0.25 ε", "--steps 7 --step 0.25ε --upper qub"),
 )
