@@ -19,12 +19,15 @@ __all__ = ["draw"]
 CLEAR, UNCLEAR = "#1f5fa8", "#8a8a8a"
 
 
-def draw(every: Sequence[Any], path: Path) -> None:
-    """Differences under the cheap strong attack by row, grouped by part; rows that no panel has are left out."""
+def draw(every: Sequence[Any], path: Path) -> bool:
+    """Differences under the cheap strong attack by row, grouped by part; rows that no panel has are left out.
+
+    Returns whether there is anything to draw.
+    """
     panels = [runs for runs in every if any(_gap(runs, row) for row in (*PARTS, *COMPOSITIONS))]
     rows = [row for row in (*PARTS, *COMPOSITIONS) if any(_gap(runs, row) for runs in panels)]
     if not rows:
-        return
+        return False
     figure, grid = plt.subplots(
         1, len(panels), figsize=(8.5, 0.23 * len(rows) + 1.2), sharey=True, layout="constrained", squeeze=False
     )
@@ -56,6 +59,7 @@ def draw(every: Sequence[Any], path: Path) -> None:
     grid[0][0].set_ylim(max(places.values()) + 0.8, -0.8)
     figure.savefig(path, dpi=130)
     plt.close(figure)
+    return True
 
 
 def _gap(runs: Any, row: Row) -> Any:

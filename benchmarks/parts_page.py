@@ -152,7 +152,15 @@ def images(setting: Setting) -> str:
     return ", ".join(f"{name} on the first {n:,} test images" for name, n in counts.items())
 
 
-def page(records: Sequence[Mapping[str, Any]], conclusions: str) -> str:
+FIGURE = (
+    "![What each part adds under a strong attack](parts.png)",
+    "",
+    "*What to see: each dot is one part exchanged, the bar its 95 % interval; right of the line it adds to the accuracy "
+    "under nearest-40-3-2 of the row that it is compared with. Filled where the interval leaves out zero.*",
+)
+
+
+def page(records: Sequence[Mapping[str, Any]], conclusions: str, drawn: bool) -> str:
     """The page."""
     every = [Runs(records, setting) for setting in SETTINGS.values()]
     every = [runs for runs in every if runs.records]
@@ -171,11 +179,7 @@ def page(records: Sequence[Mapping[str, Any]], conclusions: str) -> str:
         "([nearest.md](nearest.md)). A dash: not measured. How rows were chosen, and what luck would do: "
         "[parts-method.md](parts-method.md).",
         "",
-        "![What each part adds under a strong attack](parts.png)",
-        "",
-        "*What to see: each dot is one part exchanged, the bar its 95 % interval; right of the line it adds to the "
-        "accuracy under nearest-40-3-2 of the row that it is compared with. Filled where the interval leaves out "
-        "zero.*",
+        *(FIGURE if drawn else []),
     ]
     for runs in every:
         seeds = sorted({r["seed"] for r in runs.records})
@@ -210,9 +214,9 @@ def method(records: Sequence[Mapping[str, Any]]) -> str:
         "- **Tried:** the rows of `benchmarks/parts_rows.py`. Settings are published ones, or were written down before "
         "the first run, but for these: *from a gradient step, QUB* was added after a part of the digits' seed 0, and "
         "*remembered, twice the epochs*, *remembered, QUB, 1.4 × the epochs* and automatic damping after all of it; "
-        "GradAlign's weight was set to 0.2, as in the digits' table, after one run with 2. Five compositions were looked "
-        "at earlier on the digits' test images with three seeds (Fast-BAT's attacker with and without QUB, PGD-7 with and without, N-FGSM), "
-        "which is why those are among the rows.",
+        "GradAlign's weight was set to 0.2, as in the digits' table, after one run with 2. Five compositions were "
+        "looked at earlier on the digits' test images with three seeds (Fast-BAT's attacker with and without QUB, PGD-7 "
+        "with and without, N-FGSM), which is why those are among the rows.",
         "- **Pairs:** the runs of a seed share initial weights, the order of the data and the held-out images, so "
         "differences are taken seed by seed.",
         "- **Not equal:** epochs are equal, operations are not; the column *cost* says how much, and *twice the "
@@ -241,11 +245,11 @@ def luck_lines(every: Sequence[Runs]) -> list[str]:
 
 
 def write_page(records: Sequence[Mapping[str, Any]], target: Path) -> None:
-    """parts.md, parts-method.md and parts.png; ``parts-conclusions.md`` goes to the top, where there is one."""
+    """parts.md, parts-method.md and parts.png; the text of ``parts-conclusions.txt``, where there is one, at the top."""
     from parts_figure import draw
 
     place = target / "parts-conclusions.txt"
     conclusions = place.read_text(encoding="utf-8") if place.exists() else ""
-    (target / "parts.md").write_text(page(records, conclusions), encoding="utf-8")
+    drawn = draw([Runs(records, setting) for setting in SETTINGS.values()], target / "parts.png")
+    (target / "parts.md").write_text(page(records, conclusions, drawn), encoding="utf-8")
     (target / "parts-method.md").write_text(method(records), encoding="utf-8")
-    draw([Runs(records, setting) for setting in SETTINGS.values()], target / "parts.png")
