@@ -33,9 +33,13 @@ def draw(every: Sequence[Any], path: Path) -> bool:
     )
     places = _places(rows)
     for axes, runs in zip(grid[0], panels, strict=True):
+        low, high = _limits([gap for row in rows if (gap := _gap(runs, row))])
         for row in rows:
             gap = _gap(runs, row)
             if gap is None:
+                continue
+            if not low < gap.mean < high:
+                _beyond(axes, gap.mean, places[row.name], low if gap.mean < 0 else high)
                 continue
             color = CLEAR if gap.clear else UNCLEAR
             axes.errorbar(
@@ -53,7 +57,7 @@ def draw(every: Sequence[Any], path: Path) -> bool:
         axes.tick_params(labelsize=8)
         axes.grid(axis="x", color="#dddddd", linewidth=0.6)
         axes.set_xlabel("points", fontsize=8)
-        axes.set_xlim(*_limits([gap for row in rows if (gap := _gap(runs, row))]))
+        axes.set_xlim(low, high)
     _groups(grid[0], rows, places)
     grid[0][0].set_yticks([places[row.name] for row in rows], [f"{row.name}" for row in rows], fontsize=8)
     grid[0][0].set_ylim(max(places.values()) + 0.8, -0.8)
@@ -73,6 +77,22 @@ def _limits(gaps: Sequence[Any]) -> tuple[float, float]:
     return max(low, -15.0), min(high, 15.0)
 
 
+def _beyond(axes: Any, value: float, y: float, edge: float) -> None:
+    """A number with an arrow, for what is beyond the axis."""
+    left = value < 0
+    axes.annotate(
+        f"{value:+.0f}",
+        (edge, y),
+        xytext=(28 if left else -28, 0),
+        textcoords="offset points",
+        ha="left" if left else "right",
+        va="center",
+        fontsize=8,
+        color=CLEAR,
+        arrowprops={"arrowstyle": "->", "color": CLEAR},
+    )
+
+
 def _places(rows: Sequence[Row]) -> dict[str, float]:
     """Heights, with a space between parts."""
     places, y, part = {}, 0.0, rows[0].part
@@ -85,9 +105,23 @@ def _places(rows: Sequence[Row]) -> dict[str, float]:
 
 
 def _groups(panels: Sequence[Any], rows: Sequence[Row], places: dict[str, float]) -> None:
-    """A band behind each second part."""
+    """A band behind each second part, and their names."""
     parts = list(dict.fromkeys(row.part for row in rows))
     for part in parts[::2]:
         heights = [places[row.name] for row in rows if row.part == part]
         for axes in panels:
             axes.axhspan(min(heights) - 0.7, max(heights) + 0.7, color="#f3f3f3", linewidth=0, zorder=0)
+    for part in parts:
+        top = min(places[row.name] for row in rows if row.part == part)
+        panels[-1].annotate(
+            part,
+            (1, top - 0.5),
+            xycoords=("axes fraction", "data"),
+            xytext=(-3, 0),
+            textcoords="offset points",
+            ha="right",
+            va="center",
+            fontsize=7.5,
+            style="italic",
+            color="#555555",
+        )
