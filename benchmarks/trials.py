@@ -11,7 +11,8 @@ import io
 import json
 import multiprocessing
 import os
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,11 +30,13 @@ from bilevel_at.errors import BilevelError, InputError
 from bilevel_at.evaluate import attack_from_name
 from bilevel_at.runs.directory import RunDir
 from bilevel_at.runs.evaluations import Store
+from bilevel_at.train import Trainer
 
 Record = dict[str, Any]
 ROWS = 500  # examples that are attacked at a time
 BY_EPOCH = ("train", "clean", "robust", "alignment", "implicit_ratio", "implicit_cosine", "perturbation")
 PLACES = ("--data-dir", "--out")
+PROCESSOR = "processor-seconds.txt"
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,8 @@ def perform(trial: Trial, folder: Path) -> Record:
         plan = understand(command)
         try:
             if not (out / "results.json").exists():
-                main_job.run([*command, *(["--resume"] if run.exists else [])])
+                with processor_seconds(out / PROCESSOR):
+                    main_job.run([*command, *(["--resume"] if run.exists else [])])
         except BilevelError as error:  # training that diverges is a result
             return record | {"failed": str(error).splitlines()[0]}
         record["results"] = attack(trial, run, plan.options.data, plan.options.data_dir)
@@ -100,8 +104,41 @@ def perform(trial: Trial, folder: Path) -> Record:
         "versions": {name: config["versions"][name] for name in ("python", "torch")},
         "operations": training_operations(plan),
         "seconds": round(sum(m["train_seconds"] for m in metrics), 1),
+        "processor_seconds": _processor_seconds(out / PROCESSOR, len(metrics)),
         "epochs": {name: [_rounded(m.get(name)) for m in metrics] for name in BY_EPOCH},
     }
+
+
+@contextlib.contextmanager
+def processor_seconds(path: Path) -> Iterator[None]:
+    """Meanwhile each epoch of training leaves its number and this process's processor seconds in a line of the file.
+
+    What others do on the machine changes these less than those of the clock. An epoch that was stopped has several
+    lines.
+    """
+    train_epoch = Trainer.train_epoch
+
+    def timed(self: Trainer, epoch: int) -> dict[str, Any]:
+        start = time.process_time()
+        try:
+            return train_epoch(self, epoch)
+        finally:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(f"{epoch} {time.process_time() - start:.3f}\n")
+
+    Trainer.train_epoch = timed  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Trainer.train_epoch = train_epoch  # type: ignore[method-assign]
+
+
+def _processor_seconds(path: Path, epochs: int) -> float | None:
+    """Of all epochs; None where one is missing, as in runs from before these were noted."""
+    lines = [line.split() for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    if {int(epoch) for epoch, _ in lines} != set(range(epochs)):
+        return None
+    return round(sum(float(seconds) for _, seconds in lines), 1)
 
 
 def _rounded(value: float | None) -> float | None:
