@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["CHEAP", "STRONG", "by_composition", "mean", "page", "read"]
+__all__ = ["CHEAP", "PAGE", "STRONG", "by_composition", "mean", "page", "read"]
 
 CHEAP, STRONG = "nearest-40-3-2", "autoattack"
+PAGE = "speedrun-gpu.md"  # speedrun.md is that of speedrun_cpu.py
 Record = dict[str, Any]
 
 

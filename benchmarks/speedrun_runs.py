@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from speedrun_page import CHEAP, STRONG, by_composition, mean, page, read
+from speedrun_page import CHEAP, PAGE, STRONG, by_composition, mean, page, read
 
 import bilevel_at as ba
 from bilevel_at import run as main_job
@@ -133,7 +133,7 @@ class Speedrun:
         self.write_page()
 
     def write_page(self) -> None:
-        (self.target.path / "speedrun.md").write_text(page(read(self.target.path), self.targets))
+        (self.target.path / PAGE).write_text(page(read(self.target.path), self.targets))
 
     def train_all(self) -> None:
         """Train each composition, and attack it with the cheap attack."""
@@ -178,4 +178,4 @@ class Speedrun:
         for target in self.targets:
             self.seek(target, margin)
         self.write_page()
-        self.console.print(f"done: {self.target.path / 'speedrun.md'}", highlight=False)
+        self.console.print(f"done: {self.target.path / PAGE}", highlight=False)

@@ -221,7 +221,7 @@ def test_speedrun_goes_on_after_kills_and_writes_its_page(monkeypatch):
         results = [{**record["results"][name], "seconds": 0} for record in (whole, broken)]
         assert results[0] == results[1] and results[0]["n"] == 6 and results[0]["accuracy"] > 0.5
     assert broken["seconds"] == sum(broken["epoch_seconds"]) > 0 and len(broken["epoch_seconds"]) == 2
-    page = Path("runs/speedrun.md").read_text()
+    page = Path("runs/speedrun-gpu.md").read_text()
     assert "no figure here is a result" in page and "in 2 pieces" in page and " CPU, small_cnn" in page
     assert re.search(r"^\| 0 % \| nfgsm-15 \| [\d.]+ \| [\d.e-]+ \| [\d.]+ \(n = 6\) \| 1 \|$", page, re.M)
     assert "| 100 % | none | – |" in page
@@ -249,7 +249,7 @@ def test_speedrun_records_what_failed_and_takes_one_s_own():
     records = read("runs/speedrun-*.json")
     assert len(records) == 4 and sum("the loss is" in r.get("failed", "") for r in records.values()) == 2
     assert {r["precision"] for r in records.values() if "failed" not in r} == {"float32"}
-    page = Path("runs/speedrun.md").read_text()
+    page = Path("runs/speedrun-gpu.md").read_text()
     assert re.search(r"failed: \w+: the loss is", page)
     assert re.search(r"steps 1 --precision float32` \| [\d.]+ ± [\d.]+ \|", page)
     assert speedrun.command([*flags, "--composition", *own]) == 0 and read("runs/speedrun-*.json") == records
@@ -316,7 +316,7 @@ def test_autoattack_goes_to_what_may_reach_a_target_fastest_first(monkeypatch, t
         speedrun.keep(entry, {**about, **own, "start_seconds": 0.5, "operations": 2e15})
     speedrun.work(margin=0.5)
     assert asked == [("c", 0), ("c", 1), ("d", 0), ("d", 1)]  # b is too weak, a and e are slower than d
-    page = Path(tmp_path, "speedrun.md").read_text()
+    page = Path(tmp_path, "speedrun-gpu.md").read_text()
     assert "| 45 % | d | 8.0 ± 0.0 | 2 ± 0 | 45.50 ± 0.00 | 2 |" in page and "| 60 % | none |" in page
     assert "no figure here is a result" not in page and page.count("| 2 | 1 epochs") == 5
 

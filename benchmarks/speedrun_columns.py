@@ -1,0 +1,81 @@
+"""The lines of ``speedrun_cpu.py`` by time: what is there, and what held-out images choose."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+__all__ = ["Column", "Record", "columns_of"]
+
+Record = Mapping[str, Any]
+
+
+class Column:
+    """The lines of one time.
+
+    Args:
+        budget: minutes of two cores.
+        records: lines of this time.
+        names: all compositions, in the page's order.
+    """
+
+    def __init__(self, budget: float, records: Sequence[Record], names: Sequence[str]) -> None:
+        self.budget, self.names = budget, names
+        self.records = records
+        self.failed = [r for r in records if "failed" in r]
+        self.rows = {
+            name: rows
+            for name in names
+            if (rows := [r for r in records if r["composition"] == name]) and not any("failed" in r for r in rows)
+        }
+
+    @property
+    def complete(self) -> bool:
+        """Whether each composition has a line for each seed."""
+        seeds = {r["seed"] for r in self.records}
+        return {(r["composition"], r["seed"]) for r in self.records} == {(n, s) for n in self.names for s in seeds}
+
+    def accuracy(self, name: str, attack: str) -> dict[int, float]:
+        """On test images in %, by seed, of the runs that were attacked so."""
+        rows = self.rows.get(name, [])
+        return {r["seed"]: 100 * r["results"][attack]["accuracy"] for r in rows if attack in r["results"]}
+
+    def held_out(self, name: str) -> dict[int, float]:
+        """Of the last epoch on held-out images in %, by seed."""
+        return {r["seed"]: 100 * r["epochs"]["robust"][-1] for r in self.rows.get(name, [])}
+
+    def error(self, name: str, attack: str | None = None) -> float:
+        """The standard error of a row's accuracy that comes from the number of images; ``None``: the held-out ones."""
+        row = self.rows[name][0]
+        accuracies = self.held_out(name) if attack is None else self.accuracy(name, attack)
+        share = statistics.mean(accuracies.values()) / 100
+        return 100 * math.sqrt(
+            share * (1 - share) / (row["held_out"] if attack is None else row["results"][attack]["n"])
+        )
+
+    @property
+    def best(self) -> str | None:
+        """What held-out images choose."""
+        return max(self.rows, key=lambda name: statistics.mean(self.held_out(name).values()), default=None)
+
+    @property
+    def level(self) -> list[str]:
+        """What held-out images do not tell from the best: within two standard errors of the difference."""
+        best = self.best
+        if best is None:
+            return []
+        top = statistics.mean(self.held_out(best).values())
+        return [
+            name
+            for name in self.rows
+            if name != best
+            and top - statistics.mean(self.held_out(name).values()) < 2 * math.hypot(self.error(best), self.error(name))
+        ]
+
+
+def columns_of(records: Sequence[Record], names: Sequence[str]) -> list[Column]:
+    """The times that have lines."""
+    budgets = sorted({r["budget"] for r in records})
+    return [Column(budget, [r for r in records if r["budget"] == budget], names) for budget in budgets]
