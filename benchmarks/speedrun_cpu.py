@@ -5,8 +5,8 @@
 It rehearses ``speedrun.py``, which is for a GPU. All compositions have one recipe; a time of m minutes is 2 · 60 · m
 processor seconds of training on one thread, and two runs side by side fill two cores. No clock stops a run: seconds of
 a step are measured once, for all compositions in turn (``speedrun_steps.py``), and each trains as many whole epochs as
-fit, at least one, with a schedule of that length. Composition and seed with the best accuracy on held-out images are
-chosen, never by test images, and all rows are shown.
+fit, at least one, with a schedule of that length. The composition with the best accuracy on held-out images is chosen,
+never by test images, and all rows are shown.
 
 Whatever is done is not repeated, so the same command may be given until it says that it is done; its exit status is 3
 where ``--minutes`` were up. A column of seven compositions and one seed takes 70, 210 or 840 minutes of a core, and its

@@ -50,17 +50,7 @@ def summary(columns: Sequence[Column]) -> list[str]:
 def table(column: Column) -> list[str]:
     """Every composition of a time, by accuracy on held-out images."""
     best = column.best
-    header = [
-        "composition",
-        "epochs",
-        "planned s",
-        "taken s",
-        "TFLOP",
-        "held out, PGD-10",
-        "clean",
-        CHEAP,
-        "AutoAttack",
-    ]
+    header = ["composition", "epochs", "planned s", "taken s", "TFLOP", "held out, PGD-10", "clean", *NAMES.values()]
     attack = STRONG if all(column.accuracy(name, STRONG) for name in column.rows) else CHEAP
     header.append(f"chosen less this, {NAMES[attack]}")
     lines = [_row(header), "|" + "---|" * len(header)]
@@ -87,14 +77,11 @@ def remarks(column: Column) -> str:
     if best is None:
         return "No composition was trained to its end."
     seeds = len(column.rows[best])
-    text = f"Held-out images choose **{best}**"
-    text += (
-        "." if column.complete else f" of the {len(column.rows)} of {len(column.names)} compositions that are there."
-    )
+    of = "" if column.complete else f" of the {len(column.rows)} of {len(column.names)} compositions that are there"
+    text = f"Held-out images choose **{best}**{of}."
     if column.level:
-        text += (
-            f" They do not tell it from {'; '.join(column.level)} (less than two standard errors of the difference)."
-        )
+        level = "; ".join(column.level)
+        text += f" They do not tell it from {level} (less than two standard errors of the difference)."
     text += (
         f" The number of images alone gives accuracies a standard error of {column.error(best):.1f} points (held out) "
         f"and {column.error(best, CHEAP):.1f} (test)."
