@@ -15,6 +15,8 @@ from speedrun_steps import CALIBRATION, Rows, seconds_of
 from speedrun_steps import read as read_calibration
 from trials import read
 
+from bilevel_at.errors import InputError
+
 __all__ = ["write_page"]
 
 BASELINES = ("Fast-AT", "ATAS", "PGD-7")
@@ -163,10 +165,16 @@ def page(columns: Sequence[Column], rows: Rows) -> str:
 
 
 def write_page(target: Path) -> None:
-    """speedrun.md and speedrun.png."""
+    """speedrun.md and speedrun.png.
+
+    Raises:
+        InputError: where there are no lines.
+    """
     from speedrun_cpu_figure import draw
 
     rows = read_calibration(target / CALIBRATION)
     columns = columns_of(list(read(target / "speedrun.jsonl").values()), list(rows))
+    if not columns:
+        raise InputError(f"{target / 'speedrun.jsonl'} has no lines; train first, without --page-only")
     (target / "speedrun.md").write_text(page(columns, rows), encoding="utf-8")
     draw(columns, target / "speedrun.png")

@@ -100,6 +100,7 @@ def test_mistakes_are_told():
         (["--compositions", "PGD"], "--compositions PGD is not known; choose from Fast-AT"),
         (["--budgets", "5", "0"], "--budgets is 0"),
         (["--seeds", "0"], "--seeds is 0"),
+        (["--page-only", "--write", "results"], "speedrun.jsonl has no lines; train first"),
     ):
         with pytest.raises(ba.InputError, match=message):
             speedrun.command(mistake)
