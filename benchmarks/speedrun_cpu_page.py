@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from differences import mean_and_spread, paired
-from parts_page import machines
+from parts_results import machines
 from speedrun_columns import Column, Record, columns_of
 from speedrun_page import CHEAP, STRONG
 from speedrun_steps import CALIBRATION, Rows, seconds_of
