@@ -27,7 +27,7 @@ def draw(columns: Sequence[Column], path: Path) -> None:
     names = columns[0].names
     height = 1.2 + 0.44 * len(names)
     figure, panels = plt.subplots(
-        1, len(columns), figsize=(8, height), layout="constrained", sharey=True, squeeze=False
+        1, len(columns), figsize=(8, height), layout="constrained", sharex=True, sharey=True, squeeze=False
     )
     for axes, column in zip(panels.flat, columns, strict=True):
         for place, name in enumerate(names):
