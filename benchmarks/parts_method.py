@@ -44,8 +44,8 @@ def method(records: Sequence[Mapping[str, Any]]) -> str:
         "",
         "For [parts.md](parts.md).",
         "",
-        "- **Held out for choosing:** a tenth of the digits' training images (144) and 500 of CIFAR-10's, others for "
-        "each seed, attacked with PGD after each epoch. Rows are ranked by them, in their last epoch. Test images "
+        "- **Held out for choosing:** a tenth of the digits' training images (144) and 500 of CIFAR-10's, the same "
+        "for every seed, attacked with PGD after each epoch. Rows are ranked by them, in their last epoch. Test images "
         "decide nothing: every row that was trained is on the page.",
         "- **Tried:** the rows of `benchmarks/parts_rows.py`. Settings are published ones, or were written down before "
         "the first run, but for these: *from a gradient step, QUB* was added after a part of the digits' seed 0, and "
