@@ -37,6 +37,7 @@ PARTS = (
     Row("from a corner", "anchor", BASE, "--anchor corner"),
     Row("from noise", "anchor", BASE, "--anchor noise"),
     Row("remembered", "anchor", BASE, "--anchor remembered"),
+    Row("remembered, never redrawn", "anchor", "remembered", "--anchor remembered --reset-every 0"),
     Row("from a sign step", "anchor", BASE, "--anchor sign-step"),
     Row("from a gradient step", "anchor", BASE, "--anchor gradient-step"),
     Row("step 0.5 ε", "step", BASE, "--step 0.5ε"),
@@ -120,6 +121,18 @@ COMPOSITIONS = (
         "composition",
         "remembered, adaptive",
         "--anchor remembered --adaptive --epochs 2E",
+    ),
+    Row(
+        "remembered, adaptive, averaged, twice the epochs",
+        "composition",
+        "remembered, adaptive, twice the epochs",
+        "--anchor remembered --adaptive --epochs 2E --ema 0.99",
+    ),
+    Row(
+        "remembered, adaptive, never redrawn, twice the epochs",
+        "composition",
+        "remembered, adaptive, twice the epochs",
+        "--anchor remembered --adaptive --epochs 2E --reset-every 0",
     ),
     Row(
         "remembered, twice the epochs",
