@@ -48,12 +48,12 @@ def method(records: Sequence[Mapping[str, Any]]) -> str:
         "for every seed, attacked with PGD after each epoch. Rows are ranked by them, in their last epoch. Test images "
         "decide nothing: every row that was trained is on the page.",
         "- **Tried:** the rows of `benchmarks/parts_rows.py`. Settings are published ones, or were written down before "
-        "the first run, but for these: *from a gradient step, QUB* was added after a part of the digits' seed 0, and "
-        "*remembered, twice the epochs*, *remembered, QUB, 1.4 × the epochs* and automatic damping after all of it, and "
-        "the rows that are never redrawn and *remembered, adaptive, averaged, twice the epochs* after three seeds; "
-        "GradAlign's weight was set to 0.2, as in the digits' table, after one run with 2. Five compositions were "
-        "looked at earlier on the digits' test images with three seeds (Fast-BAT's attacker with and without QUB, "
-        "PGD-7 with and without, N-FGSM), which is why those are among the rows.",
+        "the first run, but for these. Added after a part of the digits' seed 0: *from a gradient step, QUB*. After all "
+        "of it: *remembered, twice the epochs*, *remembered, QUB, 1.4 × the epochs*, automatic damping. After three "
+        "seeds: the rows that are never redrawn, and *remembered, adaptive, averaged, twice the epochs*. GradAlign's "
+        "weight was set to 0.2, as in the digits' table, after one run with 2. Five compositions were looked at "
+        "earlier on the digits' test images with three seeds (Fast-BAT's attacker with and without QUB, PGD-7 with and "
+        "without, N-FGSM), which is why those are among the rows.",
         "- **Pairs:** the runs of a seed share initial weights, the order of the data and the held-out images, so "
         "differences are taken seed by seed.",
         "- **Not equal:** epochs are equal, operations are not; the column *cost* says how much, and *twice the "
