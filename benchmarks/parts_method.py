@@ -48,8 +48,8 @@ def method(records: Sequence[Mapping[str, Any]]) -> str:
         "for every seed, attacked with PGD after each epoch. Rows are ranked by them, in their last epoch. Test images "
         "decide nothing: every row that was trained is on the page.",
         "- **Tried:** the rows of `benchmarks/parts_rows.py`. Settings are published ones, or were written down before "
-        "the first run, but for these. Added after a part of the digits' seed 0: *from a gradient step, QUB*. After all "
-        "of it: *remembered, twice the epochs*, *remembered, QUB, 1.4 × the epochs*, automatic damping. After three "
+        "the first run, but for these. After a part of the digits' seed 0: *from a gradient step, QUB*. After all of "
+        "it: *remembered, twice the epochs*, *remembered, QUB, 1.4 × the epochs*, automatic damping. After three "
         "seeds: the rows that are never redrawn, and *remembered, adaptive, averaged, twice the epochs*. GradAlign's "
         "weight was set to 0.2, as in the digits' table, after one run with 2. Five compositions were looked at "
         "earlier on the digits' test images with three seeds (Fast-BAT's attacker with and without QUB, PGD-7 with and "
