@@ -1,8 +1,9 @@
-"""The runs of ``overfitting.py``: a composition, an ε and a seed, with what could warn of a collapse after each epoch."""
+"""The runs of ``overfitting.py``: a composition, an ε and a seed; after each epoch, what could warn of a collapse."""
 
 from __future__ import annotations
 
 import datetime
+import math
 import os
 import platform
 from collections.abc import Mapping
@@ -56,7 +57,9 @@ class Composition:
         """The flags as on a command line."""
         flags = dict(self.flags) | ({} if self.step is None else {"step": f"{self.step:g}ε"})
         flags |= {} if self.solver == "zero-ig" else {"solver": self.solver}
-        words = (f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}") for name, value in flags.items())
+        words = (
+            f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}") for name, value in flags.items()
+        )
         return " ".join(words)
 
 
@@ -202,4 +205,11 @@ def machine() -> dict[str, Any]:
 
 def rounded(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Numbers with five digits, so that a line stays short."""
-    return [{k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in line.items()} for line in lines]
+    return [{name: _rounded(value) for name, value in line.items()} for line in lines]
+
+
+def _rounded(value: Any) -> Any:
+    """None where it is not finite, which JSON has no word for."""
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.5g}") if math.isfinite(value) else None
