@@ -79,7 +79,9 @@ def draw(records: Records, best: tuple[Predictor, Cases] | None, path: Path) -> 
         sign = best[1].sign()
         threshold = sign * best[1].threshold()
         below.axhline(threshold, color="#555555", lw=0.9, ls=":")
-        caption += f"would have to be {'above' if sign > 0 else 'below'} the dotted line, which catches {CAUGHT:.0%} "
+        caption += (
+            f"would have to be {'above' if sign > 0 else 'below'} the dotted line, which catches {100 * CAUGHT:g} % "
+        )
         caption += "of the collapses at all ε, for an alarm."
     else:
         caption += "would have to give an alarm."

@@ -103,6 +103,10 @@ def enough(records: Records) -> str:
     return ""
 
 
+def numbered(seeds: Sequence[int]) -> str:
+    return f"seeds {seeds[0]}–{seeds[-1]}" if len(seeds) > 1 else f"seed {seeds[0]}"
+
+
 def machines(records: Records) -> str:
     """When, on what and with what."""
     dates = sorted({r["date"] for r in records})
@@ -122,7 +126,7 @@ def page(records: Records, candidates: Sequence[Candidate], command: str, captio
         f"`{command}`; {machines(records)}.",
         "",
         f"At what ε, and for which composition, does it set in, and does anything warn an epoch ahead? {len(records)} "
-        f"runs, seeds {seeds[0]}–{seeds[-1]}: {first['examples']:,} training images, a tenth of them held out; a "
+        f"runs, {numbered(seeds)}: {first['examples']:,} training images, a tenth of them held out; a "
         f"pre-activation residual network of three blocks (width {WIDTH}); {first['epochs']} epochs of batch {BATCH}, "
         f"SGD 0.9 with the rate going 0 → {RATE} → 0, no augmentation. Each composition is "
         "[`problems/composed.py`](../../problems/composed.py) with `--mode train` and "

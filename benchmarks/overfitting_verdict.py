@@ -38,7 +38,7 @@ class Candidate:
     def rule(self) -> str:
         """Where it warns, by all pairs."""
         sign = self.cases.sign()
-        return f"{'above' if sign > 0 else 'below'} {sign * self.cases.threshold():.3g}"
+        return f"{'above' if sign > 0 else 'below'} {sign * self.cases.threshold():.3g}".replace("-", "−")
 
     def warns(self, tested: Tested) -> bool:
         return tested.caught_rate >= WARNS[0] and tested.false_rate <= WARNS[1]
@@ -60,14 +60,16 @@ def verdict(candidates: Sequence[Candidate]) -> list[str]:
     beside = ""
     if gap is not None:
         sure = "clear by a 95 % interval" if gap.clear and gap.n > 1 else "not clear by a 95 % interval"
-        beside = f", {gap.mean:+.2f} beside {base.predictor.name} ({gap.n} seeds; {sure})"
-    text = f"The largest area of what is measured: {best.predictor.name}, {best.seeds.area:.2f}{beside}. "
+        beside = f" ({gap.mean:+.2f} beside {base.predictor.name}, over {gap.n} seeds, {sure})"
+    text = f"The largest area of what is measured: {best.predictor.name}, with {best.seeds.area:.2f}{beside}. "
     text += (
         f"If none of the {len(measured)} told anything, and pairs were independent, the largest would be "
         f"{luck(candidates):.2f} in half of such searches."
     )
     lines = [text, ""]
-    wanted = f"at least {WARNS[0]:.0%} of the collapses caught, alarms in at most {WARNS[1]:.0%} of other epochs"
+    wanted = (
+        f"at least {100 * WARNS[0]:g} % of the collapses caught, alarms in at most {100 * WARNS[1]:g} % of other epochs"
+    )
     for what, tested in (("seeds", "seeds"), ("compositions", "methods")):
         good = [w.predictor.name for w in measured if w.warns(getattr(w, tested))]
         names = "; ".join(good) if good else "nothing that is measured"
@@ -77,7 +79,7 @@ def verdict(candidates: Sequence[Candidate]) -> list[str]:
 
 def share(part: int, whole: int) -> str:
     """A part of a whole, in numbers and in %; a dash for none of nothing."""
-    return f"{part} of {whole} ({part / whole:.0%})" if whole else "–"
+    return f"{part} of {whole} ({100 * part / whole:.0f} %)" if whole else "–"
 
 
 def rows(candidates: Sequence[Candidate]) -> list[str]:
@@ -112,7 +114,7 @@ def definitions(pairs: Sequence[Pair]) -> list[str]:
         "next epoch; an alarm two epochs ahead counts as a false one. *Area*: under the ROC curve, mean ± standard "
         "deviation over the seeds that were left out, with the direction chosen on the others; 0.5 tells nothing. "
         "*Within runs that collapse*: among their own epochs, where neither ε nor the composition can tell. *Caught*, "
-        f"*false*: an alarm is a value beyond the threshold that catches {CAUGHT:.0%} on the other seeds (on the "
+        f"*false*: an alarm is a value beyond the threshold that catches {100 * CAUGHT:g} % on the other seeds (on the "
         "right: of the other compositions, with all their seeds); *runs* are those that never collapse, with an alarm "
         "in any epoch. *Warns* has the threshold of all pairs. Changes are known from the second epoch on. In italics: "
         "what is known without measuring.",

@@ -101,9 +101,9 @@ def predictors() -> Iterator[Predictor]:
         scale: Literal["linear", "log"] = "log" if name in RATIOS else "linear"
         yield Predictor(name, _of(what), scale)
         if name in RATIOS:
-            yield Predictor(f"{name}, times that of the epoch before", _change(what, True), scale)
+            yield Predictor(f"ratio of {name} to the epoch before", _change(what, True), scale)
         else:
-            yield Predictor(f"{name}, change", _change(what, False))
+            yield Predictor(f"change of {name}", _change(what, False))
     yield Predictor("the epoch's number", lambda pair: pair.line["epoch"], measured=False)
     yield Predictor("ε", lambda pair: pair.epsilon, measured=False)
 
