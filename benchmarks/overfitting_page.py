@@ -85,22 +85,35 @@ def where_it_sets_in(records: Records) -> str:
     return text
 
 
-def enough(records: Records) -> str:
-    """Why the table is to be doubted; empty where there are collapses enough."""
+def too_few(records: Records) -> str:
+    """Why nothing can be said about warnings; empty where there are collapses enough."""
     runs = [r for r in records if onset(r) is not None]
-    methods = {r["settings"]["method"] for r in runs}
-    seeds = {r["settings"]["seed"] for r in runs}
     if not runs:
         return "No run collapses, so that nothing can be said about warnings."
     if len(runs) < LEAST:
         few = f"Only {len(runs)} of {len(records)} runs collapse"
         return f"{few}, too few to say what warns; at least {LEAST} are needed."
-    if len(seeds) < 2:
+    if len({r["settings"]["seed"] for r in runs}) < 2:
         return "All collapses are of one seed, so that no threshold can be tested on another."
-    if len(methods) < 3:
-        names = ", ".join(COMPOSITIONS[m].title for m in COMPOSITIONS if m in methods)
-        return f"All collapses are of {names}: what warns of them need not warn of others."
     return ""
+
+
+def few_compositions(records: Records) -> str:
+    """Whose collapses they are, where they are of one or two compositions."""
+    collapsing = {r["settings"]["method"] for r in records if onset(r) is not None}
+    if len(collapsing) > 2:
+        return ""
+    names = " and ".join(COMPOSITIONS[name].title for name in COMPOSITIONS if name in collapsing)
+    return f"All collapses are of {names}: what warns of them need not warn of others."
+
+
+def answer(records: Records, candidates: Sequence[Candidate]) -> list[str]:
+    """What can be said about warnings, the table and what its columns are."""
+    doubt = too_few(records)
+    lines = [f"**{doubt}**"] if doubt else verdict(candidates)
+    if not doubt and (narrow := few_compositions(records)):
+        lines = [f"**{narrow}**", "", *lines]
+    return [*lines, "", *rows(candidates), "", *definitions(pairs_of(records))] if candidates else lines
 
 
 def numbered(seeds: Sequence[int]) -> str:
@@ -119,7 +132,6 @@ def page(records: Records, candidates: Sequence[Candidate], command: str, captio
     first = records[0]["settings"]
     seeds = sorted({r["settings"]["seed"] for r in records})
     compositions = "; ".join(f"{COMPOSITIONS[m].title}: `{COMPOSITIONS[m].words}`" for m in methods_of(records))
-    doubt, pairs = enough(records), pairs_of(records)
     lines = [
         "# Catastrophic overfitting on CIFAR-10",
         "",
@@ -153,8 +165,7 @@ def page(records: Records, candidates: Sequence[Candidate], command: str, captio
         "",
         "## Does it warn?",
         "",
-        *([f"**{doubt}**", ""] if doubt else []),
-        *([*verdict(candidates), "", *rows(candidates), "", *definitions(pairs)] if candidates else []),
+        *answer(records, candidates),
     ]
     return "\n".join(lines).rstrip() + "\n"
 
