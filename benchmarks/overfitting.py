@@ -1,198 +1,152 @@
-"""Catastrophic overfitting on CIFAR-10, on a CPU: the figure and the page docs/results/overfitting.md.
+"""Catastrophic overfitting on CIFAR-10: at what ε and for which composition, and does anything warn an epoch ahead?
 
-    python benchmarks/overfitting.py --data-dir D [--seeds 3] [--write docs/results/overfitting.md]
+    python benchmarks/overfitting.py --data-dir D --write docs/results --minutes 60
 
-A narrow residual network on 10,000 images at ε = 24/255 (one of the radii of GradAlign's appendix D.4). FGSM from z = 0
-teaches it to recognise the attack: accuracy on attacked training images rises while held-out PGD accuracy collapses.
-The other methods train the same network on the same images for as many epochs. About twenty minutes on two cores.
+Nine compositions (``overfitting_runs.py``), four ε and three seeds train a narrow residual network on 10,000 images.
+FGSM from 0 can teach it to recognise the attack: accuracy on attacked training images rises while held-out PGD accuracy
+collapses. After each epoch, what could warn is measured on held-out images: gradient alignment, free coordinates, the
+implicit term's share and cosine, gradient norms, and gaps of accuracies. The page asks how well each of them, and its
+change, tells a collapse in the next epoch (``overfitting_warnings.py``).
+
+One line of JSON for each run in ``overfitting.jsonl`` beside the page, which is written from those lines alone.
+Whatever is done is not repeated, and a run that was cut off goes on after its last epoch, so the same command may be
+given until it says that it is done; its exit status is 3 where ``--minutes`` were up. About four hours of a core;
+``--methods fgsm fastat --epsilons 16/255`` does a part of it.
 """
 
 from __future__ import annotations
 
-import datetime
-import json
 import multiprocessing
 import os
-import platform
-import statistics
 import sys
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-import torch
-from matplotlib import pyplot as plt
+from overfitting_runs import COMPOSITIONS, Run, perform
+from pages import at_least_one
+from pieces import in_pieces
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from trials import read, write
 
 from bilevel_at.commands import flags
 from bilevel_at.data import load_data
-from bilevel_at.errors import InputError
-from bilevel_at.evaluate import attack_from_name
-from bilevel_at.models.residual import small_resnet
-from bilevel_at.runs.problem_file import ProblemFile
-from bilevel_at.train import Recipe, Trainer, catastrophic_overfitting
+from bilevel_at.errors import BilevelError, InputError, positive
 
-STYLES = {
-    "fgsm": ("FGSM, zero start", "#d9730d", "-", "o"),
-    "fastat": ("Fast-AT, uniform start", "#a05195", "--", "v"),
-    "gradalign": ("GradAlign", "#1f5fa8", "-", "s"),
-    "atas": ("ATAS", "#2f4b7c", ":", "D"),
-    "fastbat": ("Fast-BAT", "#111111", "-.", "^"),
-}
+EPSILONS = (8 / 255, 12 / 255, 16 / 255, 24 / 255)
 
 
-def train(method: str, seed: int, epsilon: float, data_dir: str, examples: int, epochs: int) -> list[dict[str, Any]]:
-    """The lines that a run's metrics.jsonl would have."""
-    torch.set_num_threads(1)
-    data, _ = load_data("cifar10", data_dir, download=False)
-    images, held_out = data.sample(examples).split(0.1)
-    recipe = Recipe(epochs=epochs, batch_size=64, lr=0.1)
-    file = ProblemFile(method)
-    assert file.solver is not None
-    solver = file.solver(epsilon=epsilon) if method == "fastbat" else file.solver()
-    torch.manual_seed(seed)
-    model = small_resnet((3, 32, 32), 10, width=16)  # 77,000 parameters, on [0, 1] inputs
-    attack = attack_from_name("pgd-10-1", epsilon)
-    trainer = Trainer(file.problem(epsilon=epsilon), solver, model, images, held_out, recipe, attack, seed)
-    return [epoch.asdict() for epoch in trainer.epochs()]
+def missing(run: Run, records: Mapping[str, Any]) -> bool:
+    """Whether there is no line of the same settings."""
+    record = records.get(run.key)
+    return record is None or record["settings"] != run.settings
 
 
-def draw(runs: dict[str, list[list[dict[str, Any]]]], path: Path, epsilon: float) -> None:
-    """Held-out PGD accuracy and accuracy on the attacked training images, by epoch; a cross where a run collapsed."""
-    figure, panels = plt.subplots(1, 2, figsize=(9.5, 3.9), layout="constrained", sharex=True)
-    for axes, key, title in (
-        (panels[0], "robust", "held-out images, PGD-10"),
-        (panels[1], "train", "training images, as the method attacks them"),
-    ):
-        for method, seeds in runs.items():
-            label, color, dash, marker = STYLES[method]
-            epochs = [line["epoch"] for line in seeds[0]]
-            for lines in seeds:
-                axes.plot(epochs, [100 * line[key] for line in lines], color=color, linewidth=0.6, alpha=0.4)
-                collapse = catastrophic_overfitting(lines)
-                if collapse is not None:
-                    after = collapse.after
-                    axes.plot(after["epoch"], 100 * after[key], "x", color=color, markersize=9, markeredgewidth=2)
-            means = [100 * statistics.mean(line[key] for line in lines) for lines in zip(*seeds, strict=True)]
-            axes.plot(epochs, means, dash, color=color, marker=marker, markersize=4, linewidth=1.6, label=label)
-        axes.set(xlabel="epoch", ylabel="accuracy (%)", ylim=(0, None))
-        axes.set_title(title, fontsize=10)
-    panels[1].legend(fontsize=8, frameon=False, loc="upper left")
-    number = len(next(iter(runs.values())))
-    figure.suptitle(
-        f"CIFAR-10, ε = {255 * epsilon:.0f}/255, {number} seeds (thin) and their mean; ✗ catastrophic overfitting",
-        fontsize=10,
-    )
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+def _attempt(task: tuple[Run, str, str]) -> tuple[Run, Any, str]:
+    run, data_dir, folder = task
+    try:
+        return run, perform(run, data_dir, Path(folder)), ""
+    except Exception as error:
+        return run, None, f"{run.key}: {type(error).__name__}: {error}"
 
 
-def document(
-    runs: dict[str, list[list[dict[str, Any]]]], epsilon: float, examples: int, command: str, figure: str
-) -> str:
-    """The page: what was done, on what, and what was seen."""
-    seeds, epochs = len(next(iter(runs.values()))), len(next(iter(runs.values()))[0])
-    lines = [
-        "# Catastrophic overfitting on CIFAR-10",
-        "",
-        f"`{command}`, {datetime.date.today().isoformat()}, {platform.machine()} CPU, {os.cpu_count()} cores, "
-        f"1 thread a run, torch {torch.__version__}, Python {platform.python_version()}.",
-        "",
-        f"{examples:,} training images, a tenth of them held out; a pre-activation residual network of three blocks "
-        f"(width 16); ε = {255 * epsilon:.0f}/255 in ℓ∞; {epochs} epochs of batch 64, SGD 0.9 with the rate going "
-        "0 → 0.1 → 0, no augmentation. Every method has the defaults of its problem file at this ε.",
-        "",
-        f"![Accuracy by epoch]({figure})",
-        "",
-        "| training | held-out PGD-10, best epoch | last epoch | clean, last | attacked training images, last "
-        "| collapsed |",
-        "|---|---|---|---|---|---|",
-    ]
-    for method, runs_of in runs.items():
+def perform_all(runs: Sequence[Run], lines: Path, data_dir: str, folder: Path, jobs: int | None) -> None:
+    """Perform those that are missing, in order.
 
-        def cell(values: Sequence[float]) -> str:
-            spread = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
-            return f"{100 * statistics.mean(values):.1f}{spread}"
-
-        collapses = [catastrophic_overfitting(lines) for lines in runs_of]
-        when = [str(c.after["epoch"]) for c in collapses if c is not None]
-        said = f"{len(when)} of {seeds}" + (f" (epoch {', '.join(when)})" if when else "")
-        last = [lines[-1] for lines in runs_of]
-        lines.append(
-            f"| {STYLES[method][0]} | {cell([max(line['robust'] for line in r) for r in runs_of])} "
-            f"| {cell([line['robust'] for line in last])} | {cell([line['clean'] for line in last])} "
-            f"| {cell([line['train'] for line in last])} | {said} |"
-        )
-    lines += [
-        "",
-        "Accuracy in %, mean ± standard deviation over the seeds. A run has collapsed where "
-        "`bilevel_at.train.catastrophic_overfitting` says so: held-out PGD accuracy below half of its best so far and "
-        "by at least 5 points, while accuracy on the attacked training images has risen.",
-    ]
-    return "\n".join(lines) + "\n"
+    Raises:
+        BilevelError: after all others are done, where one could not be.
+    """
+    todo = [run for run in runs if missing(run, read(lines))]
+    if not todo:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    lines.parent.mkdir(parents=True, exist_ok=True)
+    failures = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    context = multiprocessing.get_context("spawn")
+    with Progress(*columns, console=Console()) as progress, context.Pool(jobs or os.cpu_count()) as pool:
+        task = progress.add_task("runs", total=len(runs), completed=len(runs) - len(todo))
+        for run, record, failure in pool.imap_unordered(_attempt, [(run, data_dir, str(folder)) for run in todo]):
+            if record is None:
+                failures.append(failure)
+                continue
+            write(lines, read(lines) | {run.key: record})
+            progress.update(task, advance=1, description=f"done: {run.key}")
+    if failures:
+        raise BilevelError("; ".join(failures))
 
 
 def benchmark(
     data_dir: str = "data",
-    epsilon: float = 24 / 255,
-    methods: tuple[str, ...] = tuple(STYLES),
+    methods: tuple[str, ...] = tuple(COMPOSITIONS),
+    epsilons: tuple[float, ...] = EPSILONS,
     seeds: int = 3,
     epochs: int = 15,
     examples: int = 10_000,
     jobs: int | None = None,
     folder: str = "runs/overfitting",
+    minutes: float | None = None,
     write: str | None = None,
-) -> None:
-    """Train each method and compare.
+    page_only: bool = False,
+) -> int:
+    """Train, measure after each epoch, and write the page.
 
     Args:
         data_dir: where CIFAR-10 lies.
-        epsilon: radius.
-        methods: which of fgsm, fastat, gradalign, atas, fastbat.
+        methods: which of fgsm, fastat, nfgsm, atta, atas, gradalign, unsigned, fastbat, fgsm-qub.
+        epsilons: radii.
         seeds: seeds 0 … seeds − 1.
         epochs: passes over the training images.
         examples: images to train on, a tenth of which is held out.
         jobs: runs side by side; one for each core if not given.
-        folder: where each run's epochs are kept; what is there is not repeated.
-        write: a markdown file for the page, with the figure beside it; in the folder if not given.
+        folder: where runs are kept until they are done.
+        minutes: stop after so many, to go on with the same command.
+        write: a folder for the page, its figure and the lines; the runs' folder if not given.
+        page_only: write the page from the lines that are there, and train nothing.
     """
-    unknown = [method for method in methods if method not in STYLES]
-    if unknown:
-        raise InputError(f"--methods {unknown[0]} is not known; choose from {', '.join(STYLES)}")
-    load_data("cifar10", data_dir, download=False)  # says what is missing before anything starts
-    place, console = Path(folder), Console()
-    place.mkdir(parents=True, exist_ok=True)
-    radius = round(255 * epsilon)
-    files = {(m, s): place / f"{m}-eps{radius}-{examples}x{epochs}-seed{s}.json" for s in range(seeds) for m in methods}
-    missing = [key for key, file in files.items() if not file.exists()]
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs or os.cpu_count(), context) as pool, Progress(console=console) as progress:
-        started = {pool.submit(train, m, s, epsilon, data_dir, examples, epochs): (m, s) for m, s in missing}
-        task = progress.add_task("runs", total=len(files), completed=len(files) - len(missing))
-        for run in as_completed(started):
-            key = started[run]
-            files[key].write_text(json.dumps(run.result()) + "\n")
-            progress.update(task, advance=1, description=f"done: {key[0]}, seed {key[1]}")
-    runs = {m: [json.loads(files[m, s].read_text()) for s in range(seeds)] for m in methods}
-    page = Path(write) if write is not None else place / "overfitting.md"
-    page.parent.mkdir(parents=True, exist_ok=True)
-    picture = page.with_suffix(".png")
-    draw(runs, picture, epsilon)
-    command = f"python benchmarks/overfitting.py --data-dir D --seeds {seeds}"
-    page.write_text(document(runs, epsilon, examples, command, picture.name))
-    console.print(f"{page} and {picture}")
+    at_least_one(seeds=seeds, epochs=epochs, examples=examples, jobs=jobs)
+    for method in methods:
+        if method not in COMPOSITIONS:
+            raise InputError(f"--methods {method} is not known; choose from {', '.join(COMPOSITIONS)}")
+    for epsilon in epsilons:
+        if positive("--epsilons", epsilon) > 1:
+            raise InputError(f"--epsilons has {epsilon:g}, and images are in [0, 1]; give {epsilon:g}/255")
+    target = Path(write or folder)
+    lines = target / "overfitting.jsonl"
+    # The largest ε first, where collapses are to be expected; a seed is whole before the next one begins.
+    runs = [
+        Run(method, round(255 * epsilon, 6), seed, epochs, examples)
+        for seed in range(seeds)
+        for epsilon in sorted(epsilons, reverse=True)
+        for method in methods
+    ]
+    if not page_only:
+        load_data("cifar10", data_dir, download=False)  # says what is missing before anything is trained
+
+    def work() -> None:
+        if not page_only:
+            perform_all(runs, lines, data_dir, Path(folder), jobs)
+        from overfitting_page import write_page
+
+        records = [r for r in read(lines).values() if not missing(Run(**asked(r)), {r["key"]: r})]
+        records = [r for r in records if (r["settings"]["epochs"], r["settings"]["examples"]) == (epochs, examples)]
+        if not records:
+            raise InputError(f"{lines} has no run of {epochs} epochs on {examples} images; leave out --page-only")
+        write_page(records, target, "python benchmarks/overfitting.py --data-dir D --write docs/results")
+        Console().print(f"done: {target / 'overfitting.md'}", highlight=False)
+
+    return in_pieces(work, minutes)
+
+
+def asked(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of its run."""
+    return {name: record["settings"][name] for name in ("method", "epsilon", "seed", "epochs", "examples")}
 
 
 def command(args: Sequence[str]) -> int:
-    about = "Catastrophic overfitting on CIFAR-10, on a CPU."
-    benchmark(**flags.parse(flags.flags_of(benchmark), args, "python benchmarks/overfitting.py", about))
-    return 0
+    about = "Catastrophic overfitting on CIFAR-10: where it sets in, and what warns of it."
+    return benchmark(**flags.parse(flags.flags_of(benchmark), args, "python benchmarks/overfitting.py", about))
 
 
 if __name__ == "__main__":
