@@ -11,6 +11,8 @@ import io
 import json
 import multiprocessing
 import os
+import signal
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -186,6 +188,8 @@ def perform_all(trials: Sequence[Trial], lines: Path, folder: Path, jobs: int | 
         return records
     lines.parent.mkdir(parents=True, exist_ok=True)
     failures = []
+    # A killed parent would leave its workers training; leaving the block below ends them.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     context = multiprocessing.get_context("spawn")
     with Progress(*columns, console=Console()) as progress, context.Pool(jobs or os.cpu_count()) as pool:
