@@ -1,0 +1,188 @@
+"""Where the implicit term of Fast-BAT matters, and why the exact hypergradient does harm: the page implicit.md.
+
+    python benchmarks/implicit.py --write docs/results --minutes 60
+
+On the digits, with their usual recipe: the step 1/λ from the published 20, where most coordinates of δ* are at a bound,
+to 0.3, where most are free; the weight of the implicit term from 0 over the published 0.1 λ to 1, the exact
+hypergradient; two ε. Beside them what could explain the harm: another anchor, a network without kinks, the derivative
+through the anchor, noise as long as the term, smaller rates, and training that goes on from a network that was trained
+without the term. The last epoch is attacked; nothing is chosen by test images. One line of JSON for each run in
+``implicit.jsonl``, and the page is written from those lines alone.
+
+Whatever is done is not repeated, so the same command may be given until it says that it is done; its exit status is 3
+where ``--minutes`` were up. About forty minutes of a core.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from implicit_runs import Run, perform
+from pages import at_least_one
+from pieces import in_pieces
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from trials import read, write
+
+from bilevel_at.commands import flags
+from bilevel_at.errors import BilevelError, InputError
+
+STEPS = {20.0: (0.1, 0.3), 5.0: (0.1, 0.3), 1.25: (0.3,), 0.3: (0.1,)}
+"""Weights by 1/λ, besides 0, the published 0.1 λ and 1; where that is near 0.1 or 0.3, it stands for it."""
+FEW = {20.0: (0.1,), 5.0: (0.1,), 1.25: (), 0.3: ()}
+"""The same at the smaller ε."""
+SLOW = 60  # epochs at smaller rates
+MORE = 10  # epochs that go on from a trained network
+PARTS = ("scan", "causes", "after", "rates")
+
+
+def scan(seed: int) -> Iterator[Run]:
+    """1/λ by weight by ε."""
+    for epsilon, weights in ((0.2, STEPS), (0.1, FEW)):
+        for step, more in weights.items():
+            for weight in sorted({0.0, 0.1 / step, *more, 1.0}):
+                lengths = epsilon == 0.2 and weight in (0, 1) and seed < 3
+                yield Run("scan", step, weight, seed, epsilon, lengths=lengths)
+
+
+def causes(seed: int) -> Iterator[Run]:
+    """What else could explain the harm, at the published step."""
+    for weight in (0.0, 1.0):
+        yield Run("causes", 20.0, weight, seed, anchor="uniform")
+        yield Run("causes", 1.25, weight, seed, anchor="uniform")
+        yield Run("causes", 20.0, weight, seed, activation="swish", lengths=seed < 3)
+    yield Run("causes", 20.0, 1.0, seed, term="through")
+    yield Run("causes", 20.0, 1.0, seed, term="noise")
+
+
+def base(seed: int) -> Run:
+    """The run of the scan whose network others go on from."""
+    return Run("scan", 20.0, 0.0, seed, lengths=seed < 3)
+
+
+def after(seed: int) -> Iterator[Run]:
+    """From the network that was trained without the term."""
+    for lr in (0.1, 0.01, 0.001):
+        for weight in (0.0, 1.0):
+            yield Run("after", 20.0, weight, seed, lr=lr, epochs=MORE, after=base(seed).key)
+    for lr in (0.1, 0.01):
+        yield Run("after", 20.0, 1.0, seed, term="through", lr=lr, epochs=MORE, after=base(seed).key)
+        yield Run("after", 20.0, 1.0, seed, term="noise", lr=lr, epochs=MORE, after=base(seed).key)
+
+
+def rates(seed: int) -> Iterator[Run]:
+    """Smaller rates with more epochs; three seeds at most."""
+    for lr in (0.03, 0.01) if seed < 3 else ():
+        for weight in (0.0, 1.0):
+            yield Run("rates", 20.0, weight, seed, lr=lr, epochs=SLOW)
+
+
+def runs_of(parts: Sequence[str], seeds: int, epochs: int | None) -> list[Run]:
+    """Seed by seed, so that a piece of the whole has every part; a network before the runs that go on from it."""
+    makers = {"scan": scan, "causes": causes, "after": after, "rates": rates}
+    runs = [run for seed in range(seeds) for part in PARTS if part in parts for run in makers[part](seed)]
+    if epochs is None:
+        return runs
+    shorter = [replace(run, epochs=epochs) for run in runs]
+    return [replace(run, after=run.after and replace(base(run.seed), epochs=epochs).key) for run in shorter]
+
+
+def missing(run: Run, records: Mapping[str, Any], examples: int | None) -> bool:
+    """Whether there is no line of the same settings."""
+    record = records.get(run.key)
+    return record is None or record["settings"] != asdict(run) | {"examples": examples}
+
+
+def _attempt(task: tuple[Run, str, int | None]) -> tuple[Run, Any, str]:
+    run, folder, examples = task
+    try:
+        return run, perform(run, Path(folder), examples), ""
+    except Exception as error:
+        return run, None, f"{run.key}: {type(error).__name__}: {error}"
+
+
+def perform_all(runs: Sequence[Run], lines: Path, folder: Path, examples: int | None, jobs: int | None) -> None:
+    """Perform those that are missing, in order; a run that goes on from another waits for the first pass.
+
+    Raises:
+        BilevelError: after all others are done, where one could not be.
+    """
+    todo = [run for run in runs if missing(run, read(lines), examples)]
+    bases = {run.after for run in todo if run.after and not (folder / f"{run.after}.pt").exists()}
+    todo = [run for run in runs if run in todo or run.key in bases]
+    folder.mkdir(parents=True, exist_ok=True)
+    lines.parent.mkdir(parents=True, exist_ok=True)
+    failures = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    context = multiprocessing.get_context("spawn")
+    with Progress(*columns, console=Console()) as progress, context.Pool(jobs or os.cpu_count()) as pool:
+        task = progress.add_task("runs", total=len(runs), completed=len(runs) - len(todo))
+        for seed in sorted({run.seed for run in todo}):
+            for goes_on in (False, True):
+                now = [(r, str(folder), examples) for r in todo if r.seed == seed and bool(r.after) == goes_on]
+                for run, record, failure in pool.imap_unordered(_attempt, now):
+                    if record is None:
+                        failures.append(failure)
+                        continue
+                    write(lines, read(lines) | {run.key: record})
+                    progress.update(task, advance=1, description=f"done: {run.key}")
+    if failures:
+        raise BilevelError("; ".join(failures))
+
+
+def benchmark(
+    parts: tuple[str, ...] = PARTS,
+    seeds: int = 5,
+    epochs: int | None = None,
+    examples: int | None = None,
+    jobs: int | None = None,
+    folder: str = "runs/implicit",
+    minutes: float | None = None,
+    write: str | None = None,
+    page_only: bool = False,
+) -> int:
+    """Train, measure and attack, and write the page.
+
+    Args:
+        parts: which of scan, causes, after, rates.
+        seeds: seeds 0 … seeds − 1; at most three at smaller rates.
+        epochs: of every run; 30, 60 at smaller rates and 10 of those that go on, if not given.
+        examples: use that many training and test images; all if not given.
+        jobs: runs side by side; one for each core if not given.
+        folder: where the networks go.
+        minutes: stop after so many, to go on with the same command.
+        write: a folder for the page, its figure and the lines; the networks' folder if not given.
+        page_only: write the page from the lines that are there, and train nothing.
+    """
+    at_least_one(seeds=seeds, epochs=epochs, examples=examples, jobs=jobs)
+    for part in parts:
+        if part not in PARTS:
+            raise InputError(f"--parts {part} is not known; choose from {', '.join(PARTS)}")
+    if "after" in parts and "scan" not in parts:
+        raise InputError("--parts after goes on from networks of scan; give both")
+    target, runs = Path(write or folder), runs_of(parts, seeds, epochs)
+
+    def work() -> None:
+        if not page_only:
+            perform_all(runs, target / "implicit.jsonl", Path(folder), examples, jobs)
+        from implicit_page import write_page
+
+        write_page(list(read(target / "implicit.jsonl").values()), target)
+        Console().print(f"done: {target / 'implicit.md'}", highlight=False)
+
+    return in_pieces(work, minutes)
+
+
+def command(args: Sequence[str]) -> int:
+    about = "Where the implicit term of Fast-BAT matters."
+    return benchmark(**flags.parse(flags.flags_of(benchmark), args, "python benchmarks/implicit.py", about))
+
+
+if __name__ == "__main__":
+    sys.exit(flags.main(command, "benchmarks/implicit.py"))

@@ -1,0 +1,2 @@
+def write_page(records, target):
+    (target / "implicit.md").write_text(str(len(records)))
