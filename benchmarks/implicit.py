@@ -20,6 +20,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -33,37 +34,43 @@ from trials import read, write
 from bilevel_at.commands import flags
 from bilevel_at.errors import BilevelError, InputError
 
-STEPS = {20.0: (0.1, 0.3), 5.0: (0.1, 0.3), 1.25: (0.3,), 0.3: (0.1,)}
-"""Weights by 1/λ, besides 0, the published 0.1 λ and 1; where that is near 0.1 or 0.3, it stands for it."""
-FEW = {20.0: (0.1,), 5.0: (0.1,), 1.25: (), 0.3: ()}
-"""The same at the smaller ε."""
+STEPS = {20.0: (0.1, 0.3), 5.0: (0.3,), 1.25: (), 0.3: ()}
+"""Weights by 1/λ, besides 0, the published 0.1 λ and 1."""
 SLOW = 60  # epochs at smaller rates
 MORE = 10  # epochs that go on from a trained network
-PARTS = ("scan", "causes", "after", "rates")
+GROUPS = (("scan", "causes", "after"), ("rates",), ("smaller",))
+"""Parts that are done seed by seed, one group after the other."""
+PARTS = tuple(part for group in GROUPS for part in group)
+FEW = 3  # seeds of smaller rates and of the smaller ε
 
 
 def scan(seed: int) -> Iterator[Run]:
-    """1/λ by weight by ε."""
-    for epsilon, weights in ((0.2, STEPS), (0.1, FEW)):
-        for step, more in weights.items():
-            for weight in sorted({0.0, 0.1 / step, *more, 1.0}):
-                lengths = epsilon == 0.2 and weight in (0, 1) and seed < 3
-                yield Run("scan", step, weight, seed, epsilon, lengths=lengths)
+    """1/λ by weight."""
+    for step, more in STEPS.items():
+        for weight in sorted({0.0, 0.1 / step, *more, 1.0}):
+            measured = weight in (0, 1) and seed < (FEW if step in (20, 0.3) else 1)
+            yield Run("scan", step, weight, seed, lengths=measured)
+
+
+def smaller(seed: int) -> Iterator[Run]:
+    """The same at half of ε, without the weights between."""
+    for step in STEPS:
+        for weight in (0.0, *([0.1 / step] if step == 20 else []), 1.0):
+            yield Run("smaller", step, weight, seed, epsilon=0.1)
 
 
 def causes(seed: int) -> Iterator[Run]:
     """What else could explain the harm, at the published step."""
     for weight in (0.0, 1.0):
         yield Run("causes", 20.0, weight, seed, anchor="uniform")
-        yield Run("causes", 1.25, weight, seed, anchor="uniform")
-        yield Run("causes", 20.0, weight, seed, activation="swish", lengths=seed < 3)
+        yield Run("causes", 20.0, weight, seed, activation="swish", lengths=seed < FEW)
     yield Run("causes", 20.0, 1.0, seed, term="through")
     yield Run("causes", 20.0, 1.0, seed, term="noise")
 
 
 def base(seed: int) -> Run:
     """The run of the scan whose network others go on from."""
-    return Run("scan", 20.0, 0.0, seed, lengths=seed < 3)
+    return Run("scan", 20.0, 0.0, seed, lengths=seed < FEW)
 
 
 def after(seed: int) -> Iterator[Run]:
@@ -72,21 +79,27 @@ def after(seed: int) -> Iterator[Run]:
         for weight in (0.0, 1.0):
             yield Run("after", 20.0, weight, seed, lr=lr, epochs=MORE, after=base(seed).key)
     for lr in (0.1, 0.01):
-        yield Run("after", 20.0, 1.0, seed, term="through", lr=lr, epochs=MORE, after=base(seed).key)
         yield Run("after", 20.0, 1.0, seed, term="noise", lr=lr, epochs=MORE, after=base(seed).key)
+    yield Run("after", 20.0, 1.0, seed, term="through", epochs=MORE, after=base(seed).key)
 
 
 def rates(seed: int) -> Iterator[Run]:
-    """Smaller rates with more epochs; three seeds at most."""
-    for lr in (0.03, 0.01) if seed < 3 else ():
-        for weight in (0.0, 1.0):
-            yield Run("rates", 20.0, weight, seed, lr=lr, epochs=SLOW)
+    """A smaller rate with more epochs."""
+    for weight in (0.0, 1.0):
+        yield Run("rates", 20.0, weight, seed, lr=0.03, epochs=SLOW)
 
 
 def runs_of(parts: Sequence[str], seeds: int, epochs: int | None) -> list[Run]:
-    """Seed by seed, so that a piece of the whole has every part; a network before the runs that go on from it."""
-    makers = {"scan": scan, "causes": causes, "after": after, "rates": rates}
-    runs = [run for seed in range(seeds) for part in PARTS if part in parts for run in makers[part](seed)]
+    """A network comes before the runs that go on from it."""
+    makers = {"scan": scan, "causes": causes, "after": after, "rates": rates, "smaller": smaller}
+    runs = [
+        run
+        for group in GROUPS
+        for seed in range(seeds if group == GROUPS[0] else min(seeds, FEW))
+        for part in group
+        if part in parts
+        for run in makers[part](seed)
+    ]
     if epochs is None:
         return runs
     shorter = [replace(run, epochs=epochs) for run in runs]
@@ -108,7 +121,7 @@ def _attempt(task: tuple[Run, str, int | None]) -> tuple[Run, Any, str]:
 
 
 def perform_all(runs: Sequence[Run], lines: Path, folder: Path, examples: int | None, jobs: int | None) -> None:
-    """Perform those that are missing, in order; a run that goes on from another waits for the first pass.
+    """Perform those that are missing, in order; those that go on from another wait for those before them.
 
     Raises:
         BilevelError: after all others are done, where one could not be.
@@ -123,15 +136,14 @@ def perform_all(runs: Sequence[Run], lines: Path, folder: Path, examples: int | 
     context = multiprocessing.get_context("spawn")
     with Progress(*columns, console=Console()) as progress, context.Pool(jobs or os.cpu_count()) as pool:
         task = progress.add_task("runs", total=len(runs), completed=len(runs) - len(todo))
-        for seed in sorted({run.seed for run in todo}):
-            for goes_on in (False, True):
-                now = [(r, str(folder), examples) for r in todo if r.seed == seed and bool(r.after) == goes_on]
-                for run, record, failure in pool.imap_unordered(_attempt, now):
-                    if record is None:
-                        failures.append(failure)
-                        continue
-                    write(lines, read(lines) | {run.key: record})
-                    progress.update(task, advance=1, description=f"done: {run.key}")
+        for _, group in groupby(todo, lambda run: (run.seed, bool(run.after))):
+            tasks = [(run, str(folder), examples) for run in group]
+            for run, record, failure in pool.imap_unordered(_attempt, tasks):
+                if record is None:
+                    failures.append(failure)
+                    continue
+                write(lines, read(lines) | {run.key: record})
+                progress.update(task, advance=1, description=f"done: {run.key}")
     if failures:
         raise BilevelError("; ".join(failures))
 
@@ -150,9 +162,9 @@ def benchmark(
     """Train, measure and attack, and write the page.
 
     Args:
-        parts: which of scan, causes, after, rates.
-        seeds: seeds 0 … seeds − 1; at most three at smaller rates.
-        epochs: of every run; 30, 60 at smaller rates and 10 of those that go on, if not given.
+        parts: which of scan, causes, after, rates, smaller.
+        seeds: seeds 0 … seeds − 1; at most three of rates and smaller.
+        epochs: of every run; 30, 60 of rates and 10 of after if not given.
         examples: use that many training and test images; all if not given.
         jobs: runs side by side; one for each core if not given.
         folder: where the networks go.

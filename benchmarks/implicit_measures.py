@@ -1,4 +1,4 @@
-"""What ``implicit_runs.py`` measures of a network: the two terms of the hypergradient, F beside the attacker's true loss.
+"""What ``implicit_runs.py`` measures of a network: the hypergradient's two terms, and F beside the true loss.
 
 F is Fast-BAT's upper objective, the mean cross-entropy at its own δ*; the true loss R is the mean cross-entropy under
 PGD-20 on the same images. ∇R is taken with PGD's perturbation held, as Danskin's theorem has it.
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 import bilevel_at as ba
 from bilevel_at.data import Images
 from bilevel_at.diagnose import gradient_alignment
-from bilevel_at.solver import Attacked
 from bilevel_at.solution import Gradients
+from bilevel_at.solver import Attacked
 from bilevel_at.solvers import HessianFreeKKT
 
 LENGTHS = tuple(10 ** (k / 2) for k in range(-12, 1))
