@@ -68,9 +68,10 @@ def causes(seed: int) -> Iterator[Run]:
     yield Run("causes", 20.0, 1.0, seed, term="noise")
 
 
-def base(seed: int) -> Run:
-    """The run of the scan whose network others go on from."""
-    return Run("scan", 20.0, 0.0, seed, lengths=seed < FEW)
+def base(seed: int, activation: str = "relu") -> Run:
+    """The run without the term whose network others go on from."""
+    part = "scan" if activation == "relu" else "causes"
+    return Run(part, 20.0, 0.0, seed, activation=activation, lengths=seed < FEW)
 
 
 def after(seed: int) -> Iterator[Run]:
@@ -81,6 +82,10 @@ def after(seed: int) -> Iterator[Run]:
     for lr in (0.1, 0.01):
         yield Run("after", 20.0, 1.0, seed, term="noise", lr=lr, epochs=MORE, after=base(seed).key)
     yield Run("after", 20.0, 1.0, seed, term="through", epochs=MORE, after=base(seed).key)
+    smooth = base(seed, "swish").key
+    for lr in (0.1, 0.01):
+        for weight in (0.0, 1.0):
+            yield Run("after", 20.0, weight, seed, activation="swish", lr=lr, epochs=MORE, after=smooth)
 
 
 def rates(seed: int) -> Iterator[Run]:
@@ -103,7 +108,9 @@ def runs_of(parts: Sequence[str], seeds: int, epochs: int | None) -> list[Run]:
     if epochs is None:
         return runs
     shorter = [replace(run, epochs=epochs) for run in runs]
-    return [replace(run, after=run.after and replace(base(run.seed), epochs=epochs).key) for run in shorter]
+    return [
+        replace(run, after=run.after and replace(base(run.seed, run.activation), epochs=epochs).key) for run in shorter
+    ]
 
 
 def missing(run: Run, records: Mapping[str, Any], examples: int | None) -> bool:
@@ -176,8 +183,8 @@ def benchmark(
     for part in parts:
         if part not in PARTS:
             raise InputError(f"--parts {part} is not known; choose from {', '.join(PARTS)}")
-    if "after" in parts and "scan" not in parts:
-        raise InputError("--parts after goes on from networks of scan; give both")
+    if "after" in parts and not {"scan", "causes"} <= set(parts):
+        raise InputError("--parts after goes on from networks of scan and causes; give all three")
     target, runs = Path(write or folder), runs_of(parts, seeds, epochs)
 
     def work() -> None:

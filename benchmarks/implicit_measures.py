@@ -18,7 +18,7 @@ from bilevel_at.data import Images
 from bilevel_at.diagnose import gradient_alignment
 from bilevel_at.solution import Gradients
 from bilevel_at.solver import Attacked
-from bilevel_at.solvers import HessianFreeKKT
+from bilevel_at.solvers import HessianFreeKKT, ZeroIG
 
 LENGTHS = tuple(10 ** (k / 2) for k in range(-12, 1))
 """Step lengths t, from 1e-6 to 1."""
@@ -183,6 +183,30 @@ def decreases(
         nn.utils.vector_to_parameters(before, model.parameters())
         found[name] = {"slope": (whole @ u).item(), "norm": u.norm().item(), **series}
     return found
+
+
+def segment(
+    problem: ba.BilevelProblem, before: nn.Module, after: nn.Module, images: Images, count: int = 64
+) -> dict[str, float]:
+    """How F changes on the straight line from ``before`` to ``after``, and what its derivative says of that.
+
+    The integral of the derivative is by the midpoint rule at ``count`` points. It is that of :class:`Through`, which
+    leaves out nothing but kinks, so the rest of the change are jumps: F is not continuous where a unit's kink passes z.
+
+    Returns:
+        ``change``, F after less F before; ``integral`` of the derivative; ``direct`` and ``implicit``, its two parts.
+    """
+    model, batch = copy.deepcopy(before), batch_of(images)
+    first, last = (nn.utils.parameters_to_vector(of.parameters()).detach() for of in (before, after))
+    change = last - first
+    parts = {"direct": 0.0, "implicit": 0.0}
+    for k in range(count):
+        nn.utils.vector_to_parameters(first + (k + 0.5) / count * change, model.parameters())
+        step = Through().hypergradient(problem, model, batch, generator=generator())
+        for name, gradients in (("direct", step.direct), ("implicit", step.implicit)):
+            parts[name] += (flat(gradients) @ change).item() / count
+    ends = [ZeroIG().hypergradient(problem, of, batch, generator=generator()).loss.item() for of in (before, after)]
+    return {"change": ends[1] - ends[0], "integral": sum(parts.values()), **parts}
 
 
 def valid_length(predicted: float, decrease: Sequence[float], lengths: Sequence[float] = LENGTHS) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import datetime
 import math
 import os
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from implicit_measures import Noise, Through, batch_of, decreases, least_curvature, look, signal, with_start
+from implicit_measures import Noise, Through, batch_of, decreases, least_curvature, look, segment, signal, with_start
 from torch import nn
 
 import bilevel_at as ba
@@ -123,7 +124,8 @@ def perform(run: Run, folder: Path, examples: int | None = None) -> dict[str, An
             steps.append({"epoch": epoch, "lr": rate, **decreases(problem, model, few[size], other)})
 
     measure(0)
-    means = []
+    before = copy.deepcopy(model)
+    ratios = []
     for epoch in range(run.epochs):
         start = time.process_time()
         try:
@@ -131,9 +133,7 @@ def perform(run: Run, folder: Path, examples: int | None = None) -> dict[str, An
         except NotFinite as error:  # training that diverges is a result
             return record | {"failed": str(error).splitlines()[0]} | machine()
         seconds += time.process_time() - start
-        means.append(
-            {"loss": trained["loss"], "ratio": trained["implicit_ratio"], "cosine": trained["implicit_cosine"]}
-        )
+        ratios.append(trained["implicit_ratio"])
         if epoch + 1 in run.parts_of(6):
             measure(epoch + 1)
     torch.save(model.state_dict(), folder / f"{run.key}.pt")
@@ -141,13 +141,15 @@ def perform(run: Run, folder: Path, examples: int | None = None) -> dict[str, An
         name: {"accuracy": robust_correct(model, test, attack_from_name(name, run.epsilon)).float().mean().item()}
         for name in run.attacks()
     }
-    record |= {"results": results, "n": len(test), "looks": looks, "trained": means}
+    record |= {"results": results, "n": len(test), "looks": looks, "ratios": ratios}
     record["signal"] = signal(problem, model, images, recipe.batch_size)
     record["least_curvature"] = least_curvature(problem, model, few[slice(0, CURVED)])
     with torch.no_grad():
         record["spread"] = model(batch_of(few).x).softmax(1).std(0).mean().item()  # 0 where all images get one answer
     if steps:
         record["steps"] = steps
+    if run.after:
+        record["segment"] = segment(problem, before, model, few)
     return rounded(record | {"seconds": seconds}) | machine()
 
 
