@@ -15,24 +15,19 @@ where ``--minutes`` were up. About forty minutes of a core.
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
-from itertools import groupby
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from implicit_runs import Run, perform
+from implicit_runs import Run, perform_all
 from pages import at_least_one
 from pieces import in_pieces
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from trials import read, write
+from trials import read
 
 from bilevel_at.commands import flags
-from bilevel_at.errors import BilevelError, InputError
+from bilevel_at.errors import InputError
 
 STEPS = {20.0: (0.1, 0.3), 5.0: (0.3,), 1.25: (), 0.3: ()}
 """Weights by 1/λ, besides 0, the published 0.1 λ and 1."""
@@ -111,48 +106,6 @@ def runs_of(parts: Sequence[str], seeds: int, epochs: int | None) -> list[Run]:
     return [
         replace(run, after=run.after and replace(base(run.seed, run.activation), epochs=epochs).key) for run in shorter
     ]
-
-
-def missing(run: Run, records: Mapping[str, Any], examples: int | None) -> bool:
-    """Whether there is no line of the same settings."""
-    record = records.get(run.key)
-    return record is None or record["settings"] != asdict(run) | {"examples": examples}
-
-
-def _attempt(task: tuple[Run, str, int | None]) -> tuple[Run, Any, str]:
-    run, folder, examples = task
-    try:
-        return run, perform(run, Path(folder), examples), ""
-    except Exception as error:
-        return run, None, f"{run.key}: {type(error).__name__}: {error}"
-
-
-def perform_all(runs: Sequence[Run], lines: Path, folder: Path, examples: int | None, jobs: int | None) -> None:
-    """Perform those that are missing, in order; those that go on from another wait for those before them.
-
-    Raises:
-        BilevelError: after all others are done, where one could not be.
-    """
-    todo = [run for run in runs if missing(run, read(lines), examples)]
-    bases = {run.after for run in todo if run.after and not (folder / f"{run.after}.pt").exists()}
-    todo = [run for run in runs if run in todo or run.key in bases]
-    folder.mkdir(parents=True, exist_ok=True)
-    lines.parent.mkdir(parents=True, exist_ok=True)
-    failures = []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    context = multiprocessing.get_context("spawn")
-    with Progress(*columns, console=Console()) as progress, context.Pool(jobs or os.cpu_count()) as pool:
-        task = progress.add_task("runs", total=len(runs), completed=len(runs) - len(todo))
-        for _, group in groupby(todo, lambda run: (run.seed, bool(run.after))):
-            tasks = [(run, str(folder), examples) for run in group]
-            for run, record, failure in pool.imap_unordered(_attempt, tasks):
-                if record is None:
-                    failures.append(failure)
-                    continue
-                write(lines, read(lines) | {run.key: record})
-                progress.update(task, advance=1, description=f"done: {run.key}")
-    if failures:
-        raise BilevelError("; ".join(failures))
 
 
 def benchmark(

@@ -93,7 +93,17 @@ def paired(row: Row, beside: Row, of: Callable[[Record], float]) -> tuple[float,
 
 def difference(row: Row, beside: Row, of: Callable[[Record], float], digits: int = 1) -> str:
     """The paired difference ± its standard error; * beyond Student's 95 % interval."""
-    found = None if row is beside else paired(row, beside, of)
+    return _with_error(paired(row, beside, of), digits)
+
+
+def own(row: Row, of: Callable[[Record], float], digits: int = 3) -> str:
+    """The mean ± its standard error; * where Student's 95 % interval leaves out 0."""
+    every = values(row, of)
+    n = len(every)
+    return _with_error((statistics.mean(every), statistics.stdev(every) / math.sqrt(n), n) if n > 1 else None, digits)
+
+
+def _with_error(found: tuple[float, float, int] | None, digits: int) -> str:
     if found is None:
         return "–"
     value, error, n = found

@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from implicit_cells import Lines, Record, Row, accuracy, difference, geometric, last, mean, spread, unbiased
+from implicit_cells import Lines, Record, Row, accuracy, difference, geometric, last, mean, own, spread, unbiased
 from implicit_figure import draw
 from implicit_measures import LENGTHS, valid_length
 from implicit_words import FINDINGS, TEXT
@@ -121,17 +121,45 @@ def causes(lines: Lines) -> list[str]:
     return table(f"training at 1/λ = 20 | term | seeds | {OUTCOME}", rows)
 
 
+def went_on(lines: Lines) -> list[tuple[list[str], Row, Row]]:
+    """(network, peak rate and term; the runs; those without the term) of the runs that go on from a trained network."""
+    found = []
+    for activation, name in (("relu", "ReLU"), ("swish", "swish")):
+        for lr in reversed(lines.values("lr", part="after", activation=activation)):
+            beside = lines.row(part="after", lr=lr, activation=activation)
+            found.append(([name, f"{lr:g}", "none"], beside, {}))
+            for term, words in (("implicit", "exact"), ("through", NAMES["through"]), ("noise", NAMES["noise"])):
+                row = lines.row(part="after", lr=lr, activation=activation, weight=1.0, term=term)
+                if row:
+                    found.append(([name, f"{lr:g}", words], row, beside))
+    return found
+
+
 def after(lines: Lines) -> list[str]:
     """What training from a trained network makes of it, beside the same training without the term."""
-    rows = [["–", "before", str(len(lines.row())), *outcome(lines.row(), {})]]
-    for lr in reversed(lines.values("lr", part="after")):
-        beside = lines.row(part="after", lr=lr)
-        rows.append([f"{lr:g}", "none", str(len(beside)), *outcome(beside, {})])
-        for term, name in (("implicit", "exact"), ("through", NAMES["through"]), ("noise", NAMES["noise"])):
-            row = lines.row(part="after", lr=lr, weight=1.0, term=term)
-            if row:
-                rows.append([f"{lr:g}", name, str(len(row)), *outcome(row, beside)])
-    return table(f"peak rate | term | seeds | {OUTCOME}", rows)
+    smooth = lines.row(part="causes", activation="swish")
+    rows = [
+        [name, "–", "before", str(len(row)), *outcome(row, {})]
+        for name, row in (("ReLU", lines.row()), ("swish", smooth))
+    ]
+    rows += [[*about, str(len(row)), *outcome(row, beside)] for about, row, beside in went_on(lines)]
+    return table(f"network | peak rate | term | seeds | {OUTCOME}", rows)
+
+
+def segments(lines: Lines) -> list[str]:
+    """The change of F beside the integral of its derivative."""
+
+    def part(name: str) -> Callable[[Record], float]:
+        return lambda record: record["segment"][name]
+
+    def jumps(record: Record) -> float:
+        return record["segment"]["change"] - record["segment"]["integral"]
+
+    rows = []
+    for about, row, _ in went_on(lines):
+        cells = [mean(row, part(name), 3) for name in ("change", "integral", "direct", "implicit")]
+        rows.append([*about, str(len(row)), *cells, own(row, jumps)])
+    return table("network | peak rate | term | seeds | change of F | integral | of d | of i | jumps", rows)
 
 
 def rates(lines: Lines) -> list[str]:
@@ -191,6 +219,7 @@ def write_page(records: Sequence[Record], folder: Path) -> None:
         ("terms", terms),
         ("causes", causes),
         ("after", after),
+        ("segments", segments),
         ("lengths", lengths),
         ("rates", rates),
     ):

@@ -5,19 +5,26 @@ from __future__ import annotations
 import copy
 import datetime
 import math
+import multiprocessing
 import os
 import platform
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from implicit_measures import Noise, Through, batch_of, decreases, least_curvature, look, segment, signal, with_start
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import nn
+from trials import read, write
 
 import bilevel_at as ba
 from bilevel_at.data import Images, load_data
+from bilevel_at.errors import BilevelError
 from bilevel_at.evaluate import attack_from_name, robust_correct
 from bilevel_at.models import build_model
 from bilevel_at.problems import fastbat
@@ -113,7 +120,8 @@ def perform(run: Run, folder: Path, examples: int | None = None) -> dict[str, An
     recipe = replace(DIGITS, lr=run.lr, epochs=run.epochs)
     attack = attack_from_name("pgd-20-1", run.epsilon)
     trainer = Trainer(problem, run.solver(), model, images, held_out, recipe, attack, run.seed)
-    few, other = images[slice(0, LOOKED_AT)], images[slice(LOOKED_AT, LOOKED_AT + OTHER)]
+    few = images[slice(0, LOOKED_AT)]
+    other = images[slice(LOOKED_AT, LOOKED_AT + OTHER)] if len(images) > LOOKED_AT else few
     record: dict[str, Any] = {"key": run.key, "settings": asdict(run) | {"examples": examples}}
     looks, steps, seconds = [], [], 0.0
 
@@ -168,3 +176,48 @@ def rounded(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: rounded(of) for name, of in value.items()}
     return [rounded(of) for of in value] if isinstance(value, list) else value
+
+
+def missing(run: Run, records: Mapping[str, Any], examples: int | None) -> bool:
+    """Whether there is no line of the same settings."""
+    record = records.get(run.key)
+    return record is None or record["settings"] != asdict(run) | {"examples": examples}
+
+
+def _attempt(task: tuple[Run, str, int | None]) -> tuple[Run, Any, str]:
+    run, folder, examples = task
+    try:
+        return run, perform(run, Path(folder), examples), ""
+    except Exception as error:
+        return run, None, f"{run.key}: {type(error).__name__}: {error}"
+
+
+def perform_all(runs: Sequence[Run], lines: Path, folder: Path, examples: int | None, jobs: int | None) -> None:
+    """Perform those that are missing, in order; those that go on from another wait for those before them.
+
+    Raises:
+        BilevelError: after all others are done, where one could not be.
+    """
+    records = read(lines)
+    todo = [run for run in runs if missing(run, records, examples)]
+    bases = {run.after for run in todo if run.after and not (folder / f"{run.after}.pt").exists()}
+    todo = [run for run in runs if run in todo or run.key in bases]
+    if not todo:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    lines.parent.mkdir(parents=True, exist_ok=True)
+    failures = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    context = multiprocessing.get_context("spawn")
+    with Progress(*columns, console=Console()) as progress, context.Pool(jobs or os.cpu_count()) as pool:
+        task = progress.add_task("runs", total=len(runs), completed=len(runs) - len(todo))
+        for _, group in groupby(todo, lambda run: (run.seed, bool(run.after))):
+            tasks = [(run, str(folder), examples) for run in group]
+            for run, record, failure in pool.imap_unordered(_attempt, tasks):
+                if record is None:
+                    failures.append(failure)
+                    continue
+                write(lines, read(lines) | {run.key: record})
+                progress.update(task, advance=1, description=f"done: {run.key}")
+    if failures:
+        raise BilevelError("; ".join(failures))

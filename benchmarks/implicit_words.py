@@ -51,6 +51,14 @@ TEXT = {
         "10 epochs more, the rate going 0 → peak → 0. What the first epochs of training need is no matter here.",
         "",
     ],
+    "segments": [
+        "What F did in these 10 epochs, on 128 training images with the same starts, and what its derivative says: "
+        "the integral along the straight line from the network before to the one after (64 points; the derivative "
+        "through the anchor, so that nothing is left out), in its two parts. F is continuous but where the kink of a "
+        "ReLU passes z: there the input gradient jumps, δ\\* with it, and F too, which no derivative sees. The last "
+        "column is the change less the integral, ± its standard error over the seeds.",
+        "",
+    ],
     "lengths": [
         "## How far the hypergradient reaches",
         "",

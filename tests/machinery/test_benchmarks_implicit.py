@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import copy
 import re
 import sys
-from dataclasses import replace
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -17,10 +17,14 @@ from bilevel_at.models.small import one_layer_cnn
 from bilevel_at.problems import fastbat
 from bilevel_at.solvers import HessianFreeKKT
 
+pytestmark = pytest.mark.usefixtures("small_cifar10")
+
 
 @pytest.fixture
-def measures(small_cifar10):
+def measures():
     script("implicit")
+    import implicit_page  # noqa: F401
+
     return sys.modules["implicit_measures"]
 
 
@@ -94,6 +98,49 @@ def test_small_steps_decrease_as_predicted(measures):
         assert measures.valid_length(1.0, decrease, lengths) == expected
 
 
+def test_on_a_smooth_network_the_derivative_integrates_to_the_change(measures):
+    from bilevel_at.data import Images
+
+    model, batch, problem = small(measures, "gradient-step")
+    images, after = Images(batch.x, batch.y, 3), copy.deepcopy(model)
+    with torch.no_grad():
+        for p in after.parameters():
+            p += 0.3 * torch.randn(p.shape, generator=measures.generator(2), dtype=p.dtype)
+    found = measures.segment(problem, model, after, images, 200)
+    assert abs(found["change"]) > 0.01 and found["integral"] == pytest.approx(found["change"], rel=1e-3)
+    assert found["direct"] + found["implicit"] == pytest.approx(found["integral"])
+    assert abs(found["implicit"]) > 0.02 * abs(found["direct"])
+
+
+def test_cells_pair_by_seed_and_say_what_is_beyond_chance(measures):
+    cells = sys.modules["implicit_cells"]
+    one, other = ({s: {"v": v} for s, v in enumerate(values)} for values in ((5.0, 7.0, 9.0), (1.0, 3.0, 5.5)))
+    assert cells.difference(one, other, lambda r: r["v"]) == "+3.8 ± 0.2\\*"
+    assert cells.difference(other, one, lambda r: r["v"]) == "−3.8 ± 0.2\\*"
+    assert cells.difference({0: {"v": 1.0}, 1: {"v": 9.0}}, one, lambda r: r["v"]) == "−1.0 ± 3.0"
+    assert cells.difference({0: {"v": 1.0}}, one, lambda r: r["v"]) == cells.mean({}, lambda r: r["v"]) == "–"
+    assert cells.unbiased(1 / 8) == 0 and cells.unbiased(1.0) == 1
+    assert cells.geometric([1e-3, 1e-5], 1e-6) == "1.0e-04" and cells.geometric([None], 1e-6) == "3.2e-07"
+
+
+def test_lines_are_chosen_by_their_settings(measures):
+    run = sys.modules["implicit_runs"].Run
+    settings = [run("scan", 20.0, w, s) for w in (0.0, 1.0) for s in (0, 1)] + [run("after", 20.0, 1.0, 0, lr=0.01)]
+    lines = sys.modules["implicit_cells"].Lines([{"key": r.key, "settings": asdict(r)} for r in settings])
+    assert lines.row(weight=1.0).keys() == {0, 1} and not lines.row(part="after")
+    assert lines.row(part="after", weight=1.0, lr=0.01).keys() == {0}
+    assert lines.values("lr", part="after") == [0.01] and lines.values("weight") == [0.0, 1.0]
+
+
+def test_runs_are_named_and_ordered():
+    script("implicit")
+    runs = sys.modules["benchmark_implicit"].runs_of(("scan", "causes", "after", "rates", "smaller"), 5, None)
+    keys = [run.key for run in runs]
+    assert len(set(keys)) == len(keys) and all(run.after in keys[:i] for i, run in enumerate(runs) if run.after)
+    assert {run.seed for run in runs if run.part in ("rates", "smaller")} == {0, 1, 2}
+    assert {run.seed for run in runs if run.part == "scan"} == set(range(5))
+
+
 def test_the_least_curvature_is_that_of_a_dense_hessian(measures):
     from bilevel_at.data import Images
 
@@ -106,3 +153,40 @@ def test_the_least_curvature_is_that_of_a_dense_hessian(measures):
     hessian = torch.autograd.functional.hessian(lambda d: -ba.cross_entropy(model, one, d).sum(), delta[:1])
     expected = torch.linalg.eigvalsh(hessian.reshape(16, 16).double())[0].item()
     assert len(least) == 6 and least[0] == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_the_page_is_written_from_lines_that_are_not_repeated(monkeypatch):
+    implicit = script("implicit")
+    flags = ["--seeds", "1", "--epochs", "1", "--examples", "40", "--parts", "scan", "causes", "after", "--jobs", "1"]
+    flags += ["--folder", "runs", "--write", "pages"]
+    monkeypatch.setattr(implicit, "STEPS", {20.0: (), 0.3: ()})
+    assert implicit.command([*flags, "--minutes", "0.002"]) == 3
+    assert implicit.command(flags) == 0
+    lines, page = Path("pages/implicit.jsonl").read_text(), Path("pages/implicit.md").read_text()
+    assert Path("pages/implicit.png").exists() and "Fingerprint of the lines" in page
+    titles = re.findall(r"^## (.*)$", page, re.M)
+    assert len(titles) == 6 and page.count("\n| 0.2 | 20 | 1 | ") == 2
+    scan = re.findall(r"^\| 0\.[12] \| (20|0\.3) \| (\S+)(?: \(0\.1 λ\))? \| 2 \|(.*)$", page, re.M)
+    assert [(step, weight) for step, weight, _ in scan[:6]] == [
+        (step, weight) for step, published in (("20", "0.005"), ("0.3", "0.333")) for weight in ("0", published, "1")
+    ]
+    assert all(len(cells.split(" | ")) == 8 for *_, cells in scan)
+    assert re.search(r"^\| ReLU \| 0\.01 \| exact \| 1 \| -?[\d.]+ \| -?[\d.]+ \|", page, re.M)
+    words = sys.modules["implicit_words"]
+    assert words.FINDINGS["text"] not in page or not words.FINDINGS["text"]  # they are of other lines
+
+    def never(*args):
+        raise AssertionError("a run that has its line is repeated")
+
+    monkeypatch.setattr(sys.modules["implicit_runs"].multiprocessing, "get_context", never)
+    assert implicit.command(flags) == 0 and Path("pages/implicit.jsonl").read_text() == lines
+    assert Path("pages/implicit.md").read_text() == page
+    assert implicit.command([*flags, "--page-only"]) == 0
+    for mistake, message in (
+        (["--parts", "nothing"], "--parts nothing is not known; choose from scan"),
+        (["--parts", "after", "scan"], "after goes on from networks of scan and causes"),
+        (["--seeds", "0"], "--seeds is 0"),
+    ):
+        with pytest.raises(ba.InputError, match=message):
+            implicit.command(mistake)
