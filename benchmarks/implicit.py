@@ -61,6 +61,7 @@ def causes(seed: int) -> Iterator[Run]:
         yield Run("causes", 20.0, weight, seed, activation="swish", lengths=seed < FEW)
     yield Run("causes", 20.0, 1.0, seed, term="through")
     yield Run("causes", 20.0, 1.0, seed, term="noise")
+    yield Run("causes", 20.0, 1.0, seed, term="coin")
 
 
 def base(seed: int, activation: str = "relu") -> Run:
@@ -76,6 +77,7 @@ def after(seed: int) -> Iterator[Run]:
             yield Run("after", 20.0, weight, seed, lr=lr, epochs=MORE, after=base(seed).key)
     for lr in (0.1, 0.01):
         yield Run("after", 20.0, 1.0, seed, term="noise", lr=lr, epochs=MORE, after=base(seed).key)
+        yield Run("after", 20.0, 1.0, seed, term="coin", lr=lr, epochs=MORE, after=base(seed).key)
     yield Run("after", 20.0, 1.0, seed, term="through", epochs=MORE, after=base(seed).key)
     smooth = base(seed, "swish").key
     for lr in (0.1, 0.01):

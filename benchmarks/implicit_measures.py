@@ -74,6 +74,15 @@ class Noise(HessianFreeKKT):
         return {name: None if part is None else share * part for name, part in drawn.items()}
 
 
+class Coin(HessianFreeKKT):
+    """The implicit term or its opposite, by a fair coin in every step: its second moments, and no mean."""
+
+    def implicit_term(self, attacked: Attacked, v: Tensor) -> Gradients:
+        sign = 2 * torch.randint(2, (), generator=attacked.generator).item() - 1
+        term = super().implicit_term(attacked, v)
+        return {name: None if part is None else sign * part for name, part in term.items()}
+
+
 def flat(gradients: Mapping[str, Tensor | None]) -> Tensor:
     """All of them as one vector."""
     return torch.cat([part.detach().flatten() for part in gradients.values() if part is not None])

@@ -20,7 +20,8 @@ NAMES = {
     "uniform": "anchor uniform: nothing of z depends on θ",
     "swish": "smooth network (swish)",
     "through": "derivative through the anchor too",
-    "noise": "noise of the term's length instead of the term",
+    "noise": "noise of the term's length",
+    "coin": "the term with a coin's sign",
 }
 
 
@@ -46,10 +47,11 @@ def outcome(row: Row, beside: Row) -> list[str]:
         difference(row, beside, last("F"), 2),
         mean(row, last("R")),
         difference(row, beside, last("R"), 2),
+        mean(row, last("alignment")),
     ]
 
 
-OUTCOME = "clean | PGD-50-10 | nearest | PGD, difference | F | difference | R | difference"
+OUTCOME = "clean | PGD-50-10 | nearest | PGD, difference | F | difference | R | difference | alignment"
 
 
 def scan(lines: Lines) -> list[str]:
@@ -115,7 +117,7 @@ def causes(lines: Lines) -> list[str]:
         for weight in (0.0, 1.0):
             row, beside = lines.row(weight=weight, **settings), lines.row(**settings) if weight else {}
             rows.append([NAMES[name], "exact" if weight else "none", str(len(row)), *outcome(row, beside)])
-    for term in ("through", "noise"):
+    for term in ("through", "noise", "coin"):
         row = lines.row(part="causes", weight=1.0, term=term)
         rows.append([NAMES["scan"], NAMES[term], str(len(row)), *outcome(row, lines.row())])
     return table(f"training at 1/λ = 20 | term | seeds | {OUTCOME}", rows)
@@ -128,7 +130,7 @@ def went_on(lines: Lines) -> list[tuple[list[str], Row, Row]]:
         for lr in reversed(lines.values("lr", part="after", activation=activation)):
             beside = lines.row(part="after", lr=lr, activation=activation)
             found.append(([name, f"{lr:g}", "none"], beside, {}))
-            for term, words in (("implicit", "exact"), ("through", NAMES["through"]), ("noise", NAMES["noise"])):
+            for term, words in {**NAMES, "implicit": "exact"}.items():
                 row = lines.row(part="after", lr=lr, activation=activation, weight=1.0, term=term)
                 if row:
                     found.append(([name, f"{lr:g}", words], row, beside))

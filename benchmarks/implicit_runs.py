@@ -16,7 +16,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from implicit_measures import Noise, Through, batch_of, decreases, least_curvature, look, segment, signal, with_start
+from implicit_measures import (
+    Coin,
+    Noise,
+    Through,
+    batch_of,
+    decreases,
+    least_curvature,
+    look,
+    segment,
+    signal,
+    with_start,
+)
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import nn
@@ -37,7 +48,7 @@ LOOKED_AT = 128  # training images
 OTHER = 128  # more of them, for steps
 CURVED = 16  # of which the Hessian is taken
 CHEAP = "nearest-40-3-2"
-Term = Literal["implicit", "through", "noise"]
+Term = Literal["implicit", "through", "noise", "coin"]
 
 
 @dataclass(frozen=True)
@@ -48,8 +59,8 @@ class Run:
     seed: of the network, the order of the images and every draw.
     step: 1/λ.
     weight: of the implicit term; 1 is the exact hypergradient.
-    term: what is added to the direct term: the implicit term, the derivative through the anchor too, or noise of the
-        implicit term's norm.
+    term: what is added to the direct term: the implicit term, the derivative through the anchor too, noise of the
+        implicit term's norm, or the implicit term with a coin's sign.
     after: the weight-0 run whose network this one goes on with, by its key; "" for a fresh one.
     lengths: whether steps are measured (:func:`implicit_measures.decreases`).
     """
@@ -81,7 +92,8 @@ class Run:
     def solver(self) -> ba.Solver:
         if self.weight == 0:
             return ZeroIG()
-        return {"implicit": HessianFreeKKT, "through": Through, "noise": Noise}[self.term](ig_weight=self.weight)
+        solvers = {"implicit": HessianFreeKKT, "through": Through, "noise": Noise, "coin": Coin}
+        return solvers[self.term](ig_weight=self.weight)
 
     def attacks(self) -> tuple[str, ...]:
         """The second attack, with all of the term or none at the published step, says whether PGD is deceived."""

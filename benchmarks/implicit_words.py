@@ -42,7 +42,8 @@ TEXT = {
         "",
         "From anchor uniform, h is the derivative of F itself, almost everywhere; the smooth network has no kinks that "
         "it leaves out; the derivative through the anchor leaves out nothing but kinks. Noise is a Gaussian vector as "
-        "long as i in every step: as much variance, no direction.",
+        "long as i in every step. The term with a coin's sign is i or −i by a fair coin in every step: i's second "
+        "moments, and no mean.",
         "",
     ],
     "after": [

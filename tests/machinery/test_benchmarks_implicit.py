@@ -76,6 +76,18 @@ def test_noise_is_as_long_as_the_term(measures):
     assert abs(measures.cosine(measures.flat(noise.implicit), measures.flat(held.implicit))) < 0.5
 
 
+def test_the_coin_keeps_the_term_or_turns_it(measures):
+    model, batch, problem = small(measures, "uniform")
+    coin, held = measures.Coin(), HessianFreeKKT()
+    z = problem.lower.solve(model, batch, generator=measures.generator()).anchor
+    cosines = [
+        measures.cosine(*(measures.flat(solver.hypergradient(problem, model, batch, z, g).implicit) for solver in pair))
+        for g in map(measures.generator, range(12))
+        for pair in [(coin, held)]
+    ]
+    assert {round(c, 6) for c in cosines} == {-1.0, 1.0}
+
+
 def test_a_start_that_is_handed_on_changes_no_anchor(measures):
     model, batch, problem = small(measures, "gradient-step")
     plain = fastbat.problem(epsilon=0.1, step=0.8)
@@ -171,7 +183,7 @@ def test_the_page_is_written_from_lines_that_are_not_repeated(monkeypatch):
     assert [(step, weight) for step, weight, _ in scan[:6]] == [
         (step, weight) for step, published in (("20", "0.005"), ("0.3", "0.333")) for weight in ("0", published, "1")
     ]
-    assert all(len(cells.split(" | ")) == 8 for *_, cells in scan)
+    assert all(len(cells.split(" | ")) == 9 for *_, cells in scan)
     assert re.search(r"^\| ReLU \| 0\.01 \| exact \| 1 \| -?[\d.]+ \| -?[\d.]+ \|", page, re.M)
     words = sys.modules["implicit_words"]
     assert words.FINDINGS["text"] not in page or not words.FINDINGS["text"]  # they are of other lines
