@@ -1,4 +1,4 @@
-"""The figure of ``implicit.md``: accuracy by weight, F and the true loss by epoch, decrease by step length."""
+"""The figure of ``implicit.md``: accuracy by weight, F and the true loss by epoch, both by the rate of training."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 
-from implicit_cells import Lines, Row, accuracy, values
-from implicit_measures import LENGTHS
+from implicit_cells import Lines, Row, accuracy, last, paired, values
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
@@ -43,11 +42,11 @@ def by_epoch(axes: Axes, lines: Lines) -> None:
         row = lines.row(step=step, weight=weight)
         for name, dash, what in (("R", "-", "true loss R"), ("F", ":", "F")):
             epochs, means = mean_looks(row, name)
-            label = f"{what}, {'with' if weight else 'without'} the term"
+            label = f"{what}, {'weight 1' if weight else 'weight 0'}"
             axes.plot(epochs, means, dash, color=color, lw=1.6, label=label)
-    axes.set(xlabel="epoch", ylabel="cross-entropy", ylim=(0, None))
-    axes.set_title(f"training images, 1/λ = {step:g}, weight 1 or 0", fontsize=8.5)
-    axes.legend(fontsize=8, frameon=False, loc="lower left")
+    axes.set(xlabel="epoch", ylabel="cross-entropy", ylim=(0, 4.4))
+    axes.set_title(f"training images, 1/λ = {step:g}", fontsize=8.5)
+    axes.legend(fontsize=8, frameon=False, loc="upper left")
 
 
 def mean_looks(row: Row, name: str) -> tuple[list[int], list[float]]:
@@ -57,33 +56,28 @@ def mean_looks(row: Row, name: str) -> tuple[list[int], list[float]]:
     return epochs, [statistics.mean(column) for column in zip(*series, strict=True)]
 
 
-def by_length(axes: Axes, lines: Lines) -> None:
-    """The decrease of F over what the hypergradient predicts, by length of the step."""
-    kinds = {
-        "1/λ = 20": ({"step": 20.0}, "#111111", "-"),
-        "1/λ = 20, smooth network": ({"step": 20.0, "part": "causes", "activation": "swish"}, "#1f5fa8", "--"),
-        "1/λ = 0.3": ({"step": 0.3}, "#d9730d", ":"),
-    }
-    for label, (settings, color, dash) in kinds.items():
-        looks = [
-            look
-            for weight in (0.0, 1.0)
-            for record in lines.row(weight=weight, **settings).values()
-            for look in record.get("steps", [])
-        ]
-        if looks:
-            columns = zip(*(look["h"]["own"] for look in looks), strict=True)
-            medians = [
-                statistics.median(a / (t * look["h"]["slope"]) for a, look in zip(column, looks, strict=True))
-                for t, column in zip(LENGTHS, columns, strict=True)
-            ]
-            axes.plot(LENGTHS, medians, dash, color=color, lw=1.6, label=label)
-    axes.axvline(0.1, color="#7a7a7a", lw=0.8)
-    axes.text(0.085, -0.92, "peak rate", fontsize=8, rotation=90, ha="right", va="bottom", color="#555555")
-    axes.axhline(0.5, color="#7a7a7a", lw=0.6, ls=":")
-    axes.set(xlabel="length t of a step along −h", ylabel="decrease of F / predicted", ylim=(-1, 1.5), xscale="log")
-    axes.set_title("the same batch, the same z", fontsize=8.5)
-    axes.legend(fontsize=8, frameon=False, loc="lower left", bbox_to_anchor=(0, 0.12))
+def by_rate(axes: Axes, lines: Lines) -> None:
+    """What the term changes in 10 epochs from a trained network: F and R, less those without it, by the peak rate."""
+    for term, color, words in (("implicit", "#d9730d", "exact"), ("coin", "#4ea3d9", "coin's sign")):
+        for name, dash, marker in (("R", "-", "o"), ("F", ":", "s")):
+            points = []
+            for lr in lines.values("lr", part="after", activation="relu"):
+                row = lines.row(part="after", lr=lr, weight=1.0, term=term)
+                found = paired(row, lines.row(part="after", lr=lr), last(name))
+                if found is not None:
+                    points.append((lr, *found[:2]))
+            if points:
+                rates, means, errors = zip(*points, strict=True)
+                style = {"color": color, "ls": dash, "marker": marker, "ms": 4, "capsize": 2, "lw": 1.4}
+                axes.errorbar(rates, means, errors, label=f"{name}, {words}", **style)
+    axes.axhline(0, color="#7a7a7a", lw=0.6)
+    axes.set_xscale("log")
+    axes.set_yscale("symlog", linthresh=0.1)
+    axes.set_yticks([-0.05, 0, 0.05, 0.1, 0.5, 1, 2], ["−0.05", "0", "0.05", "0.1", "0.5", "1", "2"])
+    axes.set(xlabel="peak rate of 10 more epochs", ylabel="cross-entropy, less that without the term")
+    axes.set_title("training images, from a trained network", fontsize=8.5)
+    axes.set_ylim(-0.2, 3)
+    axes.legend(fontsize=8, frameon=False, loc="lower right")
 
 
 @matplotlib.rc_context({"font.size": 8})
@@ -91,6 +85,6 @@ def draw(lines: Lines, path: Path) -> None:
     figure, panels = plt.subplots(1, 3, figsize=(8.4, 3.2), layout="constrained")
     by_weight(panels[0], lines)
     by_epoch(panels[1], lines)
-    by_length(panels[2], lines)
+    by_rate(panels[2], lines)
     figure.savefig(path, dpi=130)
     plt.close(figure)

@@ -174,25 +174,31 @@ def rates(lines: Lines) -> list[str]:
     return table(f"peak rate | weight | seeds | {OUTCOME}", rows)
 
 
+def reach(looks: Sequence[Any]) -> list[str]:
+    """Cells of one epoch's looks, one for each seed."""
+    valid = [valid_length(look["h"]["slope"], look["h"]["own"]) for look in looks]
+    best = [
+        f"{statistics.mean(max(look[u][where]) for look in looks):.4f}"
+        for where in ("own", "other")
+        for u in ("h", "d")
+    ]
+    norm = statistics.mean(look["h"]["norm"] / look["d"]["norm"] for look in looks)
+    return [str(looks[0]["epoch"]), str(len(looks)), geometric(valid, LENGTHS[0]), f"{norm:.2f}", *best]
+
+
 def lengths(lines: Lines) -> list[str]:
     """How far the hypergradient's prediction reaches, and how much a step can lower F."""
     rows = []
     kinds = [({"step": step}, f"{step:g}") for step in reversed(lines.values("step", part="scan", lengths=True))]
     kinds.append(({"part": "causes", "activation": "swish"}, "20, swish"))
-    for settings, name in kinds:
+    counts = [sum("steps" in r for r in lines.row(**settings).values()) for settings, _ in kinds]
+    for (settings, name), count in zip(kinds, counts, strict=True):
+        if count < max(counts):  # of one seed among several nothing can be said
+            continue
         for weight in (0.0, 1.0):
             row = lines.row(weight=weight, **settings)
-            measured = [record["steps"] for record in row.values() if "steps" in record]
-            for looks in zip(*measured, strict=True):
-                valid = [valid_length(look["h"]["slope"], look["h"]["own"]) for look in looks]
-                best = [
-                    f"{statistics.mean(max(look[u][where]) for look in looks):.4f}"
-                    for where in ("own", "other")
-                    for u in ("h", "d")
-                ]
-                norm = statistics.mean(look["h"]["norm"] / look["d"]["norm"] for look in looks)
-                about = [name, f"{weight:g}", str(looks[0]["epoch"]), str(len(looks))]
-                rows.append([*about, geometric(valid, LENGTHS[0]), f"{norm:.2f}", *best])
+            for looks in zip(*(record["steps"] for record in row.values() if "steps" in record), strict=True):
+                rows.append([name, f"{weight:g}", *reach(looks)])
     head = "1/λ | weight | epoch | seeds | valid length | ‖h‖/‖d‖ | own, along h | own, along d | other, h | other, d"
     return table(head, rows)
 
