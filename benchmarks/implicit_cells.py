@@ -67,9 +67,9 @@ def values(row: Row, of: Callable[[Record], float]) -> list[float]:
 
 
 def mean(row: Row, of: Callable[[Record], float], digits: int = 2) -> str:
-    """The mean, or – where there is no line or not all have the value."""
+    """The mean over those that have a value; – where there is no line, or an attack was not made of all."""
     try:
-        every = values(row, of)
+        every = [value for value in values(row, of) if value is not None]
     except KeyError:
         return "–"
     return f"{statistics.mean(every):.{digits}f}" if every else "–"

@@ -21,9 +21,9 @@ def by_weight(axes: Axes, lines: Lines) -> None:
     """PGD accuracy by weight, a line for each 1/λ."""
     for step in sorted(lines.values("step", part="scan"), reverse=True):
         weights = lines.values("weight", part="scan", step=step)
-        rows = [lines.row(step=step, weight=weight) for weight in weights]
-        means = [statistics.mean(values(row, accuracy("pgd-50-10"))) for row in rows]
-        errors = [statistics.pstdev(values(row, accuracy("pgd-50-10"))) for row in rows]
+        seeds = [values(lines.row(step=step, weight=weight), accuracy("pgd-50-10")) for weight in weights]
+        means = [statistics.mean(of) for of in seeds]
+        errors = [statistics.stdev(of) if len(of) > 1 else 0.0 for of in seeds]
         dash, marker = DASHES.get(step, ("-", "x"))
         style = {"color": COLORS.get(step, "#7a7a7a"), "ls": dash, "marker": marker, "ms": 4, "capsize": 2}
         axes.errorbar(weights, means, errors, lw=1.4, label=f"1/λ = {step:g}", **style)
@@ -75,7 +75,7 @@ def by_rate(axes: Axes, lines: Lines) -> None:
     axes.set_yscale("symlog", linthresh=0.1)
     axes.set_yticks([-0.05, 0, 0.05, 0.1, 0.5, 1, 2], ["−0.05", "0", "0.05", "0.1", "0.5", "1", "2"])
     axes.set(xlabel="peak rate of 10 more epochs", ylabel="cross-entropy, less that without the term")
-    axes.set_title("training images, from a trained network", fontsize=8.5)
+    axes.set_title("10 epochs from a trained network", fontsize=8.5)
     axes.set_ylim(-0.2, 3)
     axes.legend(fontsize=8, frameon=False, loc="lower right")
 

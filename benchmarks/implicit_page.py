@@ -12,7 +12,7 @@ from typing import Any
 from implicit_cells import Lines, Record, Row, accuracy, difference, geometric, last, mean, own, spread, unbiased
 from implicit_figure import draw
 from implicit_measures import LENGTHS, valid_length
-from implicit_words import FINDINGS, TEXT
+from implicit_words import FINDINGS_OF, TEXT, findings
 
 PGD, NEAREST = accuracy("pgd-50-10"), accuracy("nearest-40-3-2")
 NAMES = {
@@ -209,7 +209,6 @@ def write_page(records: Sequence[Record], folder: Path) -> None:
     draw(lines, folder / "implicit.png")
     some, days = records[0], sorted({record["date"] for record in records})
     mark = fingerprint(records)
-    findings = FINDINGS["text"] if FINDINGS["lines"] == mark else ""
     page = [
         "# Where the implicit term matters",
         "",
@@ -218,7 +217,7 @@ def write_page(records: Sequence[Record], folder: Path) -> None:
         f"{len(records)} runs, each a line of [implicit.jsonl](implicit.jsonl); {len(lines.failed)} did not end "
         f"(a loss that is not finite). Fingerprint of the lines: {mark}.",
         "",
-        findings,
+        findings(lines) if mark == FINDINGS_OF else "",
         "",
         *TEXT["figure"],
     ]

@@ -182,9 +182,9 @@ def machine() -> dict[str, Any]:
 
 
 def rounded(value: Any) -> Any:
-    """Numbers with five digits, so that a line stays short."""
+    """Numbers with five digits, so that a line stays short; None for NaN, which is no JSON."""
     if isinstance(value, float):
-        return float(f"{value:.5g}")
+        return None if math.isnan(value) else float(f"{value:.5g}")
     if isinstance(value, dict):
         return {name: rounded(of) for name, of in value.items()}
     return [rounded(of) for of in value] if isinstance(value, list) else value

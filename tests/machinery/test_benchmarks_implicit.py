@@ -186,7 +186,7 @@ def test_the_page_is_written_from_lines_that_are_not_repeated(monkeypatch):
     assert all(len(cells.split(" | ")) == 9 for *_, cells in scan)
     assert re.search(r"^\| ReLU \| 0\.01 \| exact \| 1 \| -?[\d.]+ \| -?[\d.]+ \|", page, re.M)
     words = sys.modules["implicit_words"]
-    assert words.FINDINGS["text"] not in page or not words.FINDINGS["text"]  # they are of other lines
+    assert words.FINDINGS[:40] not in page  # they are of other lines
 
     def never(*args):
         raise AssertionError("a run that has its line is repeated")
