@@ -72,7 +72,7 @@ def mean(row: Row, of: Callable[[Record], float], digits: int = 2) -> str:
         every = [value for value in values(row, of) if value is not None]
     except KeyError:
         return "–"
-    return f"{statistics.mean(every):.{digits}f}" if every else "–"
+    return f"{statistics.mean(every):.{digits}f}".replace("-", "−") if every else "–"
 
 
 def spread(row: Row, of: Callable[[Record], float], digits: int = 1) -> str:

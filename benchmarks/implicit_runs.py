@@ -134,7 +134,8 @@ def perform(run: Run, folder: Path, examples: int | None = None) -> dict[str, An
     trainer = Trainer(problem, run.solver(), model, images, held_out, recipe, attack, run.seed)
     few = images[slice(0, LOOKED_AT)]
     other = images[slice(LOOKED_AT, LOOKED_AT + OTHER)] if len(images) > LOOKED_AT else few
-    record: dict[str, Any] = {"key": run.key, "settings": asdict(run) | {"examples": examples}}
+    name: dict[str, Any] = {"key": run.key, "settings": asdict(run) | {"examples": examples}}
+    record: dict[str, Any] = {}
     looks, steps, seconds = [], [], 0.0
 
     def measure(epoch: int) -> None:
@@ -151,7 +152,7 @@ def perform(run: Run, folder: Path, examples: int | None = None) -> dict[str, An
         try:
             trained = trainer.train_epoch(epoch)
         except NotFinite as error:  # training that diverges is a result
-            return record | {"failed": str(error).splitlines()[0]} | machine()
+            return name | {"failed": str(error).splitlines()[0]} | machine()
         seconds += time.process_time() - start
         ratios.append(trained["implicit_ratio"])
         if epoch + 1 in run.parts_of(6):
@@ -170,7 +171,7 @@ def perform(run: Run, folder: Path, examples: int | None = None) -> dict[str, An
         record["steps"] = steps
     if run.after:
         record["segment"] = segment(problem, before, model, few)
-    return rounded(record | {"seconds": seconds}) | machine()
+    return name | rounded(record | {"seconds": seconds}) | machine()
 
 
 def machine() -> dict[str, Any]:

@@ -184,7 +184,7 @@ def test_the_page_is_written_from_lines_that_are_not_repeated(monkeypatch):
         (step, weight) for step, published in (("20", "0.005"), ("0.3", "0.333")) for weight in ("0", published, "1")
     ]
     assert all(len(cells.split(" | ")) == 9 for *_, cells in scan)
-    assert re.search(r"^\| ReLU \| 0\.01 \| exact \| 1 \| -?[\d.]+ \| -?[\d.]+ \|", page, re.M)
+    assert re.search(r"^\| ReLU \| 0\.01 \| exact \| 1 \| −?[\d.]+ \| −?[\d.]+ \|", page, re.M)
     words = sys.modules["implicit_words"]
     assert words.FINDINGS[:40] not in page  # they are of other lines
 
