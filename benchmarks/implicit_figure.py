@@ -77,7 +77,8 @@ def by_rate(axes: Axes, lines: Lines) -> None:
     axes.set(xlabel="peak rate of 10 more epochs", ylabel="cross-entropy, less that without the term")
     axes.set_title("10 epochs from a trained network", fontsize=8.5)
     axes.set_ylim(-0.2, 3)
-    axes.legend(fontsize=8, frameon=False, loc="lower right")
+    if axes.get_legend_handles_labels()[0]:  # one seed has no standard error
+        axes.legend(fontsize=8, frameon=False, loc="lower right")
 
 
 @matplotlib.rc_context({"font.size": 8})

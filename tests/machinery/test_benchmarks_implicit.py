@@ -179,7 +179,7 @@ def test_the_page_is_written_from_lines_that_are_not_repeated(monkeypatch):
     assert Path("pages/implicit.png").exists() and "Fingerprint of the lines" in page
     titles = re.findall(r"^## (.*)$", page, re.M)
     assert len(titles) == 6 and page.count("\n| 0.2 | 20 | 1 | ") == 2
-    scan = re.findall(r"^\| 0\.[12] \| (20|0\.3) \| (\S+)(?: \(0\.1 λ\))? \| 2 \|(.*)$", page, re.M)
+    scan = re.findall(r"^\| 0\.[12] \| (20|0\.3) \| (\S+)(?: \(0\.1 λ\))? \| 1 \|(.*)$", page, re.M)
     assert [(step, weight) for step, weight, _ in scan[:6]] == [
         (step, weight) for step, published in (("20", "0.005"), ("0.3", "0.333")) for weight in ("0", published, "1")
     ]
