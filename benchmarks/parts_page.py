@@ -13,6 +13,7 @@ from parts_method import method
 from parts_results import FASTBAT, REFERENCES, Runs, machines, text_of
 from parts_rows import COMPOSITIONS, PARTS, Row
 from parts_settings import CHEAP, NAMES, SETTINGS, Setting
+from parts_summary import summary
 
 __all__ = ["write_page"]
 
@@ -77,7 +78,7 @@ FIGURE = (
 )
 
 
-def page(records: Sequence[Mapping[str, Any]], conclusions: str, drawn: bool) -> str:
+def page(records: Sequence[Mapping[str, Any]], drawn: bool) -> str:
     """The page."""
     every = [Runs(records, setting) for setting in SETTINGS.values()]
     every = [runs for runs in every if runs.records]
@@ -86,13 +87,12 @@ def page(records: Sequence[Mapping[str, Any]], conclusions: str, drawn: bool) ->
         "",
         f"`python benchmarks/parts.py --data-dir D --write docs/results`; {machines(records)}.",
         "",
-        *([conclusions.strip(), ""] if conclusions.strip() else []),
         "One recipe; each row differs from the row in the column *beside* by one part, and is "
         "[`problems/composed.py`](../../problems/composed.py) with the flags in "
         "[`benchmarks/parts_rows.py`](../../benchmarks/parts_rows.py). *Cost*: counted operations of training as a "
         "multiple of Fast-BAT's. Accuracy in % of the last epoch, mean ± standard deviation over seeds. Differences: "
         "points, mean ± standard error over seeds that both rows have; **bold** where the 95 % interval (Student's t) "
-        "leaves out zero. *nearest* is `nearest-40-3-2`, an attack that leaves what AutoAttack leaves to a few tenths "
+        "leaves out zero, which one in twenty does by luck. *nearest* is `nearest-40-3-2`, an attack that leaves what AutoAttack leaves to a few tenths "
         "([nearest.md](nearest.md)). A dash: not measured. How rows were chosen, and what luck would do: "
         "[parts-method.md](parts-method.md).",
         "",
@@ -106,7 +106,7 @@ def page(records: Sequence[Mapping[str, Any]], conclusions: str, drawn: bool) ->
             "",
             f"{runs.setting.about} Seeds {seeds[0]}–{seeds[-1]}; {images(runs.setting)}.",
         ]
-        lines += ["", *table(runs, [row for row in runs.rows if row in PARTS])]
+        lines += ["", *summary(runs), "", *table(runs, [row for row in runs.rows if row in PARTS])]
         lines += failures(runs)
         if any(row in COMPOSITIONS for row in runs.rows):
             lines += ["", "Compositions:", "", *table(runs, [row for row in runs.rows if row in COMPOSITIONS])]
@@ -116,9 +116,7 @@ def page(records: Sequence[Mapping[str, Any]], conclusions: str, drawn: bool) ->
 
 
 def write_page(records: Sequence[Mapping[str, Any]], target: Path) -> None:
-    """parts.md, parts-method.md and parts.png; what ``parts-conclusions.txt`` says, where it exists, at the top."""
-    place = target / "parts-conclusions.txt"
-    conclusions = place.read_text(encoding="utf-8") if place.exists() else ""
+    """parts.md, parts-method.md and parts.png."""
     drawn = draw([Runs(records, setting) for setting in SETTINGS.values()], target / "parts.png")
-    (target / "parts.md").write_text(page(records, conclusions, drawn), encoding="utf-8")
+    (target / "parts.md").write_text(page(records, drawn), encoding="utf-8")
     (target / "parts-method.md").write_text(method(records), encoding="utf-8")

@@ -1,0 +1,59 @@
+"""What ``parts.py`` has shown of a data set, in a few lines that follow from its runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from differences import Difference
+from parts_results import REFERENCES, Runs, affordable, chosen, text_of
+from parts_rows import PARTS
+from parts_settings import CHEAP, NAMES
+
+__all__ = ["summary"]
+
+
+def summary(runs: Runs) -> list[str]:
+    """Bullets: what adds, what takes away, what makes no difference that is shown, and what the search gave."""
+    seeds = runs.setting.seeds
+    gaps = {row.name: gap for row in PARTS if row.beside and (gap := runs.difference(row.name, row.beside, CHEAP))}
+    gaps = {name: gap for name, gap in gaps.items() if gap.n >= seeds}
+    adds = {name: gap for name, gap in gaps.items() if gap.clear and gap.mean > 0}
+    takes = {name: gap for name, gap in gaps.items() if gap.clear and gap.mean < 0}
+    lines = []
+    if adds:
+        lines.append(f"- **Adds** to the row beside it, in points under {NAMES[CHEAP]}: {_listed(adds)}.")
+    if takes:
+        lines.append(f"- **Takes away:** {_listed(takes)}.")
+    if unclear := [name for name in gaps if name not in adds and name not in takes]:
+        lines.append(f"- **No difference that {seeds} seeds show:** {'; '.join(unclear)}.")
+    return lines + _search(runs)
+
+
+def _search(runs: Runs) -> list[str]:
+    """How the rows that cost at most what Fast-BAT costs compare with each reference."""
+    lines = []
+    for reference, title in REFERENCES.items():
+        gaps = [
+            gap
+            for row in affordable(runs)
+            if (gap := runs.difference(row.name, reference, CHEAP)) and gap.n >= runs.setting.seeds
+        ]
+        if gaps:
+            better, worse = (sum(gap.clear and sign * gap.mean > 0 for gap in gaps) for sign in (1, -1))
+            lines.append(
+                f"- Of {len(gaps)} rows that cost at most what Fast-BAT costs, **{better} are better than {title}** "
+                f"(which costs {runs.cost(reference):.2f}) under {NAMES[CHEAP]}, {worse} are worse, and of "
+                f"{len(gaps) - better - worse} the seeds do not say."
+            )
+    best = chosen(runs)
+    if best is None or not lines:
+        return lines
+    gaps_of = [(title, runs.difference(best.name, reference, CHEAP)) for reference, title in REFERENCES.items()]
+    words = ", ".join(f"{text_of(gap)} above {title}" for title, gap in gaps_of if gap)
+    return [*lines, f"- Held-out images choose **{best.name}** among them: {words}."]
+
+
+def _listed(gaps: dict[str, Difference]) -> str:
+    """Largest first."""
+    ranked: Iterable[tuple[str, Difference]] = sorted(gaps.items(), key=lambda item: -abs(item[1].mean))
+    return "; ".join(f"{name} {gap.mean:+.1f} ± {gap.error:.1f}" for name, gap in ranked)
