@@ -81,7 +81,9 @@ def test_parts_are_trained_attacked_and_written(monkeypatch):
     rows = ["implicit term × 0.1 (Fast-BAT)", "remembered, adaptive", "one sign step", "remembered"]
     attacks = {"clean": 10, "pgd-50-10": 4, "nearest-40-3-2": 4, "autoattack": 2}
     short = "--data digits --examples 60 --test-examples 20 --epochs 1"
-    monkeypatch.setitem(parts.SETTINGS, "digits", replace(parts.SETTINGS["digits"], attacks=attacks, flags=short))
+    monkeypatch.setitem(
+        parts.SETTINGS, "digits", replace(parts.SETTINGS["digits"], attacks=attacks, flags=short, seeds=2)
+    )
     flags = ["--sets", "digits", "--rows", *rows, "--seeds", "2", "--folder", "runs", "--write", "results"]
     assert parts.command([*flags, "--jobs", "2"]) == 0
     lines = [json.loads(line) for line in Path("results/parts.jsonl").read_text().splitlines()]
@@ -90,7 +92,7 @@ def test_parts_are_trained_attacked_and_written(monkeypatch):
     page, method = (Path(f"results/{name}.md").read_text() for name in ("parts", "parts-method"))
     for row in rows:
         assert re.search(rf"^\| {re.escape(row)} \| .* \| [\d.]+ \| ", page, re.M)
-    assert "held-out images choose **" in method and "points above" in method
+    assert "- Held-out images choose **" in page and "held-out images choose **" in method and "points above" in method
     assert Path("results/parts.png").read_bytes()[:4] == b"\x89PNG"
 
     monkeypatch.setattr(parts, "perform_all", lambda trials, *more: [stop(t, lines) for t in trials])
