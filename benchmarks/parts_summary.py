@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from differences import Difference
-from parts_results import REFERENCES, Runs, affordable, chosen, text_of
+from parts_results import FASTBAT, REFERENCES, Runs, affordable, chosen, text_of
 from parts_rows import PARTS
 from parts_settings import CHEAP, NAMES
 
@@ -30,8 +30,16 @@ def summary(runs: Runs) -> list[str]:
 
 
 def _search(runs: Runs) -> list[str]:
-    """How the rows that cost at most what Fast-BAT costs compare with each reference."""
+    """How the references compare with Fast-BAT, and the rows that cost at most what it costs with each reference."""
     lines = []
+    for reference, title in REFERENCES.items():
+        gaps = {attack: runs.difference(reference, FASTBAT, attack) for attack in NAMES}
+        shown = [f"{text_of(gap)} ({NAMES[attack]})" for attack, gap in gaps.items() if gap and gap.n > 1]
+        if reference != FASTBAT and shown:
+            lines.append(
+                f"- **{title}** costs {runs.cost(reference):.2f} of what Fast-BAT costs, and its accuracy differs from "
+                f"Fast-BAT's by {', '.join(shown)}."
+            )
     for reference, title in REFERENCES.items():
         gaps = [
             gap
@@ -46,7 +54,7 @@ def _search(runs: Runs) -> list[str]:
                 f"{len(gaps) - better - worse} the seeds do not say."
             )
     best = chosen(runs)
-    if best is None or not lines:
+    if best is None:
         return lines
     gaps_of = [(title, runs.difference(best.name, reference, CHEAP)) for reference, title in REFERENCES.items()]
     words = ", ".join(f"{text_of(gap)} above {title}" for title, gap in gaps_of if gap)

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from benchmarking import FOLDER, script
+from running import ROOT
 
 import bilevel_at as ba
 from bilevel_at.commands.plan import understand
@@ -73,6 +74,15 @@ def test_the_best_of_many_by_luck():
     draws = np.random.default_rng(0).normal(0, 2.0, (40_000, 12)).max(1)
     for quantile in (0.5, 0.95):
         assert best_by_luck(12, 2.0, quantile) == pytest.approx(np.quantile(draws, quantile), abs=0.05)
+
+
+def test_readme_says_what_the_page_says():
+    readme, page = (ROOT / name for name in ("README.md", "docs/results/parts.md"))
+    text = readme.read_text(encoding="utf-8").split("**What each part is worth**")[1].split("\n\n")[0]
+    lines = page.read_text(encoding="utf-8").split("## CIFAR-10")[0]
+    numbers = re.findall(r"-?\d+\.\d ± \d+\.\d", text)
+    assert len(numbers) == 3 and all(re.search(rf"(?<![\d.]){re.escape(number)}", lines) for number in numbers)
+    assert "**12 are better than Fast-BAT**" in lines and "**0 are better than ATAS, twice the epochs**" in lines
 
 
 @pytest.mark.slow
