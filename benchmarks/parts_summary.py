@@ -49,9 +49,9 @@ def _search(runs: Runs) -> list[str]:
         if gaps:
             better, worse = (sum(gap.clear and sign * gap.mean > 0 for gap in gaps) for sign in (1, -1))
             lines.append(
-                f"- Of {len(gaps)} rows that cost at most what Fast-BAT costs, **{better} are better than {title}** "
-                f"(which costs {runs.cost(reference):.2f}) under {NAMES[CHEAP]}, {worse} are worse, and of "
-                f"{len(gaps) - better - worse} the seeds do not say."
+                f"- Rows that cost at most what Fast-BAT costs: {len(gaps)}. Better than {title} (cost "
+                f"{runs.cost(reference):.2f}) under {NAMES[CHEAP]}: **{better}**; worse: {worse}; the seeds do not say: "
+                f"{len(gaps) - better - worse}."
             )
     best = chosen(runs)
     if best is None:
