@@ -50,8 +50,8 @@ def _search(runs: Runs) -> list[str]:
             better, worse = (sum(gap.clear and sign * gap.mean > 0 for gap in gaps) for sign in (1, -1))
             lines.append(
                 f"- Rows that cost at most what Fast-BAT costs: {len(gaps)}. Better than {title} (cost "
-                f"{runs.cost(reference):.2f}) under {NAMES[CHEAP]}: **{better}**; worse: {worse}; the seeds do not say: "
-                f"{len(gaps) - better - worse}."
+                f"{runs.cost(reference):.2f}) under {NAMES[CHEAP]}: **{better}**; worse: {worse}; the seeds do not "
+                f"say: {len(gaps) - better - worse}."
             )
     best = chosen(runs)
     if best is None:
