@@ -21,10 +21,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from implicit_runs import Run, perform_all
+from lines import read
 from pages import at_least_one
 from pieces import in_pieces
 from rich.console import Console
-from trials import read
 
 from bilevel_at.commands import flags
 from bilevel_at.errors import InputError

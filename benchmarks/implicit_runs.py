@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import datetime
 import math
-import multiprocessing
 import os
 import platform
 import time
@@ -28,14 +27,11 @@ from implicit_measures import (
     signal,
     with_start,
 )
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from lines import read, side_by_side
 from torch import nn
-from trials import read, write
 
 import bilevel_at as ba
 from bilevel_at.data import Images, load_data
-from bilevel_at.errors import BilevelError
 from bilevel_at.evaluate import attack_from_name, robust_correct
 from bilevel_at.models import build_model
 from bilevel_at.problems import fastbat
@@ -197,14 +193,6 @@ def missing(run: Run, records: Mapping[str, Any], examples: int | None) -> bool:
     return record is None or record["settings"] != asdict(run) | {"examples": examples}
 
 
-def _attempt(task: tuple[Run, str, int | None]) -> tuple[Run, Any, str]:
-    run, folder, examples = task
-    try:
-        return run, perform(run, Path(folder), examples), ""
-    except Exception as error:
-        return run, None, f"{run.key}: {type(error).__name__}: {error}"
-
-
 def perform_all(runs: Sequence[Run], lines: Path, folder: Path, examples: int | None, jobs: int | None) -> None:
     """Perform those that are missing, in order; those that go on from another wait for those before them.
 
@@ -215,22 +203,9 @@ def perform_all(runs: Sequence[Run], lines: Path, folder: Path, examples: int | 
     todo = [run for run in runs if missing(run, records, examples)]
     bases = {run.after for run in todo if run.after and not (folder / f"{run.after}.pt").exists()}
     todo = [run for run in runs if run in todo or run.key in bases]
-    if not todo:
-        return
     folder.mkdir(parents=True, exist_ok=True)
-    lines.parent.mkdir(parents=True, exist_ok=True)
-    failures = []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    context = multiprocessing.get_context("spawn")
-    with Progress(*columns, console=Console()) as progress, context.Pool(jobs or os.cpu_count()) as pool:
-        task = progress.add_task("runs", total=len(runs), completed=len(runs) - len(todo))
-        for _, group in groupby(todo, lambda run: (run.seed, bool(run.after))):
-            tasks = [(run, str(folder), examples) for run in group]
-            for run, record, failure in pool.imap_unordered(_attempt, tasks):
-                if record is None:
-                    failures.append(failure)
-                    continue
-                write(lines, read(lines) | {run.key: record})
-                progress.update(task, advance=1, description=f"done: {run.key}")
-    if failures:
-        raise BilevelError("; ".join(failures))
+    groups = [
+        [(run.key, (run, folder, examples)) for run in group]
+        for _, group in groupby(todo, lambda run: (run.seed, bool(run.after)))
+    ]
+    side_by_side(perform, groups, lines, len(runs), jobs)

@@ -16,23 +16,20 @@ given until it says that it is done; its exit status is 3 where ``--minutes`` we
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lines import read, side_by_side
 from overfitting_runs import COMPOSITIONS, Run, perform
 from pages import at_least_one
 from pieces import in_pieces
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from trials import read, write
 
 from bilevel_at.commands import flags
 from bilevel_at.data import load_data
-from bilevel_at.errors import BilevelError, InputError, positive
+from bilevel_at.errors import InputError, positive
 
 EPSILONS = (8 / 255, 12 / 255, 16 / 255, 24 / 255)
 
@@ -43,14 +40,6 @@ def missing(run: Run, records: Mapping[str, Any]) -> bool:
     return record is None or record["settings"] != run.settings
 
 
-def _attempt(task: tuple[Run, str, str]) -> tuple[Run, Any, str]:
-    run, data_dir, folder = task
-    try:
-        return run, perform(run, data_dir, Path(folder)), ""
-    except Exception as error:
-        return run, None, f"{run.key}: {type(error).__name__}: {error}"
-
-
 def perform_all(runs: Sequence[Run], lines: Path, data_dir: str, folder: Path, jobs: int | None) -> None:
     """Perform those that are missing, in order.
 
@@ -58,23 +47,8 @@ def perform_all(runs: Sequence[Run], lines: Path, data_dir: str, folder: Path, j
         BilevelError: after all others are done, where one could not be.
     """
     todo = [run for run in runs if missing(run, read(lines))]
-    if not todo:
-        return
     folder.mkdir(parents=True, exist_ok=True)
-    lines.parent.mkdir(parents=True, exist_ok=True)
-    failures = []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    context = multiprocessing.get_context("spawn")
-    with Progress(*columns, console=Console()) as progress, context.Pool(jobs or os.cpu_count()) as pool:
-        task = progress.add_task("runs", total=len(runs), completed=len(runs) - len(todo))
-        for run, record, failure in pool.imap_unordered(_attempt, [(run, data_dir, str(folder)) for run in todo]):
-            if record is None:
-                failures.append(failure)
-                continue
-            write(lines, read(lines) | {run.key: record})
-            progress.update(task, advance=1, description=f"done: {run.key}")
-    if failures:
-        raise BilevelError("; ".join(failures))
+    side_by_side(perform, [[(run.key, (run, data_dir, folder)) for run in todo]], lines, len(runs), jobs)
 
 
 def benchmark(

@@ -19,13 +19,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from lines import read
 from pages import at_least_one
 from parts_page import write_page
 from parts_rows import ROWS, Row
 from parts_settings import SETTINGS, Setting
 from pieces import in_pieces
 from rich.console import Console
-from trials import Trial, perform_all, read
+from trials import Trial, perform_all
 
 from bilevel_at.commands import flags
 from bilevel_at.data import load_data

@@ -8,11 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
-import multiprocessing
-import os
-import signal
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from lines import Record, read, side_by_side
 
 import bilevel_at as ba
 from bilevel_at import run as main_job
@@ -34,7 +28,6 @@ from bilevel_at.runs.directory import RunDir
 from bilevel_at.runs.evaluations import Store
 from bilevel_at.train import Trainer
 
-Record = dict[str, Any]
 ROWS = 500  # examples that are attacked at a time
 BY_EPOCH = ("train", "clean", "robust", "alignment", "implicit_ratio", "implicit_cosine", "perturbation")
 PLACES = ("--data-dir", "--out")
@@ -61,14 +54,6 @@ def settings_of(job: Sequence[str]) -> list[str]:
     """The command without where files are."""
     without = {i + k for i, word in enumerate(job) for k in (0, 1) if word in PLACES}
     return [word for i, word in enumerate(job) if i not in without]
-
-
-def read(path: Path) -> dict[str, Record]:
-    """The lines of a file by key; none where there is no file."""
-    if not path.exists():
-        return {}
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return {line["key"]: line for line in lines}
 
 
 def missing(trial: Trial, records: Mapping[str, Record]) -> bool:
@@ -159,14 +144,6 @@ def attack(trial: Trial, run: RunDir, data: str, data_dir: str) -> dict[str, dic
     return results
 
 
-def _attempt(task: tuple[Trial, str]) -> tuple[Trial, Record | None, str]:
-    trial, folder = task
-    try:
-        return trial, perform(trial, Path(folder)), ""
-    except Exception as error:
-        return trial, None, f"{trial.key}: {type(error).__name__}: {error}"
-
-
 def perform_all(trials: Sequence[Trial], lines: Path, folder: Path, jobs: int | None = None) -> dict[str, Record]:
     """Perform those that are missing, in order; the lines by key.
 
@@ -184,30 +161,5 @@ def perform_all(trials: Sequence[Trial], lines: Path, folder: Path, jobs: int | 
     todo = [trial for trial in trials if missing(trial, records)]
     for trial in todo:
         understand([*trial.job, "--attacks", "clean", "--out", str(folder / trial.key)])
-    if not todo:
-        return records
-    lines.parent.mkdir(parents=True, exist_ok=True)
-    failures = []
-    # A killed parent would leave its workers training; leaving the block below ends them.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    context = multiprocessing.get_context("spawn")
-    with Progress(*columns, console=Console()) as progress, context.Pool(jobs or os.cpu_count()) as pool:
-        task = progress.add_task("runs", total=len(trials), completed=len(trials) - len(todo))
-        for trial, record, failure in pool.imap_unordered(_attempt, [(trial, str(folder)) for trial in todo]):
-            if record is None:
-                failures.append(failure)
-                continue
-            records = read(lines) | {trial.key: record}  # another command may have written meanwhile
-            write(lines, records)
-            progress.update(task, advance=1, description=f"done: {trial.key}")
-    if failures:
-        raise BilevelError("; ".join(failures))
-    return records
-
-
-def write(lines: Path, records: Mapping[str, Record]) -> None:
-    text = "".join(json.dumps(records[key], ensure_ascii=False) + "\n" for key in sorted(records))
-    part = lines.with_suffix(".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(lines)
+    side_by_side(perform, [[(trial.key, (trial, folder)) for trial in todo]], lines, len(trials), jobs)
+    return read(lines)

@@ -191,7 +191,7 @@ def test_the_page_is_written_from_lines_that_are_not_repeated(monkeypatch):
     def never(*args):
         raise AssertionError("a run that has its line is repeated")
 
-    monkeypatch.setattr(sys.modules["implicit_runs"].multiprocessing, "get_context", never)
+    monkeypatch.setattr(sys.modules["lines"].multiprocessing, "get_context", never)
     assert implicit.command(flags) == 0 and Path("pages/implicit.jsonl").read_text() == lines
     assert Path("pages/implicit.md").read_text() == page
     assert implicit.command([*flags, "--page-only"]) == 0
