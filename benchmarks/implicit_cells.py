@@ -7,7 +7,8 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from scipy.stats import t as student
+import differences
+from differences import Difference
 
 Record = Mapping[str, Any]
 Row = dict[int, Record]
@@ -81,14 +82,14 @@ def spread(row: Row, of: Callable[[Record], float], digits: int = 1) -> str:
     return middle if middle == "–" or len(row) < 2 else f"{middle} ± {statistics.stdev(values(row, of)):.{digits}f}"
 
 
-def paired(row: Row, beside: Row, of: Callable[[Record], float]) -> tuple[float, float, int] | None:
-    """(mean difference over the common seeds, its standard error, their number); None below two of them."""
+def paired(row: Row, beside: Row, of: Callable[[Record], float]) -> Difference | None:
+    """The difference over the common seeds; None below two of them, or where an attack was not made of all."""
     try:
-        differences = [of(row[seed]) - of(beside[seed]) for seed in sorted(row.keys() & beside.keys())]
+        seeds = row.keys() & beside.keys()
+        gap = differences.paired(*({seed: of(rows[seed]) for seed in seeds} for rows in (row, beside)))
     except KeyError:
         return None
-    n = len(differences)
-    return (statistics.mean(differences), statistics.stdev(differences) / math.sqrt(n), n) if n > 1 else None
+    return gap if gap is not None and gap.n > 1 else None
 
 
 def difference(row: Row, beside: Row, of: Callable[[Record], float], digits: int = 1) -> str:
@@ -98,17 +99,15 @@ def difference(row: Row, beside: Row, of: Callable[[Record], float], digits: int
 
 def own(row: Row, of: Callable[[Record], float], digits: int = 3) -> str:
     """The mean ± its standard error; * where Student's 95 % interval leaves out 0."""
-    every = values(row, of)
-    n = len(every)
-    return _with_error((statistics.mean(every), statistics.stdev(every) / math.sqrt(n), n) if n > 1 else None, digits)
+    gap = differences.paired({seed: of(record) for seed, record in row.items()}, dict.fromkeys(row, 0.0))
+    return _with_error(gap if gap is not None and gap.n > 1 else None, digits)
 
 
-def _with_error(found: tuple[float, float, int] | None, digits: int) -> str:
-    if found is None:
+def _with_error(gap: Difference | None, digits: int) -> str:
+    if gap is None:
         return "–"
-    value, error, n = found
-    star = "\\*" if abs(value) > error * student.ppf(0.975, n - 1) else ""
-    return f"{value:+.{digits}f} ± {error:.{digits}f}{star}".replace("-", "−")
+    star = "\\*" if gap.clear else ""
+    return f"{gap.mean:+.{digits}f} ± {gap.error:.{digits}f}{star}".replace("-", "−")
 
 
 def geometric(numbers: Sequence[float | None], least: float) -> str:

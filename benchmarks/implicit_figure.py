@@ -63,9 +63,9 @@ def by_rate(axes: Axes, lines: Lines) -> None:
             points = []
             for lr in lines.values("lr", part="after", activation="relu"):
                 row = lines.row(part="after", lr=lr, weight=1.0, term=term)
-                found = paired(row, lines.row(part="after", lr=lr), last(name))
-                if found is not None:
-                    points.append((lr, *found[:2]))
+                gap = paired(row, lines.row(part="after", lr=lr), last(name))
+                if gap is not None:
+                    points.append((lr, gap.mean, gap.error))
             if points:
                 rates, means, errors = zip(*points, strict=True)
                 style = {"color": color, "ls": dash, "marker": marker, "ms": 4, "capsize": 2, "lw": 1.4}

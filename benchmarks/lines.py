@@ -85,5 +85,5 @@ def _attempt(task: tuple[Callable[..., Record], str, tuple[Any, ...]]) -> tuple[
     perform, key, arguments = task
     try:
         return key, perform(*arguments), ""
-    except Exception as error:
+    except Exception as error:  # of any kind: the other runs go on, and its text is raised after them
         return key, None, f"{key}: {type(error).__name__}: {error}"

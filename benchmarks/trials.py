@@ -1,7 +1,7 @@
 """Runs of the main job side by side, each attacked when it is trained; one line of JSON for each that is done.
 
 What has a line is not repeated; a run that was cut off goes on from its last checkpoint, and an attack from its last
-batches. ``parts.py``, ``implicit.py`` and ``speedrun_cpu.py`` use it.
+batches. ``parts.py`` and ``speedrun_cpu.py`` use it.
 """
 
 from __future__ import annotations
