@@ -4,9 +4,9 @@
 
 It rehearses ``speedrun.py``, which is for a GPU. All compositions have one recipe; a time of m minutes is 2 · 60 · m
 processor seconds of training on one thread, and two runs side by side fill two cores. No clock stops a run: seconds of
-a step are measured once, for all compositions in turn (``speedrun_steps.py``), and each trains as many whole epochs as
-fit, at least one, with a schedule of that length. The composition with the best accuracy on held-out images is chosen,
-never by test images, and all rows are shown.
+a step are measured once, for all compositions in turn (``speedrun_cpu_steps.py``), and each trains as many whole
+epochs as fit, at least one, with a schedule of that length. The composition with the best accuracy on held-out images
+is chosen, never by test images, and all rows are shown.
 
 Whatever is done is not repeated, so the same command may be given until it says that it is done; its exit status is 3
 where ``--minutes`` were up. A column of seven compositions and one seed takes 70, 210 or 840 minutes of a core, and its
@@ -25,8 +25,8 @@ from parts import slug, without_autoattack
 from pieces import in_pieces
 from rich.console import Console
 from speedrun import ONE_CYCLE
+from speedrun_cpu_steps import CALIBRATION, Rows, calibrate, seconds_of
 from speedrun_page import CHEAP, STRONG
-from speedrun_steps import CALIBRATION, Rows, calibrate, seconds_of
 from trials import Trial, perform_all
 
 from bilevel_at.commands import flags

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.lines import Line2D
-from speedrun_columns import Column
+from speedrun_cpu_columns import Column
 from speedrun_page import CHEAP, STRONG
 
 from bilevel_at.figures.style import BLUE, GREY, ORANGE, plt, save

@@ -10,10 +10,10 @@ from typing import Any
 from differences import mean_and_spread, paired
 from lines import read
 from parts_results import machines
-from speedrun_columns import Column, Record, columns_of
+from speedrun_cpu_columns import Column, Record, columns_of
+from speedrun_cpu_steps import CALIBRATION, Rows, seconds_of
+from speedrun_cpu_steps import read as read_calibration
 from speedrun_page import CHEAP, STRONG
-from speedrun_steps import CALIBRATION, Rows, seconds_of
-from speedrun_steps import read as read_calibration
 
 from bilevel_at.errors import InputError
 

@@ -91,3 +91,17 @@ def test_the_methods_page_names_every_method_and_model():
     for name in MODELS:
         family = re.sub(r"(18|34|50|16_8|28_10|34_10)$", "", name)
         assert re.search(rf"`{family}", page), name
+
+
+def test_benchmarks_readme_has_every_file():
+    """Each script in a row, and each other file as a part of a script or among what is shared."""
+    folder = ROOT / "benchmarks"
+    scripts, shared = (folder / "README.md").read_text().split("What several scripts share")
+    rows = {
+        name for line in scripts.splitlines() if line.startswith("| `") for name in re.findall(r"`(\w+)\.py`", line)
+    }
+    named = rows | set(re.findall(r"`(\w+)\.py`", shared))
+    files = {path.stem for path in folder.glob("*.py")}
+    run = {path.stem for path in folder.glob("*.py") if '__name__ == "__main__"' in path.read_text()}
+    assert named <= files and run == rows
+    assert {name for name in files - named if not any(name.startswith(f"{row}_") for row in rows)} == set()

@@ -57,7 +57,7 @@ def test_runs_are_as_long_as_the_calibration_says_and_are_not_repeated():
 
 @pytest.mark.slow
 def test_seconds_of_a_step_are_measured_once():
-    speedrun, steps = script("speedrun_cpu"), script("speedrun_steps")
+    speedrun, steps = script("speedrun_cpu"), script("speedrun_cpu_steps")
     jobs = {
         name: speedrun.job_of(speedrun.COMPOSITIONS[name], "one_layer_cnn", 10, None) for name in ("Fast-AT", "ATAS")
     }
@@ -70,7 +70,7 @@ def test_seconds_of_a_step_are_measured_once():
 
 
 def test_a_later_composition_is_scaled_by_the_first(monkeypatch):
-    speedrun, steps = script("speedrun_cpu"), script("speedrun_steps")
+    speedrun, steps = script("speedrun_cpu"), script("speedrun_cpu_steps")
     path = Path("results/speedrun.calibration.json")
     calibrated(speedrun, path, {"Fast-AT": 2.0, "ATAS": 3.0})
     before = steps.read(path)
@@ -124,7 +124,7 @@ def line(name, seed, held_out, test, **results):
 
 
 def test_held_out_images_choose_and_test_images_do_not(monkeypatch):
-    columns, page = script("speedrun_columns"), script("speedrun_cpu_page")
+    columns, page = script("speedrun_cpu_columns"), script("speedrun_cpu_page")
     lines = [line("Fast-AT", 0, 0.30, 0.45), line("ATAS", 0, 0.36, 0.33), line("PGD-7", 0, 0.33, 0.40)]
     (column,) = columns.columns_of(lines, ["Fast-AT", "ATAS", "PGD-7", "Fast-BAT"])
     assert column.best == "ATAS" and not column.complete
@@ -140,7 +140,7 @@ def test_held_out_images_choose_and_test_images_do_not(monkeypatch):
 
 
 def test_differences_are_paired_by_seed_and_a_failure_is_a_row():
-    columns, page = script("speedrun_columns"), script("speedrun_cpu_page")
+    columns, page = script("speedrun_cpu_columns"), script("speedrun_cpu_page")
     lines = [line("Fast-AT", seed, 0.3, test, autoattack=test) for seed, test in enumerate((0.30, 0.34, 0.32))]
     lines += [line("ATAS", seed, 0.4, test, autoattack=test) for seed, test in enumerate((0.32, 0.36, 0.35))]
     broken = {"composition": "PGD-7", "text": "p.py", "budget": 5.0, "seed": 0, "proof": False, "held_out": 500}
