@@ -7,7 +7,10 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["Column", "Record", "columns_of"]
+__all__ = ["BASELINES", "Column", "Record", "advancing", "columns_of"]
+
+BASELINES = ("Fast-AT", "ATAS", "PGD-7")
+"""Trained for every time."""
 
 Record = Mapping[str, Any]
 
@@ -18,7 +21,7 @@ class Column:
     Args:
         budget: minutes of two cores.
         records: lines of this time.
-        names: all compositions, in the page's order.
+        names: compositions that are to be there, in the page's order.
     """
 
     def __init__(self, budget: float, records: Sequence[Record], names: Sequence[str]) -> None:
@@ -27,7 +30,7 @@ class Column:
         self.failed = [r for r in records if "failed" in r]
         self.rows = {
             name: rows
-            for name in names
+            for name in dict.fromkeys((*names, *(r["composition"] for r in records)))
             if (rows := [r for r in records if r["composition"] == name]) and not any("failed" in r for r in rows)
         }
 
@@ -75,7 +78,21 @@ class Column:
         ]
 
 
+def advancing(column: Column) -> list[str]:
+    """Which compositions are trained for the next longer time: the baselines, and the better half of the others.
+
+    Halves are by accuracy on held-out images, rounded up.
+    """
+    others = [name for name in column.rows if name not in BASELINES]
+    others.sort(key=lambda name: -statistics.mean(column.held_out(name).values()))
+    chosen = {*BASELINES, *others[: math.ceil(len(others) / 2)]}
+    return [name for name in column.names if name in chosen]
+
+
 def columns_of(records: Sequence[Record], names: Sequence[str]) -> list[Column]:
-    """The times that have lines."""
-    budgets = sorted({r["budget"] for r in records})
-    return [Column(budget, [r for r in records if r["budget"] == budget], names) for budget in budgets]
+    """The times that have lines, from the shortest, which has all these compositions."""
+    columns: list[Column] = []
+    for budget in sorted({r["budget"] for r in records}):
+        names = advancing(columns[-1]) if columns else names
+        columns.append(Column(budget, [r for r in records if r["budget"] == budget], names))
+    return columns

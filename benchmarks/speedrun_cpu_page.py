@@ -10,7 +10,7 @@ from typing import Any
 from differences import mean_and_spread, paired
 from lines import read
 from parts_results import machines
-from speedrun_cpu_columns import Column, Record, columns_of
+from speedrun_cpu_columns import BASELINES, Column, Record, columns_of
 from speedrun_cpu_steps import CALIBRATION, Rows, seconds_of
 from speedrun_cpu_steps import read as read_calibration
 from speedrun_page import CHEAP, STRONG
@@ -19,7 +19,6 @@ from bilevel_at.errors import InputError
 
 __all__ = ["write_page"]
 
-BASELINES = ("Fast-AT", "ATAS", "PGD-7")
 NAMES = {CHEAP: CHEAP, STRONG: "AutoAttack"}
 CLAIM = 3  # seeds, below which no difference is claimed
 
@@ -131,7 +130,8 @@ def page(columns: Sequence[Column], rows: Rows) -> str:
         "crops and flips, bfloat16; nothing was tuned, and attacks have the batch statistics (train or eval mode) that "
         "their file has. A time of m minutes is 2 · 60 · m processor seconds of training epochs on one thread: two "
         "runs side by side fill two cores. No clock stops a run; it has as many whole epochs as fit by the seconds "
-        "of a step below, and its schedule has that length.",
+        "of a step below, and its schedule has that length. Every composition is trained for the shortest time; for "
+        f"each longer one {', '.join(BASELINES)} and of the others the half that did better on held-out images.",
         "",
         "*Planned*: by those seconds; *taken*: processor seconds of the training epochs themselves. *TFLOP*: counted "
         "operations of all updates. Accuracy in % of the last epoch, mean ± standard deviation over seeds where there "

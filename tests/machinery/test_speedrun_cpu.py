@@ -139,6 +139,24 @@ def test_held_out_images_choose_and_test_images_do_not(monkeypatch):
     assert "| Fast-AT: `Fast-AT.py` | 2 | 590 | 580 | 100 | 30.0 | 60.0 | 45.0 | – | -12.0 |" in text
 
 
+def test_baselines_and_the_better_half_of_the_others_go_on():
+    columns = script("speedrun_cpu_columns")
+    names = ["Fast-AT", "Fast-BAT", "ATAS", "a", "b", "PGD-7"]
+    held_out = {"Fast-AT": 0.1, "Fast-BAT": 0.3, "ATAS": 0.2, "a": 0.2, "b": 0.25, "PGD-7": 0.4}
+    lines = [line(name, 0, value, 1 - value) for name, value in held_out.items()]
+    lines += [{**line(name, 0, 0.5, 0.5), "budget": 15.0} for name in ("ATAS", "PGD-7", "b")]
+    short, long = columns.columns_of(lines, names)
+    assert short.names == names and columns.advancing(short) == long.names == [
+        "Fast-AT",
+        "Fast-BAT",
+        "ATAS",
+        "b",
+        "PGD-7",
+    ]
+    assert short.complete and not long.complete
+    assert columns.advancing(long) == ["Fast-AT", "ATAS", "b", "PGD-7"]  # of what was trained
+
+
 def test_differences_are_paired_by_seed_and_a_failure_is_a_row():
     columns, page = script("speedrun_cpu_columns"), script("speedrun_cpu_page")
     lines = [line("Fast-AT", seed, 0.3, test, autoattack=test) for seed, test in enumerate((0.30, 0.34, 0.32))]
