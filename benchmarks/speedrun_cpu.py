@@ -11,7 +11,8 @@ in the better half on held-out images go on to the next longer one.
 
 Whatever is done is not repeated, so the same command may be given until it says that it is done; its exit status is 3
 where ``--minutes`` were up. One seed of 5, 15 and 60 minutes has seven, five and four compositions, and takes 70, 150
-and 480 minutes of a core; AutoAttack takes ten more for each. ``--budgets 5 --no-autoattack`` does the shortest part.
+and 480 minutes of a core. AutoAttack, which takes ten more for each network, has the baselines' and the one that is
+chosen. ``--budgets 5 --no-autoattack`` does the shortest part.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from parts import slug, without_autoattack
 from pieces import in_pieces
 from rich.console import Console
 from speedrun import ONE_CYCLE
-from speedrun_cpu_columns import advancing, columns_of
+from speedrun_cpu_columns import BASELINES, Column, advancing, columns_of
 from speedrun_cpu_steps import CALIBRATION, Rows, calibrate, seconds_of
 from speedrun_page import CHEAP, STRONG
 from trials import Trial, perform_all
@@ -131,7 +132,7 @@ def benchmark(
         budgets: minutes of two cores.
         compositions: by name, of the table in this file; all are trained for the shortest time.
         seeds: seeds 0 … seeds − 1.
-        autoattack: as the last attack of each column; without it the page has dashes.
+        autoattack: of the baselines and the chosen composition, when all of a time are trained.
         jobs: runs side by side; one for each core if not given.
         model: the network.
         examples: train on this many only.
@@ -149,6 +150,9 @@ def benchmark(
     target = Path(write or folder)
     lines = target / "speedrun.jsonl"
 
+    def columns() -> list[Column]:
+        return columns_of(list(read(lines).values()), list(commands))
+
     def train_all() -> None:
         train, _ = load_data("cifar10", data_dir, download=False)
         if examples is not None:
@@ -156,14 +160,20 @@ def benchmark(
         rows = calibrate(commands, train, target / CALIBRATION)
         steps = math.ceil((len(train) - held_out) / BATCH)
         for budget in sorted(budgets):
-            shorter = [c for c in columns_of(list(read(lines).values()), list(commands)) if c.budget < budget]
+            shorter = [column for column in columns() if column.budget < budget]
             names = advancing(shorter[-1]) if shorter else list(commands)
-            for seed in range(seeds):  # a column at a time, its AutoAttack last
-                jobs_of_time = {name: commands[name] for name in names}
-                trials = trials_of(jobs_of_time, rows, budget, seed, steps, test_examples, data_dir)
-                perform_all([without_autoattack(trial) for trial in trials], lines, Path(folder), jobs)
-                if autoattack:
-                    perform_all(trials, lines, Path(folder), jobs)
+            some = {name: commands[name] for name in names}
+            trials = [
+                trial
+                for seed in range(seeds)
+                for trial in trials_of(some, rows, budget, seed, steps, test_examples, data_dir)
+            ]
+            perform_all([without_autoattack(trial) for trial in trials], lines, Path(folder), jobs)
+            if autoattack:
+                (column,) = (column for column in columns() if column.budget == budget)
+                attacked = {*BASELINES, column.best}
+                trials = [trial for trial in trials if trial.about["composition"] in attacked]
+                perform_all(trials, lines, Path(folder), jobs)
 
     def work() -> None:
         if not page_only:

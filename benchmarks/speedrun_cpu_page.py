@@ -137,7 +137,8 @@ def page(columns: Sequence[Column], rows: Rows) -> str:
         "operations of all updates. Accuracy in % of the last epoch, mean ± standard deviation over seeds where there "
         "are several; *held out*: PGD-10, by which the row is chosen; test images: the first "
         f"{_number([r['results']['clean'] for r in records if 'results' in r], 'n')}, which choose nothing. `{CHEAP}` "
-        "leaves what AutoAttack leaves to a few tenths ([nearest.md](nearest.md)). A dash: not measured yet.",
+        "leaves what AutoAttack leaves to a few tenths ([nearest.md](nearest.md)); AutoAttack itself has the baselines "
+        "and what is chosen. A dash: not measured.",
         "",
         f"AutoAttack on test images; in parentheses `{CHEAP}` where AutoAttack was not made yet:",
         "",
