@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +58,7 @@ def side_by_side(
         jobs: processes; one for each core if not given.
 
     Raises:
-        BilevelError: after all others are done, where one could not be.
+        BilevelError: after all others are done, where one could not be; at once where a process was killed.
     """
     groups = [list(group) for group in groups]
     todo = sum(map(len, groups))
@@ -63,15 +66,14 @@ def side_by_side(
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     failures = []
-    # A killed parent would leave its workers training; leaving the block below ends them.
+    # A killed parent would leave its processes training; leaving the block below ends them.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    context = multiprocessing.get_context("spawn")
-    with Progress(*columns, console=Console()) as progress, context.Pool(jobs or os.cpu_count()) as pool:
+    with Progress(*columns, console=Console()) as progress, _processes(jobs) as pool:
         bar = progress.add_task("runs", total=total, completed=total - todo)
         for group in groups:
-            tasks = [(perform, key, arguments) for key, arguments in group]
-            for key, record, failure in pool.imap_unordered(_attempt, tasks):
+            for future in as_completed([pool.submit(_attempt, perform, key, arguments) for key, arguments in group]):
+                key, record, failure = future.result()
                 if record is None:
                     failures.append(failure)
                     continue
@@ -81,8 +83,24 @@ def side_by_side(
         raise BilevelError("; ".join(failures))
 
 
-def _attempt(task: tuple[Callable[..., Record], str, tuple[Any, ...]]) -> tuple[str, Record | None, str]:
-    perform, key, arguments = task
+@contextlib.contextmanager
+def _processes(jobs: int | None) -> Iterator[ProcessPoolExecutor]:
+    """Processes to work in, which end with the block, however it is left."""
+    pool = ProcessPoolExecutor(jobs or os.cpu_count(), multiprocessing.get_context("spawn"))
+    try:
+        yield pool
+    except BrokenProcessPool:
+        raise BilevelError(
+            "a process was killed, perhaps for want of memory; what is done has its line, so give the same command "
+            "again, with fewer --jobs"
+        ) from None
+    finally:
+        for process in multiprocessing.active_children():
+            process.terminate()
+        pool.shutdown(cancel_futures=True)
+
+
+def _attempt(perform: Callable[..., Record], key: str, arguments: tuple[Any, ...]) -> tuple[str, Record | None, str]:
     try:
         return key, perform(*arguments), ""
     except Exception as error:  # of any kind: the other runs go on, and its text is raised after them
