@@ -56,9 +56,9 @@ def method(records: Sequence[Mapping[str, Any]]) -> str:
         "it: *remembered, twice the epochs*, *remembered, QUB, 1.4 × the epochs*, automatic damping. After three "
         "seeds: the rows that are never redrawn, and *remembered, adaptive, averaged, twice the epochs*. The row "
         "*ATAS, twice the epochs* was there from the start, and became a reference after the digits' seed 0. "
-        "GradAlign's weight was set to 0.2, as in the digits' table, after one run with 2. Five compositions were looked at "
-        "earlier on the digits' test images with three seeds (Fast-BAT's attacker with and without QUB, PGD-7 with and "
-        "without, N-FGSM), which is why those are among the rows.",
+        "GradAlign's weight was set to 0.2, as in the digits' table, after one run with 2. Five compositions were "
+        "looked at earlier on the digits' test images with three seeds (Fast-BAT's attacker with and without QUB, "
+        "PGD-7 with and without, N-FGSM), which is why those are among the rows.",
         "- **Pairs:** the runs of a seed share initial weights, the order of the data and the held-out images, so "
         "differences are taken seed by seed.",
         "- **Not equal:** epochs are equal, operations are not; the column *cost* says how much, and *twice the "

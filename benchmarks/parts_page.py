@@ -94,7 +94,7 @@ ROWS_MEAN = (
     "step of 1/λ along the gradient itself (Fast-BAT's). *Adaptive*: a step size for each image (ATAS). *PGD-K*: K "
     "steps. *QUB*: a quadratic upper bound of the loss; *AWP*, *GradAlign*, *TRADES' loss*: as in their files "
     "([methods.md](../methods.md)). *Implicit term × k*: a weight of k λ in Fast-BAT's hypergradient, where the exact "
-    "one has weight 1 ([implicit.md](implicit.md)).",
+    "one has weight 1 ([implicit.md](implicit.md)); *in every 4th step*: in each with probability 1/4, times 4.",
 )
 
 
