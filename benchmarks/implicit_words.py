@@ -39,7 +39,8 @@ the 95 % interval (written by hand of the lines with this page's fingerprint; th
 - **Kinks hide a part of F from h.** At a tenth of the rate the derivative adds up to {slow_integral} along the way
   and F changes by {slow_change}; the rest, {slow_jumps}, are jumps, which undo the decrease that the derivative
   predicts. On the smooth network they are {smooth_jumps}, and the exact term makes {smooth} points, but {smooth_fast}
-  at the usual rate, and {swish} from scratch. That network is also trained less far, so not all of this is due to kinks.
+  at the usual rate, and {swish} from scratch. That network is also trained less far, so not all of this is due to
+  kinks.
 
 This is one small network on 8×8 images. PGD flatters networks that were trained with the exact term: the attack on the
 nearest classes leaves {exact_nearest} % of {exact_pgd} %, without the term {none_nearest} % of {best} %.
@@ -109,10 +110,10 @@ TEXT = {
         "nothing else is said: the usual recipe. Fast-BAT's lower level δ\\* = P_C(z − ∇_δ ℓ_atk(θ, z)/λ), z one "
         "unsigned step from a uniform draw; h = d + weight · i, with d the direct term ∇_θ f and i the implicit one, "
         "that through δ\\*. F is the upper loss at δ\\*(θ), whose derivative with z held is h with weight 1; R is the "
-        "true loss, the cross-entropy under PGD-20. *Masking*: the network learns to make the attack δ\\* weak, so that "
-        "F falls and R does not. The last epoch is attacked, on all test images; F and R are means over 128 training "
-        "images. Accuracy in %, "
-        "± the standard deviation over the seeds; differences are to the same training without the term, paired by "
+        "true loss, the cross-entropy under PGD-20. *Masking*: the network learns to make the attack δ\\* weak, so "
+        "that F falls and R does not. The last epoch is attacked, on all test images; F and R are means over 128 "
+        "training images. Accuracy in %, ± the standard deviation over the seeds; differences are to the same training "
+        "without the term, paired by "
         "seed, ± their standard error, with \\* where they are outside Student's 95 % interval (about one in twenty "
         "of those without any effect).",
         "",
