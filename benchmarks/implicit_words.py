@@ -113,9 +113,8 @@ TEXT = {
         "true loss, the cross-entropy under PGD-20. *Masking*: the network learns to make the attack δ\\* weak, so "
         "that F falls and R does not. The last epoch is attacked, on all test images; F and R are means over 128 "
         "training images. Accuracy in %, ± the standard deviation over the seeds; differences are to the same training "
-        "without the term, paired by "
-        "seed, ± their standard error, with \\* where they are outside Student's 95 % interval (about one in twenty "
-        "of those without any effect).",
+        "without the term, paired by seed, ± their standard error, with \\* where they are outside Student's 95 % "
+        "interval (about one in twenty of those without any effect).",
         "",
     ],
     "figure": [
