@@ -217,6 +217,7 @@ def write_page(records: Sequence[Record], folder: Path) -> None:
         f"{len(records)} runs, each a line of [implicit.jsonl](implicit.jsonl); {len(lines.failed)} did not end "
         f"(a loss that is not finite). Fingerprint of the lines: {mark}.",
         "",
+        *TEXT["setting"],
         findings(lines) if mark == FINDINGS_OF else "",
         "",
         *TEXT["figure"],

@@ -60,7 +60,10 @@ def verdict(candidates: Sequence[Candidate]) -> list[str]:
     beside = ""
     if gap is not None:
         sure = "clear by a 95 % interval" if gap.clear and gap.n > 1 else "not clear by a 95 % interval"
-        beside = f" ({gap.mean:+.2f} beside {base.predictor.name}, over {gap.n} seeds, {sure})"
+        beside = (
+            f" ({gap.mean:+.2f} beside {base.predictor.name}, over {gap.n} seeds, {sure}, which does not count that "
+        )
+        beside += f"it is the largest of {len(measured)})"
     text = f"The largest area of what is measured: {best.predictor.name}, with {best.seeds.area:.2f}{beside}. "
     text += (
         f"If none of the {len(measured)} told anything, and pairs were independent, the largest would be "
@@ -112,8 +115,10 @@ def definitions(pairs: Sequence[Pair]) -> list[str]:
     return [
         f"{len(pairs)} pairs of a run and an epoch before its collapse, {positive} of them with the collapse in the "
         "next epoch; an alarm two epochs ahead counts as a false one. *Area*: under the ROC curve, mean ± standard "
-        "deviation over the seeds that were left out, with the direction chosen on the others; 0.5 tells nothing. "
-        "*Within runs that collapse*: among their own epochs, where neither ε nor the composition can tell. *Caught*, "
+        "deviation over the seeds that were left out, with the direction chosen on the others; 0.5 tells nothing. All "
+        "seeds have the same images. *Within runs that collapse*: all epochs of these runs together, with the "
+        "direction of all pairs. What only tells which runs collapse is of less use there; but the epoch to be found "
+        "is always the last of its run, so that whatever grows or falls with the epochs tells something. *Caught*, "
         f"*false*: an alarm is a value beyond the threshold that catches {100 * CAUGHT:g} % on the other seeds (on the "
         "right: of the other compositions, with all their seeds); *runs* are those that never collapse, with an alarm "
         "in any epoch. *Warns* has the threshold of all pairs. Changes are known from the second epoch on. In italics: "

@@ -121,7 +121,7 @@ def _groups(panels: Sequence[Any], rows: Sequence[Row], places: dict[str, float]
             textcoords="offset points",
             ha="right",
             va="center",
-            fontsize=7.5,
+            fontsize=8,
             style="italic",
             color="#555555",
         )

@@ -48,7 +48,7 @@ def failures(runs: Runs) -> list[str]:
 
 
 def search(runs: Runs) -> list[str]:
-    """All compositions by held-out accuracy, beside Fast-BAT and ATAS."""
+    """The best rows by held-out accuracy, but for the references, beside Fast-BAT and ATAS."""
     rows = [row for row in runs.rows if row.name not in REFERENCES]
     ranked = sorted(rows, key=lambda row: -statistics.mean(runs.held_out(row.name).values() or [0.0]))
     header = ["row", "cost", "held out", "AutoAttack"]
@@ -63,6 +63,12 @@ def search(runs: Runs) -> list[str]:
     return lines
 
 
+def references(runs: Runs) -> str:
+    """What the references, which are not in the search's table, have on held-out images."""
+    cells = [f"{title} {mean_and_spread(runs.held_out(name))}" for name, title in REFERENCES.items() if runs.of(name)]
+    return f"Of the references, which are not ranked, on held-out images: {'; '.join(cells)}."
+
+
 def images(setting: Setting) -> str:
     counts = {NAMES[attack]: n for attack, n in setting.attacks.items() if n}
     if not counts:
@@ -74,7 +80,21 @@ FIGURE = (
     "![What each part adds under a strong attack](parts.png)",
     "",
     "*What to see: each dot is one part exchanged, the bar its 95 % interval; right of the line it adds to the "
-    "accuracy under nearest-40-3-2 of the row that it is compared with. Filled where the interval leaves out zero.*",
+    "accuracy under nearest-40-3-2 of the row that it is compared with (column beside of the tables: for most parts "
+    "one sign step, for compositions the row that lacks the last part). Filled where the interval leaves out zero; "
+    "without a bar: one seed; an arrow: beyond the axis.*",
+)
+
+
+ROWS_MEAN = (
+    "The base, *one sign step*: δ is a sign step of ε from a uniform draw z in the ball, projected onto it; attacks "
+    "in eval mode; cross-entropy. *Anchor*: z is something else: *remembered*, the image's own perturbation of the "
+    "epoch before, drawn anew every 10 epochs (ATTA); *noise*, uniform in the ball of 2 ε, and not projected "
+    "(N-FGSM); a *corner* of the ball; one *sign step* (of ε/2) or *gradient step* (of 1/λ) before. *Unsigned*: a "
+    "step of 1/λ along the gradient itself (Fast-BAT's). *Adaptive*: a step size for each image (ATAS). *PGD-K*: K "
+    "steps. *QUB*: a quadratic upper bound of the loss; *AWP*, *GradAlign*, *TRADES' loss*: as in their files "
+    "([methods.md](../methods.md)). *Implicit term × k*: a weight of k λ in Fast-BAT's hypergradient, where the exact "
+    "one has weight 1 ([implicit.md](implicit.md)); *in every 4th step*: in each with probability 1/4, times 4.",
 )
 
 
@@ -93,8 +113,10 @@ def page(records: Sequence[Mapping[str, Any]], drawn: bool) -> str:
         "multiple of Fast-BAT's. Accuracy in % of the last epoch, mean ± standard deviation over seeds. Differences: "
         "points, mean ± standard error over seeds that both rows have; **bold** where the 95 % interval (Student's t) "
         "leaves out zero, which one in twenty does by luck. *nearest* is `nearest-40-3-2`, an attack that leaves what "
-        "AutoAttack leaves to a few tenths ([nearest.md](nearest.md)). A dash: not measured. How rows were chosen, and "
-        "what luck would do: [parts-method.md](parts-method.md).",
+        "AutoAttack leaves to a few tenths ([nearest.md](nearest.md)). A dash: not measured; without ±: one seed. How "
+        "rows were chosen, and what luck would do: [parts-method.md](parts-method.md).",
+        "",
+        *ROWS_MEAN,
         "",
         *(FIGURE if drawn else []),
     ]
@@ -112,6 +134,7 @@ def page(records: Sequence[Mapping[str, Any]], drawn: bool) -> str:
             lines += ["", "Compositions:", "", *table(runs, [row for row in runs.rows if row in COMPOSITIONS])]
         if runs.of(FASTBAT):
             lines += ["", "The twelve best by held-out images, beside Fast-BAT and ATAS:", "", *search(runs)]
+            lines += ["", references(runs)]
     return "\n".join(lines) + "\n"
 
 

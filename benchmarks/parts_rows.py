@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-__all__ = ["COMPOSITIONS", "PARTS", "ROWS", "Row"]
+__all__ = ["BASE", "COMPOSITIONS", "PARTS", "ROWS", "Row"]
 
 
 @dataclass(frozen=True)

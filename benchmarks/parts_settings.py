@@ -33,7 +33,10 @@ SMALL = (
     "--data cifar10 --model small_resnet --examples 10500 --held-out 500 --select pgd-10-1 --precision bfloat16 "
     "--memory-format channels_last --epochs 10"
 )
-ABOUT_DIGITS = "`small_cnn`, 1,293 training images, 30 epochs of batch 64, rate 0 → 0.1 → 0, momentum 0.9."
+ABOUT_DIGITS = (
+    "`small_cnn`, 1,293 training images, 30 epochs of batch 64, rate 0 → 0.1 → 0, momentum 0.9. The network has no "
+    "batch normalisation, so that *attacks in train mode* change nothing here."
+)
 ABOUT_CIFAR = (
     "`small_resnet`, 10,000 training images, crops and flips, 10 epochs of batch 128 in bfloat16, rate 0 → 0.2 → 0. A "
     "small network and a fifth of the images: accuracies are far below published ones."

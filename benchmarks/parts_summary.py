@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from differences import Difference
 from parts_results import FASTBAT, REFERENCES, Runs, affordable, chosen, text_of
-from parts_rows import PARTS
+from parts_rows import BASE, PARTS, ROWS
 from parts_settings import CHEAP, NAMES
 
 __all__ = ["summary"]
@@ -21,11 +21,15 @@ def summary(runs: Runs) -> list[str]:
     takes = {name: gap for name, gap in gaps.items() if gap.clear and gap.mean < 0}
     lines = []
     if adds:
-        lines.append(f"- **Adds** to the row beside it, in points under {NAMES[CHEAP]}: {_listed(adds)}.")
+        lines.append(
+            f"- **Adds** to {BASE}, or to the row in parentheses, in points under {NAMES[CHEAP]}: {_listed(adds)}."
+        )
     if takes:
-        lines.append(f"- **Takes away:** {_listed(takes)}.")
+        lines.append(f"- **Takes away**, likewise: {_listed(takes)}.")
     if unclear := [name for name in gaps if name not in adds and name not in takes]:
         lines.append(f"- **No difference that {seeds} seeds show:** {'; '.join(unclear)}.")
+    if adds or takes:
+        lines.append(f"- Of {len(gaps)} exchanges without any effect {0.05 * len(gaps):.1f} would be clear by luck.")
     return lines + _search(runs)
 
 
@@ -49,8 +53,9 @@ def _search(runs: Runs) -> list[str]:
         if gaps:
             better, worse = (sum(gap.clear and sign * gap.mean > 0 for gap in gaps) for sign in (1, -1))
             lines.append(
-                f"- Rows that cost at most what Fast-BAT costs: {len(gaps)}. Better than {title} (cost "
-                f"{runs.cost(reference):.2f}) under {NAMES[CHEAP]}: **{better}**; worse: {worse}; the seeds do not "
+                f"- Other rows with all {runs.setting.seeds} seeds that cost at most what Fast-BAT costs: "
+                f"{len(gaps)}. Better than {title} (cost {runs.cost(reference):.2f}) under {NAMES[CHEAP]}: "
+                f"**{better}**; worse: {worse}; the seeds do not "
                 f"say: {len(gaps) - better - worse}."
             )
     best = chosen(runs)
@@ -58,10 +63,16 @@ def _search(runs: Runs) -> list[str]:
         return lines
     gaps_of = [(title, runs.difference(best.name, reference, CHEAP)) for reference, title in REFERENCES.items()]
     words = ", ".join(f"{text_of(gap)} above {title}" for title, gap in gaps_of if gap)
-    return [*lines, f"- Held-out images choose **{best.name}** among them: {words}."]
+    return [*lines, f"- Held-out images choose **{best.name}** among these other rows: {words}."]
 
 
 def _listed(gaps: dict[str, Difference]) -> str:
     """Largest first."""
     ranked: Iterable[tuple[str, Difference]] = sorted(gaps.items(), key=lambda item: -abs(item[1].mean))
-    return "; ".join(f"{name} {gap.mean:+.1f} ± {gap.error:.1f}" for name, gap in ranked)
+    return "; ".join(f"{_beside(name)} {gap.mean:+.1f} ± {gap.error:.1f}" for name, gap in ranked)
+
+
+def _beside(name: str) -> str:
+    """The row's name, with the row it is compared with where that is not the base."""
+    beside = ROWS[name].beside
+    return name if beside == BASE else f"{name} ({beside})"
