@@ -11,7 +11,7 @@ from scipy import stats
 
 __all__ = ["Difference", "best_by_luck", "mean_and_spread", "paired"]
 
-LEVEL = 0.95
+LEVEL, LEAST = 0.95, 3
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class Difference:
 
     @property
     def clear(self) -> bool:
-        """Whether the interval leaves out zero."""
-        return abs(self.mean) > self.half
+        """Whether the interval leaves out zero; of fewer than three seeds, or equal differences, it says nothing."""
+        return self.n >= LEAST and 0 < self.half < abs(self.mean)
 
     def __str__(self) -> str:
         """The mean ± the standard error, in bold where it is clear."""

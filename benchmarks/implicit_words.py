@@ -15,10 +15,10 @@ At the published weight, 0.1 λ, the implicit term makes no difference that thes
 it makes differences of {exact_20}, {exact_5} and {exact_1_25} points. Only at 1/λ = 0.3 does it help ({published_0_3}
 at 0.1 λ, {exact_0_3} at 1), where the attacker is too weak to train against: {weak} % stand, beside {best} % at
 1/λ = 20 without the term. Why following the gradient of the stated problem does harm has no single answer. At the usual
-rate about half is variance and too long a step, under which even F rises; masking shows at smaller rates, where F is
-about as low as without the term and the true loss twice as high; and on a network with kinks h is not the derivative of
-F, which jumps where h cannot see it. At ε = 0.1 the exact term makes {exact_small} points at 1/λ = 20, which three
-seeds do not tell from none.
+rate about half of the harm comes without any signal, from variance and too long a step, under which even F rises; at
+smaller rates the rest looks like masking, F about as low as without the term and the true loss twice as high; and on a
+network with kinks h is not the derivative of F, which jumps where h cannot see it. At ε = 0.1 the exact term makes
+{exact_small} points at 1/λ = 20, which three seeds do not tell from none.
 
 At 1/λ = 20, differences to the same training without the term ± their standard error, with \\* where they are outside
 the 95 % interval (written by hand of the lines with this page's fingerprint; the numbers are filled in from them):
@@ -27,12 +27,12 @@ the 95 % interval (written by hand of the lines with this page's fingerprint; th
   makes {uniform} points; with the derivative through the anchor {through}, over
   the four of five seeds whose training ended.
 - **At the usual rate F is not lowered but raised**, {exact_F} on training images. Masking alone would lower it.
-- **Variance and step are about half of it.** Of the second moment of i {signal_implicit} is signal, of d
+- **About half of the harm comes without any signal.** Of the second moment of i {signal_implicit} is signal, of d
   {signal_direct}. With a coin's sign, which leaves nothing but the variance, the term makes {coin} points, and
   the exact one {over_coin} more. Noise of the same length in a random direction makes {noise}: the directions that
   i takes matter, not only its length. At a tenth of the rate, from a trained network, the coin makes {slow_coin}. From
   scratch, 60 epochs at 0.03, the exact term makes {rates}.
-- **Masking is what is left at a tenth of the rate.** There the exact term makes {slow} points: F is {slow_F}, R
+- **What is left at a tenth of the rate looks like masking.** There the exact term makes {slow} points: F is {slow_F}, R
   {slow_R} and gradient alignment {slow_alignment}, each without → with. At a hundredth F falls further than without the
   term (difference {slowest_F_by}), as its gradient predicts, and R does not ({slowest_R_by}). From scratch, weight 0.1
   makes {w01_F} of F and {w01_R} of R.

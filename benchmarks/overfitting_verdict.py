@@ -59,7 +59,7 @@ def verdict(candidates: Sequence[Candidate]) -> list[str]:
     gap = paired(best.seeds.areas, base.seeds.areas)
     beside = ""
     if gap is not None:
-        sure = "clear by a 95 % interval" if gap.clear and gap.n > 1 else "not clear by a 95 % interval"
+        sure = "clear by a 95 % interval" if gap.clear else "not clear by a 95 % interval"
         beside = (
             f" ({gap.mean:+.2f} beside {base.predictor.name}, over {gap.n} seeds, {sure}, which does not count that "
         )
@@ -104,7 +104,7 @@ def rows(candidates: Sequence[Candidate]) -> list[str]:
 def candidates_of(records: Sequence[Record]) -> list[Candidate]:
     """Those that can be tested, the largest area first; none without collapses of two seeds."""
     pairs = pairs_of(records)
-    candidates = [Candidate(p, pairs) for p in predictors()]
+    candidates = [Candidate(p, pairs) for p in predictors(pairs)]
     candidates = [w for w in candidates if w.cases.both and w.seeds.areas]
     return sorted(candidates, key=lambda w: -w.seeds.area)
 

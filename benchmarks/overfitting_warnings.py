@@ -95,8 +95,12 @@ RATIOS = ("share of the implicit term", "norm of the attack's gradient", "loss")
 """Whose change is a ratio: they have no scale of their own."""
 
 
-def predictors() -> Iterator[Predictor]:
-    """Each quantity and its change since the epoch before; then what is known without measuring anything."""
+def predictors(pairs: Sequence[Pair] = ()) -> Iterator[Predictor]:
+    """Each quantity and its change since the epoch before; then what is known without measuring anything.
+
+    Args:
+        pairs: from which it is known where other seeds collapse.
+    """
     for name, what in QUANTITIES.items():
         scale: Literal["linear", "log"] = "log" if name in RATIOS else "linear"
         yield Predictor(name, _of(what), scale)
@@ -106,6 +110,23 @@ def predictors() -> Iterator[Predictor]:
             yield Predictor(f"change of {name}", _change(what, False))
     yield Predictor("the epoch's number", lambda pair: pair.line["epoch"], measured=False)
     yield Predictor("ε", lambda pair: pair.epsilon, measured=False)
+    if pairs:
+        yield Predictor("collapses of composition and ε with other seeds", _elsewhere(pairs), measured=False)
+
+
+def _elsewhere(pairs: Sequence[Pair]) -> Callable[[Pair], float | None]:
+    """The share of a run's neighbours, with another seed alone, that collapse; None for a run without neighbours."""
+    collapses = {(pair.method, pair.epsilon, pair.seed): pair.collapses for pair in pairs}
+
+    def share(pair: Pair) -> float | None:
+        others = [
+            collapse
+            for (method, epsilon, seed), collapse in collapses.items()
+            if (method, epsilon) == (pair.method, pair.epsilon) and seed != pair.seed
+        ]
+        return sum(others) / len(others) if others else None
+
+    return share
 
 
 def _read(what: str | Callable[[Line], float], line: Line) -> float | None:

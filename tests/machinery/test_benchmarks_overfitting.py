@@ -67,6 +67,16 @@ def test_pairs_end_with_the_epoch_before_a_collapse(runs):
     assert next(warnings.predictors()).value(pairs[0]) is None
 
 
+def test_a_warning_is_beside_what_other_seeds_have_told(runs):
+    warnings = script("overfitting_warnings")
+    three = [record(runs, "fgsm", 16, seed, collapse) for seed, collapse in ((0, 4), (1, None), (2, 3))]
+    pairs = warnings.pairs_of([*three, record(runs, "fgsm", 24, 0, 4)])
+    *_, known = warnings.predictors(pairs)
+    assert not known.measured
+    values = {(pair.epsilon, pair.seed): known.value(pair) for pair in pairs}
+    assert values == {(16, 0): 0.5, (16, 1): 1.0, (16, 2): 0.5, (24, 0): None}
+
+
 def test_a_threshold_catches_nine_of_ten_and_is_tested_on_what_was_left_out(runs):
     warnings = script("overfitting_warnings")
     pairs = warnings.pairs_of(collapsing(runs))
