@@ -113,8 +113,8 @@ def page(records: Sequence[Mapping[str, Any]], drawn: bool) -> str:
         "multiple of Fast-BAT's. Accuracy in % of the last epoch, mean ± standard deviation over seeds. Differences: "
         "points, mean ± standard error over seeds that both rows have; **bold** where the 95 % interval (Student's t) "
         "of three seeds or more leaves out zero, which one in twenty does by luck. *nearest* is `nearest-40-3-2`, an "
-        "attack that leaves what AutoAttack leaves to a few tenths ([nearest.md](nearest.md)). A dash: not measured; without ±: one seed. How "
-        "rows were chosen, and what luck would do: [parts-method.md](parts-method.md).",
+        "attack that leaves what AutoAttack leaves to a few tenths ([nearest.md](nearest.md)). A dash: not measured; "
+        "without ±: one seed. How rows were chosen, and what luck would do: [parts-method.md](parts-method.md).",
         "",
         *ROWS_MEAN,
         "",
