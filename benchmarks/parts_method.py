@@ -66,8 +66,8 @@ def method(records: Sequence[Mapping[str, Any]]) -> str:
         "- **Over seeds, not images:** standard errors are over seeds, and all runs of a data set attack the same test "
         f"images. What other images would give is not in them. The number of images alone gives the accuracy of one "
         f"network under {NAMES[CHEAP]} a standard error of {images_alone(every)}; a part of it cancels in differences.",
-        "- **AutoAttack** takes as long as everything else, and was made first for the references, what held-out images "
-        f"choose, and the rows that these are made of. With every seed: {'; '.join(map(strongly, every))}.",
+        "- **AutoAttack** takes as long as everything else, and was made first for the references, what held-out "
+        f"images choose, and the rows that these are made of. With every seed: {'; '.join(map(strongly, every))}.",
         "- **By luck**, below, is meant for independent rows. They share what they are compared with, which makes the "
         f"best of them less; and standard errors of few seeds are too small in the median ({too_small()}), which makes "
         "it more.",
