@@ -76,10 +76,13 @@ def test_the_best_of_many_by_luck():
         assert best_by_luck(12, 2.0, quantile) == pytest.approx(np.quantile(draws, quantile), abs=0.05)
 
 
-def test_readme_says_what_the_page_says():
-    readme, page = (ROOT / name for name in ("README.md", "docs/results/parts.md"))
-    text = readme.read_text(encoding="utf-8").split("**What each part is worth**")[1].split("\n\n")[0]
-    lines = page.read_text(encoding="utf-8").split("## CIFAR-10")[0]
+@pytest.mark.parametrize(
+    ("name", "start", "end"),
+    [("README.md", "**What each part is worth**", "\n\n"), ("docs/methods.md", "## Which one?", "\n## ")],
+)
+def test_readme_and_methods_say_what_the_page_says(name, start, end):
+    text = (ROOT / name).read_text(encoding="utf-8").split(start)[1].split(end)[0]
+    lines = (ROOT / "docs/results/parts.md").read_text(encoding="utf-8").split("## CIFAR-10")[0]
     numbers = re.findall(r"-?\d+\.\d ± \d+\.\d", text)
     assert len(numbers) == 3 and all(re.search(rf"(?<![\d.]){re.escape(number)}", lines) for number in numbers)
     for title, better in (("Fast-BAT", 12), ("ATAS, twice the epochs", 0)):
