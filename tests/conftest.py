@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 
@@ -18,6 +19,7 @@ settings.register_profile(
 )
 settings.load_profile("ci")
 torch.set_num_threads(1)  # tiny networks: threads only get in each other's way, and in that of pytest -n
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the same in the processes that tests start
 
 
 @pytest.fixture(autouse=True)
