@@ -138,8 +138,8 @@ def page(columns: Sequence[Column], rows: Rows) -> str:
         "are several; *held out*: PGD-10, by which the row is chosen; test images: the first "
         f"{_number([r['results']['clean'] for r in records if 'results' in r], 'n')}, which choose nothing. `{CHEAP}` "
         "leaves what AutoAttack leaves to a few tenths ([nearest.md](nearest.md)); AutoAttack itself has the baselines "
-        "and what is chosen. A dash: not measured; without ±: one seed. Differences: points, mean ± standard error over "
-        "the seeds that both rows have; **bold** where the 95 % interval of three seeds or more leaves out zero.",
+        "and what is chosen. A dash: not measured; without ±: one seed. Differences: points, mean ± standard error "
+        "over the seeds that both rows have; **bold** where the 95 % interval of three seeds or more leaves out zero.",
         "",
         f"AutoAttack on test images; in parentheses `{CHEAP}` where AutoAttack was not made yet:",
         "",
