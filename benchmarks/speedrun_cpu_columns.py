@@ -35,10 +35,14 @@ class Column:
         }
 
     @property
-    def complete(self) -> bool:
-        """Whether each composition has a line for each seed."""
-        seeds = {r["seed"] for r in self.records}
-        return {(r["composition"], r["seed"]) for r in self.records} == {(n, s) for n in self.names for s in seeds}
+    def lacks(self) -> str:
+        """What is missing for each composition to have a line for each seed; "" for nothing."""
+        seeds, there = {r["seed"] for r in self.records}, {(r["composition"], r["seed"]) for r in self.records}
+        if missing := [name for name in self.names if name not in self.rows and not any(n == name for n, _ in there)]:
+            return f"{len(missing)} of {len(self.names)} compositions are not trained yet"
+        if not there >= {(name, seed) for name in self.names for seed in seeds}:
+            return f"not all rows have {len(seeds)} seeds yet"
+        return ""
 
     def accuracy(self, name: str, attack: str) -> dict[int, float]:
         """On test images in %, by seed, of the runs that were attacked so."""

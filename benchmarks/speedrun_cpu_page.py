@@ -39,7 +39,7 @@ def summary(columns: Sequence[Column]) -> list[str]:
         best = column.best
         if best is None:
             continue
-        note = "" if column.complete else f" (of the {len(column.rows)} trained so far)"
+        note = f" ({column.lacks})" if column.lacks else ""
         cells = [f"{column.budget:g} minutes", f"{best}{note}", _tflop(column.rows[best][0])]
         for name in (best, *BASELINES):
             cheap, strong = (mean_and_spread(column.accuracy(name, attack)) for attack in (CHEAP, STRONG))
@@ -78,8 +78,7 @@ def remarks(column: Column) -> str:
     if best is None:
         return "No composition was trained to its end."
     seeds = len(column.rows[best])
-    of = "" if column.complete else f" of the {len(column.rows)} of {len(column.names)} compositions that are there"
-    text = f"Held-out images choose **{best}**{of}."
+    text = f"Held-out images choose **{best}**{f'; {column.lacks}' if column.lacks else ''}."
     if column.level:
         level = "; ".join(column.level)
         text += f" They do not tell it from {level} (less than two standard errors of the difference)."

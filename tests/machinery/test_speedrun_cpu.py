@@ -8,7 +8,7 @@ import shlex
 from pathlib import Path
 
 import pytest
-from benchmarking import script
+from benchmarking import FOLDER, script
 
 import bilevel_at as ba
 from bilevel_at.data import load_data
@@ -127,15 +127,20 @@ def test_held_out_images_choose_and_test_images_do_not(monkeypatch):
     columns, page = script("speedrun_cpu_columns"), script("speedrun_cpu_page")
     lines = [line("Fast-AT", 0, 0.30, 0.45), line("ATAS", 0, 0.36, 0.33), line("PGD-7", 0, 0.33, 0.40)]
     (column,) = columns.columns_of(lines, ["Fast-AT", "ATAS", "PGD-7", "Fast-BAT"])
-    assert column.best == "ATAS" and not column.complete
+    assert column.best == "ATAS" and column.lacks == "1 of 4 compositions are not trained yet"
     # Of 500 images 36 % and 33 % have standard errors of 2.15 and 2.10 points, their difference 3.0.
     assert column.error("ATAS") == pytest.approx(2.147, abs=1e-3)
     assert column.error("ATAS", "nearest-40-3-2") == pytest.approx(1.487, abs=1e-3)
     assert column.level == ["PGD-7"] or column.level == ["Fast-AT", "PGD-7"]
     (wide,) = columns.columns_of([line("Fast-AT", 0, 0.30, 0.45), line("ATAS", 0, 0.40, 0.33)], ["Fast-AT", "ATAS"])
-    assert wide.complete and wide.level == []
+    assert wide.lacks == "" and wide.level == []
+    (more,) = columns.columns_of([*wide.records, line("ATAS", 1, 0.4, 0.3)], ["Fast-AT", "ATAS"])
+    assert more.lacks == "not all rows have 2 seeds yet"
     text = page.page([column], {})
-    assert "| 5 minutes | ATAS (of the 3 trained so far) | 100 | – (33.0) | – (45.0) | – (33.0) | – (40.0) |" in text
+    assert (
+        "| 5 minutes | ATAS (1 of 4 compositions are not trained yet) | 100 | – (33.0) | – (45.0) | – (33.0) | – (40.0) |"
+        in text
+    )
     assert "| Fast-AT: `Fast-AT.py` | 2 | 590 | 580 | 100 | 30.0 | 60.0 | 45.0 | – | -12.0 |" in text
 
 
@@ -153,8 +158,15 @@ def test_baselines_and_the_better_half_of_the_others_go_on():
         "b",
         "PGD-7",
     ]
-    assert short.complete and not long.complete
+    assert short.lacks == "" and long.lacks == "2 of 5 compositions are not trained yet"
     assert columns.advancing(long) == ["Fast-AT", "ATAS", "b", "PGD-7"]  # of what was trained
+
+
+def test_readme_says_what_the_page_says():
+    readme, page = (FOLDER.parent / name for name in ("README.md", "docs/results/speedrun.md"))
+    text = readme.read_text(encoding="utf-8").split("**For five minutes of two cores**")[1].split("\n\n")[0]
+    numbers, lines = re.findall(r"\d+\.\d ± \d+\.\d", text), page.read_text(encoding="utf-8")
+    assert len(numbers) == 5 and all(re.search(rf"(?<![\d.]){re.escape(number)}", lines) for number in numbers)
 
 
 def test_differences_are_paired_by_seed_and_a_failure_is_a_row():
