@@ -137,7 +137,7 @@ def test_held_out_images_choose_and_test_images_do_not(monkeypatch):
     (more,) = columns.columns_of([*wide.records, line("ATAS", 1, 0.4, 0.3)], ["Fast-AT", "ATAS"])
     assert more.lacks == "not all rows have 2 seeds yet"
     text = page.page([column], {})
-    assert "| 5 minutes | ATAS (1 of 4 compositions are not trained yet) | 100 | – (33.0) | – (45.0) | – (33.0) | " in text
+    assert "| 5 minutes | ATAS (1 of 4 compositions are not trained yet) | 100 | – (33.0) | – (45.0) | " in text
     assert "| Fast-AT: `Fast-AT.py` | 2 | 590 | 580 | 100 | 30.0 | 60.0 | 45.0 | – | -12.0 |" in text
 
 
