@@ -16,6 +16,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing.connection import wait
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ..errors import InputError, printable
+from ..errors import BilevelError, InputError, printable
 from .decoding import decoded
 from .sets import ImageSet
 
@@ -116,7 +117,7 @@ class Files(Dataset[Any]):
     def batches(self, positions: Sequence[list[int]], workers: int, pin: bool = False) -> Iterator[Tensor]:
         """The batches at ``positions``, in order, decoded by ``workers`` processes (0: by this one).
 
-        Raises :class:`InputError` as :meth:`image` does.
+        Raises :class:`InputError` as :meth:`image` does, and :class:`BilevelError` where one of them is killed.
         """
         batches = self._batches(positions, workers, pin)
         _unfinished.add(batches)
@@ -136,8 +137,17 @@ class Files(Dataset[Any]):
             batches = iter(loader)
         try:
             while True:
-                with _interrupts_wait():
-                    x = next(batches, None)
+                try:
+                    with _interrupts_wait():
+                        x = next(batches, None)
+                except (RuntimeError, OSError, EOFError):
+                    # Of a process that is killed torch says one or another, by what it was sending. It has closed its
+                    # files a moment before it has ended.
+                    if not wait([worker.sentinel for worker in getattr(batches, "_workers", ())], timeout=5):
+                        raise
+                    raise BilevelError(
+                        "a process that decodes images was killed, perhaps for want of memory; fewer workers need less"
+                    ) from None
                 if x is None:
                     return
                 if isinstance(x, InputError):
