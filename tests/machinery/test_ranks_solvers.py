@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from marks import thorough
 from ranks import HEAD, ONLY_LINUX, printed
 
 SOLVERS = (
@@ -158,5 +159,7 @@ dist.destroy_process_group()
 @ONLY_LINUX
 @pytest.mark.parametrize("count", [2, 4])
 def test_every_solver_on_several_processes_is_as_on_one(tmp_path, count):
+    if count > 2 and not thorough():
+        pytest.skip("two processes here; more of them with --hypothesis-profile thorough")
     results = printed(tmp_path, count, SOLVERS)
     assert f"solvers of {count} processes" in results[0]

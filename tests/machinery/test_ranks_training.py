@@ -6,6 +6,7 @@ Networks are without batch statistics, and with those of the whole batch.
 from __future__ import annotations
 
 import pytest
+from marks import thorough
 from ranks import ONLY_LINUX, printed
 from running import PROBLEMS
 
@@ -125,4 +126,6 @@ def test_some_methods_are_the_same_on_any_number_of_processes(tmp_path, count):
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 4])
 def test_every_method_is_the_same_on_any_number_of_processes(tmp_path, count):
+    if count > 2 and not thorough():
+        pytest.skip("two processes here; more of them with --hypothesis-profile thorough")
     check(tmp_path, count, REST)

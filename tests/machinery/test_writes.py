@@ -34,7 +34,7 @@ def elsewhere(tmp_path, monkeypatch):
     shutil.copytree(ROOT / "problems", "problems")
 
 
-@pytest.mark.parametrize(("problem", "every"), fast([("atas", 8), ("atas", 3), ("free", 5), ("awp", 5)], [("atas", 8)]))
+@pytest.mark.parametrize(("problem", "every"), fast([("atas", 8), ("free", 8), ("awp", 8)], [("atas", 8)]))
 def test_a_kill_between_any_two_changes_of_the_disk(problem, every, monkeypatch, capsys):
     """The disk as it was before each change of a name, and before each file is flushed: one in ``every`` is resumed.
 
