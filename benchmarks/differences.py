@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from scipy import stats
 
-__all__ = ["Difference", "best_by_luck", "mean_and_spread", "paired"]
+__all__ = ["LEAST", "Difference", "best_by_luck", "better_and_worse", "by_images", "mean_and_spread", "paired"]
 
-LEVEL, LEAST = 0.95, 3
+LEVEL = 0.95
+LEAST = 3
+"""Seeds, below which no difference is claimed."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,16 @@ def paired(a: Mapping[int, float], b: Mapping[int, float]) -> Difference | None:
         return None
     error = statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else math.nan
     return Difference(statistics.mean(gaps), error, len(gaps))
+
+
+def better_and_worse(gaps: Sequence[Difference]) -> tuple[int, int]:
+    """How many are clearly above zero, and how many clearly below it."""
+    return sum(gap.clear and gap.mean > 0 for gap in gaps), sum(gap.clear and gap.mean < 0 for gap in gaps)
+
+
+def by_images(percent: float, n: int) -> float:
+    """The standard error, in points, that an accuracy in % has from the number of images alone: √(p(1 − p)/n)."""
+    return math.sqrt(percent * (100 - percent) / n)
 
 
 def mean_and_spread(values: Mapping[int, float]) -> str:

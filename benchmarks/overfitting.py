@@ -46,7 +46,8 @@ def perform_all(runs: Sequence[Run], lines: Path, data_dir: str, folder: Path, j
     Raises:
         BilevelError: after all others are done, where one could not be.
     """
-    todo = [run for run in runs if missing(run, read(lines))]
+    records = read(lines)
+    todo = [run for run in runs if missing(run, records)]
     folder.mkdir(parents=True, exist_ok=True)
     side_by_side(perform, [[(run.key, (run, data_dir, folder)) for run in todo]], lines, len(runs), jobs)
 

@@ -62,8 +62,8 @@ def verdict(candidates: Sequence[Candidate]) -> list[str]:
         sure = "clear by a 95 % interval" if gap.clear else "not clear by a 95 % interval"
         beside = (
             f" ({gap.mean:+.2f} beside {base.predictor.name}, over {gap.n} seeds, {sure}, which does not count that "
+            f"it is the largest of {len(measured)})"
         )
-        beside += f"it is the largest of {len(measured)})"
     text = f"The largest area of what is measured: {best.predictor.name}, with {best.seeds.area:.2f}{beside}. "
     text += (
         f"If none of the {len(measured)} told anything, and pairs were independent, the largest would be "

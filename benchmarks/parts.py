@@ -79,7 +79,7 @@ def benchmark(
     for flag, values, known in (("sets", sets, SETTINGS), ("rows", rows, ROWS)):
         for value in values:
             if value not in known:
-                raise InputError(f"--{flag} {value} is not known; choose from {', '.join(known)}")
+                raise InputError(f"--{flag} {value} is not known; choose from {'; '.join(known)}")
     chosen = [SETTINGS[name] for name in sets]
     target = Path(write or folder)
     lines = target / "parts.jsonl"

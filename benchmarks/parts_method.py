@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from differences import best_by_luck, paired
+from differences import best_by_luck, better_and_worse, by_images, paired
 from parts_results import FASTBAT, REFERENCES, Runs, affordable, chosen, machines, text_of
 from parts_settings import CHEAP, NAMES, SETTINGS
 from scipy import stats
@@ -32,7 +32,7 @@ def luck(runs: Runs) -> list[str]:
             f"equal in truth and independent, the best would be {usual:.1f} points above in half of such searches, "
             f"and more than {rare:.1f} in one of twenty; "
             f"{above} rows are above that. At 95 %, {0.025 * len(gaps):.1f} rows would be expected to look better by "
-            f"luck, and {sum(gap.clear and gap.mean > 0 for gap in gaps)} do."
+            f"luck, and {better_and_worse(gaps)[0]} do."
         )
     return lines
 
@@ -88,8 +88,8 @@ def images_alone(every: Sequence[Runs]) -> str:
     for runs in every:
         of = [r["results"][CHEAP] for r in runs.of(FASTBAT) if CHEAP in r.get("results", {})]
         if of:
-            share, n = statistics.mean(result["accuracy"] for result in of), of[0]["n"]
-            error = 100 * math.sqrt(share * (1 - share) / n)
+            n = of[0]["n"]
+            error = by_images(100 * statistics.mean(result["accuracy"] for result in of), n)
             texts.append(f"{error:.1f} points ({runs.setting.title}, {n:,} images)")
     return ", ".join(texts) or "–"
 
@@ -110,7 +110,7 @@ def without_first_seed(runs: Runs) -> str:
         if (gap := paired(*(_others(runs.accuracy(which, CHEAP)) for which in (row.name, name))))
         and gap.n >= runs.setting.seeds - 1 > 1
     ]
-    better, worse = (sum(gap.clear and sign * gap.mean > 0 for gap in gaps) for sign in (1, -1))
+    better, worse = better_and_worse(gaps)
     return (
         f"- {runs.setting.title}, seed 0 left out: of {len(gaps)} other rows that cost at most what Fast-BAT costs "
         f"{better} are better than {title} under {NAMES[CHEAP]}, {worse} worse."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from differences import Difference
+from differences import Difference, better_and_worse
 from parts_results import FASTBAT, REFERENCES, Runs, affordable, chosen, text_of
 from parts_rows import BASE, PARTS, ROWS
 from parts_settings import CHEAP, NAMES
@@ -51,7 +51,7 @@ def _search(runs: Runs) -> list[str]:
             if (gap := runs.difference(row.name, reference, CHEAP)) and gap.n >= runs.setting.seeds
         ]
         if gaps:
-            better, worse = (sum(gap.clear and sign * gap.mean > 0 for gap in gaps) for sign in (1, -1))
+            better, worse = better_and_worse(gaps)
             lines.append(
                 f"- Other rows with all {runs.setting.seeds} seeds that cost at most what Fast-BAT costs: "
                 f"{len(gaps)}. Better than {title} (cost {runs.cost(reference):.2f}) under {NAMES[CHEAP]}: "

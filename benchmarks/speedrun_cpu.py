@@ -11,8 +11,8 @@ in the better half on held-out images go on to the next longer one.
 
 Whatever is done is not repeated, so the same command may be given until it says that it is done; its exit status is 3
 where ``--minutes`` were up. One seed of 5, 15 and 60 minutes has seven, five and four compositions, and takes 70, 150
-and 480 minutes of a core. AutoAttack, which takes ten more for each network, has the baselines' and the one that is
-chosen. ``--budgets 5 --no-autoattack`` does the shortest part.
+and 480 minutes of a core. AutoAttack, which takes about fifteen more for each network, has the baselines' and the one
+that is chosen. ``--budgets 5 --no-autoattack`` does the shortest part.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def epochs_in(seconds: float, steps: int, step: float) -> int:
 def names_of(chosen: Sequence[str]) -> list[str]:
     for name in chosen:
         if name not in COMPOSITIONS:
-            raise InputError(f"--compositions {name} is not known; choose from {', '.join(COMPOSITIONS)}")
+            raise InputError(f"--compositions {name} is not known; choose from {'; '.join(COMPOSITIONS)}")
     return list(chosen)
 
 

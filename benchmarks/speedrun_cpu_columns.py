@@ -7,6 +7,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from differences import by_images
+
 __all__ = ["BASELINES", "Column", "Record", "advancing", "columns_of"]
 
 BASELINES = ("Fast-AT", "ATAS", "PGD-7")
@@ -37,8 +39,9 @@ class Column:
     @property
     def lacks(self) -> str:
         """What is missing for each composition to have a line for each seed; "" for nothing."""
-        seeds, there = {r["seed"] for r in self.records}, {(r["composition"], r["seed"]) for r in self.records}
-        if missing := [name for name in self.names if name not in self.rows and not any(n == name for n, _ in there)]:
+        there = {(r["composition"], r["seed"]) for r in self.records}
+        names, seeds = ({pair[i] for pair in there} for i in (0, 1))
+        if missing := set(self.names) - names:
             return f"{len(missing)} of {len(self.names)} compositions are not trained yet"
         if not there >= {(name, seed) for name in self.names for seed in seeds}:
             return f"not all rows have {len(seeds)} seeds yet"
@@ -57,10 +60,8 @@ class Column:
         """The standard error of a row's accuracy that comes from the number of images; ``None``: the held-out ones."""
         row = self.rows[name][0]
         accuracies = self.held_out(name) if attack is None else self.accuracy(name, attack)
-        share = statistics.mean(accuracies.values()) / 100
-        return 100 * math.sqrt(
-            share * (1 - share) / (row["held_out"] if attack is None else row["results"][attack]["n"])
-        )
+        images = row["held_out"] if attack is None else row["results"][attack]["n"]
+        return by_images(statistics.mean(accuracies.values()), images)
 
     @property
     def best(self) -> str | None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from differences import mean_and_spread, paired
+from differences import LEAST, mean_and_spread, paired
 from lines import read
 from parts_results import machines
 from speedrun_cpu_columns import BASELINES, Column, Record, columns_of
@@ -20,7 +20,6 @@ from bilevel_at.errors import InputError
 __all__ = ["write_page"]
 
 NAMES = {CHEAP: CHEAP, STRONG: "AutoAttack"}
-CLAIM = 3  # seeds, below which no difference is claimed
 
 
 def _row(cells: Sequence[str]) -> str:
@@ -86,7 +85,7 @@ def remarks(column: Column) -> str:
         f" The number of images alone gives accuracies a standard error of {column.error(best):.1f} points (held out) "
         f"and {column.error(best, CHEAP):.1f} (test)."
     )
-    if seeds < CLAIM:
+    if seeds < LEAST:
         text += f" {seeds} seed{'s' if seeds > 1 else ''}: no difference between rows is claimed."
     return text
 

@@ -143,7 +143,8 @@ class Files(Dataset[Any]):
                 except (RuntimeError, OSError, EOFError):
                     # Of a process that is killed torch says one or another, by what it was sending. It has closed its
                     # files a moment before it has ended.
-                    if not wait([worker.sentinel for worker in getattr(batches, "_workers", ())], timeout=5):
+                    ends = [worker.sentinel for worker in getattr(batches, "_workers", ())]
+                    if not ends or not wait(ends, timeout=5):
                         raise
                     raise BilevelError(
                         "a process that decodes images was killed, perhaps for want of memory; fewer workers need less"
